@@ -1,0 +1,84 @@
+"""Domain-generalised semantic segmentation with any pair of foundation models.
+
+The public names are loaded when they are used, so that `import mfuser` stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "hookimpl": "hookspecs",
+    "MFuserError": "errors",
+    "DataError": "errors",
+    "WeightsError": "errors",
+    "BackboneSpec": "specs",
+    "VisionSpec": "specs",
+    "VisionLanguageSpec": "specs",
+    "FusionSpec": "specs",
+    "EnhancerSpec": "specs",
+    "DecoderSpec": "specs",
+    "DatasetSpec": "specs",
+    "TokenShape": "specs",
+    "Options": "specs",
+    "component_of": "specs",
+    "Stream": "interfaces",
+    "VisionBackbone": "interfaces",
+    "VisionLanguageBackbone": "interfaces",
+    "FusionAdapter": "interfaces",
+    "TextEnhancer": "interfaces",
+    "Decoder": "interfaces",
+    "DecoderOutput": "interfaces",
+    "Dataset": "interfaces",
+    "Sample": "interfaces",
+    "IGNORE": "interfaces",
+    "components": "plugins",
+    "Registry": "registry",
+    "PairingSpec": "pairing",
+    "load_registry": "registry",
+    "build_model": "assembly",
+    "DGSSModel": "model",
+}
+
+__all__ = sorted(["__version__", *_HOME])
+
+if TYPE_CHECKING:
+    from mfuser.assembly import build_model as build_model
+    from mfuser.errors import DataError as DataError
+    from mfuser.errors import MFuserError as MFuserError
+    from mfuser.errors import WeightsError as WeightsError
+    from mfuser.hookspecs import hookimpl as hookimpl
+    from mfuser.interfaces import IGNORE as IGNORE
+    from mfuser.interfaces import Dataset as Dataset
+    from mfuser.interfaces import Decoder as Decoder
+    from mfuser.interfaces import DecoderOutput as DecoderOutput
+    from mfuser.interfaces import FusionAdapter as FusionAdapter
+    from mfuser.interfaces import Sample as Sample
+    from mfuser.interfaces import Stream as Stream
+    from mfuser.interfaces import TextEnhancer as TextEnhancer
+    from mfuser.interfaces import VisionBackbone as VisionBackbone
+    from mfuser.interfaces import VisionLanguageBackbone as VisionLanguageBackbone
+    from mfuser.model import DGSSModel as DGSSModel
+    from mfuser.pairing import PairingSpec as PairingSpec
+    from mfuser.plugins import components as components
+    from mfuser.registry import Registry as Registry
+    from mfuser.registry import load_registry as load_registry
+    from mfuser.specs import BackboneSpec as BackboneSpec
+    from mfuser.specs import DatasetSpec as DatasetSpec
+    from mfuser.specs import DecoderSpec as DecoderSpec
+    from mfuser.specs import EnhancerSpec as EnhancerSpec
+    from mfuser.specs import FusionSpec as FusionSpec
+    from mfuser.specs import Options as Options
+    from mfuser.specs import TokenShape as TokenShape
+    from mfuser.specs import VisionLanguageSpec as VisionLanguageSpec
+    from mfuser.specs import VisionSpec as VisionSpec
+    from mfuser.specs import component_of as component_of
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mfuser' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"mfuser.{_HOME[name]}"), name)

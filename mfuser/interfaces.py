@@ -1,0 +1,220 @@
+"""What the parts of a model promise each other.
+
+Letters used in shapes throughout: B batch, N tokens, T patch tokens, L sequence, D width,
+C joint text-image width, K classes, Q queries, (h, w) patch grid, (H, W) pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mfuser.specs import TokenShape
+
+IGNORE = 255
+"""The label of pixels that no class is asked of."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One encoder's tokens on their way through its blocks.
+
+    tokens: (B, N, D), prefix tokens first, then the grid row by row.
+    grid: (h, w).
+    state: opaque, belongs to one `embed` call (rotary tables, relative-position bias, …).
+    """
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    state: Any = None
+
+
+class VisionBackbone(nn.Module, ABC):
+    """A transformer image encoder that can be stepped block by block.
+
+    `embed`, then every `block` in order, then `finish` equals the library's own forward up to its
+    final norm. Blocks may not be skipped, reordered or called twice; tokens between blocks may
+    change in value, never in number or order.
+
+    Always in evaluation mode (no drop path, no patch dropout), frozen or not.
+    """
+
+    embed_dim: int
+    depth: int
+    num_prefix_tokens: int
+    """Prefix tokens *while stepping* (CaiT's class token joins later, so it has none)."""
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int]
+    grid: tuple[int, int]
+    """Patches (h, w) of an image of `image_size`."""
+    license: str | None = None
+    """The weights' licence where their publisher states one."""
+
+    mean: Tensor
+    std: Tensor
+
+    def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Image statistics (RGB in [0, 1]) of the weights: from their tag, never guessed."""
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) RGB in [0, 1] -> the same, as this backbone's weights expect it."""
+        return (images - self.mean) / self.std
+
+    @property
+    def token_shape(self) -> TokenShape:
+        return TokenShape(self.embed_dim, self.grid, self.num_prefix_tokens)
+
+    @abstractmethod
+    def resize(self, image_size: tuple[int, int], patch_size: int | None = None) -> None:
+        """Resample positions (and the patch kernel) for another image or patch size, in place.
+
+        Always from the original tables, so that repeated calls do not blur.
+        """
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Stream:
+        """Normalised images (B, 3, H, W) of `image_size` -> the tokens before the first block.
+
+        Raises MFuserError if the images have another size.
+        """
+
+    @abstractmethod
+    def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
+        """(B, N, D) -> (B, N, D): transformer block `i`."""
+
+    @abstractmethod
+    def finish(self, tokens: Tensor, state: Any) -> Tensor:
+        """(B, N, D) -> (B, N, D): the final norm where it belongs before `project`, or nothing."""
+
+    def train(self, mode: bool = True) -> VisionBackbone:
+        super().train(False)
+        return self
+
+
+class VisionLanguageBackbone(VisionBackbone):
+    """A vision backbone with an aligned text encoder."""
+
+    text_dim: int
+    """C: width of the joint space."""
+    context_dim: int
+    """Width of the text encoder's tokens, where prompt context is injected (not C)."""
+    alignment: Literal["softmax", "sigmoid"] = "softmax"
+
+    def project(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Tensor]:
+        """(B, N, D) after `finish` -> the joint space: global (B, 1, C), dense (B, T, C)."""
+        raise NotImplementedError
+
+    def tokenize(self, class_names: list[str], slots: int) -> Tensor:
+        """Class names -> ids (K, slots), int64, start and end tokens included.
+
+        Raises MFuserError if a name does not fit, saying how many slots it needs.
+        """
+        raise NotImplementedError
+
+    def encode_text(self, ids: Tensor, context: Tensor | None = None) -> Tensor:
+        """ids (K, slots), context (n, context_dim) after the first token -> (K, C).
+
+        With an empty context it equals the library's own text encoding of `ids`.
+        """
+        raise NotImplementedError
+
+    def logit_scale_bias(self) -> tuple[Tensor, Tensor | None]:
+        """The contrastive temperature exp(logit_scale) and, for sigmoid models, the bias."""
+        raise NotImplementedError
+
+
+class FusionAdapter(nn.Module, ABC):
+    """Sits after a pair of blocks; what it returns is added to both encoders' tokens."""
+
+    @abstractmethod
+    def forward(
+        self,
+        vfm_tokens: Tensor | None,
+        vlm_tokens: Tensor | None,
+        vfm_grid: tuple[int, int] | None = None,
+        vlm_grid: tuple[int, int] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens (B, N_v, D_v), (B, N_l, D_l) -> offsets of the same shapes.
+
+        With one encoder alone the other's tokens, grid and offset are None.
+        """
+
+
+class TextEnhancer(nn.Module, ABC):
+    @abstractmethod
+    def forward(self, text: Tensor, visual: Tensor) -> Tensor:
+        """Class embeddings (B, K, C), visual tokens (B, 1 + T, C), global first -> (B, K, C)."""
+
+
+@dataclass
+class DecoderOutput:
+    """Predictions, from the first to the last (deep supervision); the last one counts.
+
+    masks: each (B, Q, h, w), logits. classes: each (B, Q, K + 1), logits, "no object" last; empty
+    for decoders that answer per pixel (then Q = K). extra: whatever else `loss` wants.
+    """
+
+    masks: list[Tensor]
+    classes: list[Tensor] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Decoder(nn.Module, ABC):
+    @abstractmethod
+    def forward(self, pyramid: list[Tensor], queries: Tensor | None = None) -> DecoderOutput:
+        """Features at strides 4, 8, 16, 32 (finest first), class queries (B, K, C) or None."""
+
+    @abstractmethod
+    def loss(self, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
+        """Labels (B, H, W) int64, 255 ignored -> named scalars; their sum is minimised."""
+
+    @abstractmethod
+    def semantic_logits(self, output: DecoderOutput, size: tuple[int, int]) -> Tensor:
+        """-> class scores (B, K, *size)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """image: uint8 (H, W, 3) RGB; label: int64 (H, W), train ids, 255 ignored; name: for people."""
+
+    image: np.ndarray
+    label: np.ndarray
+    name: str
+
+
+class Dataset(ABC):
+    """Labelled images of one domain; plain indexing, no augmentation.
+
+    classes: names of the label space. class_ids: which of them occur in this dataset's
+    definition (CamVid's labels cover 11 of the 19); only these can be scored.
+    """
+
+    classes: tuple[str, ...]
+    class_ids: tuple[int, ...]
+    test_size: tuple[int, int] | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Raises DataError naming the file if an image or its label cannot be used."""
+
+    def name(self, index: int) -> str:
+        """The sample's name, without reading it."""
+        return str(index)
+
+    def label(self, index: int) -> np.ndarray:
+        """The label alone, int64 (H, W), where that is cheaper than the whole sample."""
+        return self[index].label
+
+    def fingerprint(self) -> str:
+        """Changes when the dataset's contents may have; keys cached statistics."""
+        raise NotImplementedError

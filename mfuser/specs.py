@@ -1,0 +1,223 @@
+"""Specs: the options of every component, as pydantic models.
+
+A component is one spec class. Its fields are its options, its docstring is its help, and its
+`build` makes the module from what the partners declare, so that nothing is typed twice. The kind
+follows from the base class; the name is given where the class is defined:
+
+    class SwapSpec(FusionSpec, name="swap"):
+        share: PositiveFloat = 0.1
+        def build(self, vfm, vlm): ...
+
+This module imports pydantic alone: specs can be listed and validated without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationInfo,
+)
+
+from mfuser.errors import PluginError
+
+if TYPE_CHECKING:
+    from mfuser import interfaces
+
+Size = tuple[PositiveInt, PositiveInt]
+"""(height, width) in pixels; a single integer in a registry means a square."""
+
+
+def _square(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+ImageSize = Annotated[Size, BeforeValidator(_square)]
+
+
+class Options(BaseModel):
+    """A table of options: unknown keys are refused, values cannot be changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Spec(Options):
+    """The options of one component. Subclass the base of a kind, never this class."""
+
+    kind: ClassVar[str] = ""
+    name: str
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is None:
+            if cls.kind and any(base.kind and "name" in vars(base) for base in cls.__mro__[1:]
+                                if issubclass(base, Spec)):
+                raise PluginError(f"spec '{cls.__name__}' has no name: write "
+                                  f'class {cls.__name__}({cls.__bases__[0].__name__}, name="…")')
+            return
+        # Before pydantic collects the fields: the name becomes a literal with itself as default,
+        # which is what tells the members of a kind's union apart.
+        cls.__annotations__ = {**vars(cls).get("__annotations__", {}), "name": Literal[name]}
+        cls.name = name
+
+    @classmethod
+    def component(cls) -> str:
+        """The component's name, as written in a registry."""
+        return str(cls.model_fields["name"].default)
+
+
+@dataclass(frozen=True)
+class TokenShape:
+    """What a backbone declares of its token stream at the model's image size.
+
+    A stream is (B, N, embed_dim) with N = num_prefix_tokens + grid[0] * grid[1]:
+    prefix tokens (class, registers) first, then the patch grid row by row.
+    """
+
+    embed_dim: int
+    grid: tuple[int, int]
+    num_prefix_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+
+
+class BackboneSpec(Spec):
+    """What every backbone can be told.
+
+    weights: a tag or name the library knows, a path to a local file (.safetensors, .pth, .pt),
+        or "random". Never guessed: a backbone without its weights is an error.
+    freeze: train nothing in it (the recipe of the paper).
+    patch_size: resample the patch projection to another patch size, e.g. 14 -> 16.
+    """
+
+    freeze: bool = True
+    patch_size: PositiveInt | None = None
+
+
+class VisionSpec(BackboneSpec):
+    """A vision foundation model."""
+
+    kind: ClassVar[str] = "vision"
+
+    def build(self, image_size: Size) -> interfaces.VisionBackbone:
+        """The backbone for images of `image_size` (height, width), weights loaded."""
+        raise NotImplementedError
+
+
+class VisionLanguageSpec(BackboneSpec):
+    """A vision-language model: a vision backbone with an aligned text encoder."""
+
+    kind: ClassVar[str] = "vision_language"
+
+    def build(self, image_size: Size) -> interfaces.VisionLanguageBackbone:
+        """The backbone for images of `image_size` (height, width), weights loaded."""
+        raise NotImplementedError
+
+
+class FusionSpec(Spec):
+    """Modules between the blocks that let the two encoders exchange what they see.
+
+    every: an adapter after every N-th pair of blocks (paper, table 11).
+    """
+
+    kind: ClassVar[str] = "fusion"
+    single_tower: ClassVar[bool] = False
+    """Whether it also works with one encoder alone (the other's shape is then None)."""
+
+    every: PositiveInt = 1
+
+    def build(
+        self, vfm: TokenShape | None, vlm: TokenShape | None
+    ) -> interfaces.FusionAdapter | None:
+        """One adapter; called once per fused position. None: the encoders are not fused."""
+        raise NotImplementedError
+
+
+class EnhancerSpec(Spec):
+    """What turns class text embeddings into class queries for this image."""
+
+    kind: ClassVar[str] = "enhancer"
+
+    def build(self, text_dim: int, num_classes: int) -> interfaces.TextEnhancer:
+        """`text_dim` is the joint text-image width C."""
+        raise NotImplementedError
+
+
+class DecoderSpec(Spec):
+    """What turns the feature pyramid, and class queries if it takes them, into masks."""
+
+    kind: ClassVar[str] = "decoder"
+    needs_text: ClassVar[bool] = False
+    """Whether it needs class queries, hence a vision-language model."""
+
+    def build(
+        self, channels: tuple[int, ...], num_classes: int, text_dim: int | None
+    ) -> interfaces.Decoder:
+        """`channels` of the pyramid levels, finest first; `text_dim` None without a VLM."""
+        raise NotImplementedError
+
+
+class DatasetSpec(Spec):
+    """Labelled images of one domain.
+
+    split: "train" or "val", as the dataset's own folders define them.
+    test_size: (width, height) that images are resized into, keeping their ratio, before they are
+        segmented; labels stay as they are. None: as stored.
+    """
+
+    kind: ClassVar[str] = "dataset"
+    needs_root: ClassVar[bool] = True
+    """False for datasets made on the fly."""
+
+    split: Literal["train", "val"] | None = None
+    test_size: Size | None = None
+
+    def build(self, root: Path | None, split: str) -> interfaces.Dataset:
+        """The dataset below `root`; `split` is what the caller wants where the spec says none."""
+        raise NotImplementedError
+
+    def expand(self) -> list[DatasetSpec]:
+        """The domains this stands for as a target: itself, or one per condition (ACDC)."""
+        return [self]
+
+    def label(self) -> str:
+        """The domain's name in reports, e.g. "acdc:fog"."""
+        return self.component()
+
+
+KINDS: dict[str, type[Spec]] = {
+    base.kind: base
+    for base in (
+        VisionSpec, VisionLanguageSpec, FusionSpec, EnhancerSpec, DecoderSpec, DatasetSpec,
+    )
+}
+
+
+def component_of(*kinds: str) -> Any:
+    """A field that holds a component of one of these kinds, whichever plugin offers it.
+
+    Validated by the spec class that owns the name, which the validation context knows
+    (`model_validate(data, context={"components": components})`). The first kind that has the
+    name wins. The string "linear" is short for {name = "linear"}.
+    """
+
+    def validate(value: Any, info: ValidationInfo) -> Spec:
+        if isinstance(value, Spec):
+            return value
+        components = (info.context or {}).get("components")
+        if components is None:
+            from mfuser.plugins import installed_components
+
+            components = installed_components()
+        return components.validate(kinds, value)
+
+    return Annotated[SerializeAsAny[Spec], BeforeValidator(validate)]

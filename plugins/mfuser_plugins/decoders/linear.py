@@ -1,0 +1,52 @@
+"""A linear probe: one 1x1 convolution on the pyramid levels, concatenated."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mfuser import IGNORE, Decoder, DecoderOutput, DecoderSpec, hookimpl
+
+
+class Linear(Decoder):
+    """Batch norm and one linear map on the concatenated levels, at the resolution of the finest.
+
+    The probe of DINOv2's segmentation study (Oquab et al. 2023, section 7.4): what it cannot
+    read off, the features do not hold.
+    """
+
+    def __init__(self, channels: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(sum(channels))
+        self.classify = nn.Conv2d(sum(channels), num_classes, 1)
+
+    def forward(self, pyramid: list[Tensor], queries: Tensor | None = None) -> DecoderOutput:
+        size = pyramid[0].shape[-2:]
+        levels = [
+            F.interpolate(level, size, mode="bilinear", align_corners=False) for level in pyramid
+        ]
+        return DecoderOutput([self.classify(self.norm(torch.cat(levels, 1)))])
+
+    def loss(self, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.semantic_logits(output, (labels.shape[-2], labels.shape[-1]))
+        valid = (labels != IGNORE).sum().clamp(min=1)
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return {"loss_ce": loss / valid}
+
+    def semantic_logits(self, output: DecoderOutput, size: tuple[int, int]) -> Tensor:
+        return F.interpolate(output.masks[-1], size, mode="bilinear", align_corners=False)
+
+
+class LinearSpec(DecoderSpec, name="linear"):
+    """A linear probe on the feature pyramid, trained with cross-entropy. Takes no text."""
+
+    def build(
+        self, channels: tuple[int, ...], num_classes: int, text_dim: int | None
+    ) -> Linear:
+        return Linear(channels, num_classes)
+
+
+@hookimpl
+def mfuser_components() -> list[type[DecoderSpec]]:
+    return [LinearSpec]
