@@ -1,0 +1,1 @@
+"""The selective scan: one operator, one naive reference, one file or folder for each backend."""

@@ -1,0 +1,247 @@
+"""Backend `chunked`: the scan in plain PyTorch, on any device, without a loop over every step.
+
+The sequence is cut into spans, the spans into chunks of 32 steps. A span walks through all its
+chunks at once: 32 steps give each chunk's own end state, a short loop carries states from chunk
+to chunk, and 32 steps more give every state. The backward recomputes each span from its start
+state and runs the same three phases in reverse.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mfuser_kernels.scan.inputs import ScanInputs
+from mfuser_kernels.scan.reference import compute_dtype
+
+CHUNK = 32
+# Bytes of one tensor (B, span, D, N): a few of them should fit a CPU's last-level cache.
+SPAN_BYTES = {"cpu": 4 << 20}
+SPAN_BYTES_DEVICE = 256 << 20
+
+
+def unusable() -> str:
+    return ""
+
+
+def refuses(device: str, dtype: torch.dtype, initial_state: bool) -> str:
+    return ""
+
+
+def span_length(x: ScanInputs) -> int:
+    """Steps of one span: whole chunks, at least one."""
+    size = SPAN_BYTES.get(x.u.device.type, SPAN_BYTES_DEVICE)
+    step = 4 * max(1, x.batch * x.width * x.states)
+    return max(1, min(size // (CHUNK * step), -(-x.length // CHUNK))) * CHUNK
+
+
+def saved_shape(x: ScanInputs) -> tuple[int, ...]:
+    """Start states of the spans."""
+    return (-(-x.length // span_length(x)), x.batch, x.width, x.states)
+
+
+class Span:
+    """One span's slice of the inputs, padded to whole chunks of steps that change no state.
+
+    Letters after the glossary: K chunks, T steps of a chunk, E = D / G channels of a group.
+    """
+
+    def __init__(self, x: ScanInputs, start: int, stop: int) -> None:
+        self.x, self.start, self.stop = x, start, stop
+        self.chunks = -(-(stop - start) // CHUNK)
+        self.pad = self.chunks * CHUNK - (stop - start)
+        self.dtype = compute_dtype(x.u.dtype)
+        self.groups, self.share = x.groups, x.width // x.groups
+        self.u = self.cut(x.u)  # (T, B, K, G, E)
+        self.raw = self.cut(x.delta)
+        self.delta = self.raw
+        if x.delta_bias is not None:
+            self.raw = self.raw + self.per_channel(x.delta_bias)
+            self.delta = self.raw
+        if x.delta_softplus:
+            self.delta = F.softplus(self.raw)
+        if self.pad:  # softplus of the padding is not zero, and zero is what leaves a state alone
+            self.delta = self.delta.masked_fill(self.padding(), 0)
+        self.A = self.per_channel(x.A)  # (G, E, N)
+        self.B, self.C = self.cut_matrix(x.B), self.cut_matrix(x.C)
+
+    def cut(self, t: Tensor) -> Tensor:
+        """(B, L, D) to (T, B, K, G, E)."""
+        t = t[:, self.start : self.stop].to(self.dtype)
+        if self.pad:
+            t = F.pad(t, (0, 0, 0, self.pad))
+        t = t.reshape(t.shape[0], self.chunks, CHUNK, self.groups, self.share)
+        return t.permute(2, 0, 1, 3, 4).contiguous()
+
+    def join(self, t: Tensor) -> Tensor:
+        """(T, B, K, G, E) to (B, span, D)."""
+        t = t.permute(1, 2, 0, 3, 4).reshape(t.shape[1], self.chunks * CHUNK, -1)
+        return t[:, : self.stop - self.start]
+
+    def padding(self) -> Tensor:
+        step = torch.arange(self.chunks * CHUNK, device=self.x.u.device)
+        outside = step >= self.stop - self.start
+        return outside.view(self.chunks, CHUNK).t().reshape(CHUNK, 1, self.chunks, 1, 1)
+
+    def per_channel(self, t: Tensor) -> Tensor:
+        """(D, ...) to (G, E, ...)."""
+        return t.to(self.dtype).reshape(self.groups, self.share, *t.shape[1:])
+
+    def cut_matrix(self, m: Tensor) -> Tensor:
+        """B or C to (T, B, K, G, 1, N), or (G, E, N) if it is the same at every step."""
+        if m.dim() == 2:
+            return self.per_channel(m)
+        m = m[:, self.start : self.stop].to(self.dtype)
+        if self.pad:
+            m = F.pad(m, (0, 0, 0, 0, 0, self.pad))
+        m = m.reshape(m.shape[0], self.chunks, CHUNK, self.groups, 1, m.shape[3])
+        return m.permute(2, 0, 1, 3, 4, 5)
+
+    def scan(self, start_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Decays and states of every step (T, B, K, G, E, N), and the state at the end."""
+        decay = torch.exp(self.delta[..., None] * self.A)
+        states = (self.delta * self.u)[..., None] * self.B
+        end = states[0].clone()  # (B, K, G, E, N)
+        for t in range(1, CHUNK):
+            end = torch.addcmul(states[t], decay[t], end)
+        through = torch.exp(self.delta.sum(0)[..., None] * self.A)
+        carried, starts = carry(through, end, start_state, reverse=False)
+        state = starts
+        for t in range(CHUNK):
+            state = states[t].addcmul_(decay[t], state)
+        return decay, states, carried
+
+    def scan_back(
+        self, decay: Tensor, d_states: Tensor, d_end: Tensor, starts_decay: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """In place: direct gradients of the states to their whole gradients; and the carry."""
+        own = d_states[-1].clone()
+        for t in range(CHUNK - 2, -1, -1):
+            own = torch.addcmul(d_states[t], decay[t + 1], own)
+        own = own * decay[0]
+        carried, ends = carry(starts_decay, own, d_end, reverse=True)
+        grad = d_states[-1].add_(ends)
+        for t in range(CHUNK - 2, -1, -1):
+            grad = d_states[t].addcmul_(decay[t + 1], grad)
+        return d_states, carried
+
+    def weigh(self, states: Tensor, m: Tensor) -> Tensor:
+        """Sum over n of states and B or C: (T, B, K, G, E)."""
+        if m.dim() == 6:
+            return torch.matmul(states, m.transpose(-1, -2)).squeeze(-1)
+        return (states * m).sum(-1)
+
+    def matrix_grad(self, states: Tensor, weight: Tensor, m: Tensor) -> Tensor:
+        """Gradient of B or C: (B, span, G, N), or (D, N)."""
+        if m.dim() == 6:
+            g = torch.matmul(weight.unsqueeze(-2), states).squeeze(-2)  # (T, B, K, G, N)
+            g = g.permute(1, 2, 0, 3, 4).reshape(g.shape[1], -1, self.groups, g.shape[4])
+            return g[:, : self.stop - self.start]
+        return torch.einsum("tbkgen,tbkge->gen", states, weight).reshape(self.x.width, -1)
+
+
+def carry(through: Tensor, own: Tensor, first: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """State after the last chunk, and the state each chunk starts with (B, K, G, E, N)."""
+    starts = torch.empty_like(own)
+    state = first
+    chunks = range(own.shape[1])
+    for k in reversed(chunks) if reverse else chunks:
+        starts[:, k] = state
+        state = torch.addcmul(own[:, k], through[:, k], state)
+    return state, starts
+
+
+def first_state(x: ScanInputs) -> Tensor:
+    """(B, G, E, N)."""
+    shape = (x.batch, x.groups, x.width // x.groups, x.states)
+    dtype = compute_dtype(x.u.dtype)
+    if x.initial_state is None:
+        return x.u.new_zeros(shape, dtype=dtype)
+    return x.initial_state.to(dtype).reshape(shape)
+
+
+def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    state = first_state(x)
+    span = span_length(x)
+    out = torch.empty(x.u.shape, dtype=x.u.dtype, device=x.u.device)
+    saved = state.new_empty(saved_shape(x) if training else (0,))
+    for i, start in enumerate(range(0, x.length, span)):
+        stop = min(start + span, x.length)
+        s = Span(x, start, stop)
+        if training:
+            saved[i] = state.flatten(1, 2)
+        _, states, state = s.scan(state)
+        y = s.weigh(states, s.C)
+        if x.D is not None:
+            y += s.per_channel(x.D) * s.u
+        y = s.join(y)
+        if x.z is not None:
+            y = y * F.silu(x.z[:, start:stop].to(s.dtype))
+        out[:, start:stop] = y
+    return out, state.flatten(1, 2).contiguous(), saved
+
+
+def backward(
+    x: ScanInputs, d_out: Tensor | None, d_last_state: Tensor | None, saved: Tensor
+) -> list[Tensor | None]:
+    dtype = compute_dtype(x.u.dtype)
+    grads = [
+        None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device)
+        for t in x.tensors()
+    ]
+    du, d_delta, dA, dB, dC, dD, dz, d_bias, d_first = grads
+    carried = torch.zeros_like(first_state(x))
+    if d_last_state is not None:
+        carried = d_last_state.to(dtype).reshape(carried.shape)
+    span = span_length(x)
+    for i in reversed(range(saved.shape[0])):
+        start, stop = i * span, min((i + 1) * span, x.length)
+        s = Span(x, start, stop)
+        start_state = saved[i].reshape(carried.shape)
+        decay, states, _ = s.scan(start_state)  # (T, B, K, G, E, N)
+        dy = torch.zeros_like(s.u) if d_out is None else s.cut(d_out)  # (T, B, K, G, E)
+        if x.z is not None:
+            assert dz is not None
+            z = s.cut(x.z)
+            y = s.weigh(states, s.C)
+            if x.D is not None:
+                y += s.per_channel(x.D) * s.u
+            gate = torch.sigmoid(z)
+            dz[:, start:stop] = s.join(dy * y * gate * (1 + z * (1 - gate)))
+            dy = dy * z * gate
+        _add(dC, s.matrix_grad(states, dy, s.C), start, stop)
+        through = torch.exp(s.delta.sum(0)[..., None] * s.A)
+        q, carried = s.scan_back(decay, dy[..., None] * s.C, carried, through)
+        sum_B = s.weigh(q, s.B)  # (T, B, K, G, E)
+        _add(dB, s.matrix_grad(q, s.delta * s.u, s.B), start, stop)
+        first = start_state.unsqueeze(1)
+        before = torch.cat([first, states[-1, :, :-1]], 1)  # state before each chunk
+        q[0] *= decay[0] * before
+        q[1:] *= decay[1:].mul_(states[:-1])  # gradient of the exponent delta A
+        assert du is not None and d_delta is not None and dA is not None
+        dA += torch.einsum("tbkgen,tbkge->gen", q, s.delta).reshape(dA.shape)
+        d_step = s.u * sum_B + (q * s.A).sum(-1)
+        if x.delta_softplus:
+            d_step = d_step * torch.sigmoid(s.raw)
+        d_u = s.delta * sum_B
+        if x.D is not None:
+            assert dD is not None
+            d_u += dy * s.per_channel(x.D)
+            dD += (dy * s.u).sum((0, 1, 2)).flatten()
+        du[:, start:stop] = s.join(d_u)
+        joined = s.join(d_step)
+        d_delta[:, start:stop] = joined
+        if d_bias is not None:
+            d_bias += joined.sum((0, 1))
+    if d_first is not None:
+        d_first.copy_(carried.reshape(d_first.shape))
+    return grads
+
+
+def _add(total: Tensor | None, part: Tensor, start: int, stop: int) -> None:
+    assert total is not None
+    if total.dim() == 2:
+        total += part
+    else:
+        total[:, start:stop] = part
