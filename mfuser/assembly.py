@@ -1,0 +1,129 @@
+"""From a pairing to a model: build the parts and let them meet at their declared widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mfuser.encoder import PairEncoder, default_taps, lockstep, shapes
+from mfuser.errors import MFuserError
+from mfuser.interfaces import FusionAdapter, VisionBackbone, VisionLanguageBackbone
+from mfuser.model import DGSSModel, Prompt
+from mfuser.pairing import PairingSpec
+from mfuser.pyramid import Pyramid
+from mfuser.specs import DecoderSpec, EnhancerSpec, FusionSpec
+
+if TYPE_CHECKING:
+    from mfuser.registry import Registry
+
+
+def build_model(
+    pairing: str | PairingSpec,
+    registry: Registry | None = None,
+    *,
+    seed: int = 0,
+    **overrides: Any,
+) -> DGSSModel:
+    """Assemble a pairing: by its name in the registry, or from a resolved spec.
+
+    overrides: top-level keys of the pairing, e.g. `fusion="none"`, `image_size=224`,
+        `vfm={"weights": "dinov2.pth"}` (a table without a name changes options).
+    seed: of everything that starts random; the global generator is left as it was.
+
+    Raises RegistryError for a spec that does not hold, WeightsError for missing weights.
+    """
+    if isinstance(pairing, str):
+        if registry is None:
+            from mfuser.registry import load_registry
+
+            registry = load_registry()
+        spec = registry.pairing(pairing, overrides)
+    elif overrides:
+        raise MFuserError("overrides go with a pairing's name; a resolved spec is taken as it is")
+    else:
+        spec = pairing
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _assemble(spec).eval()
+
+
+def _assemble(spec: PairingSpec) -> DGSSModel:
+    backbones: dict[str, VisionBackbone] = {}
+    for role, backbone_spec in spec.encoders().items():
+        try:
+            backbones[role] = backbone_spec.build(spec.image_size)
+        except MFuserError as error:
+            raise type(error)(f"{role} '{backbone_spec.name}': {error}") from error
+    vfm, vlm = backbones.get("vfm"), backbones.get("vlm")
+    assert vlm is None or isinstance(vlm, VisionLanguageBackbone)
+
+    positions = len(lockstep([b.depth for b in backbones.values()]))
+    taps = _taps(spec.taps, positions)
+    encoder = PairEncoder(
+        vfm,
+        vlm,
+        _adapters(spec, backbones, positions),
+        taps,
+        project_vfm=_projection(spec, vfm, vlm),
+        vfm_norm=spec.merge.vfm_norm,
+    )
+    if min(encoder.grid) < 2:
+        raise MFuserError(
+            f"image_size {spec.image_size} leaves a patch grid of {encoder.grid}; the pyramid "
+            "needs at least 2x2 patches"
+        )
+    pyramid = Pyramid(encoder.tap_channels, spec.pyramid.width)
+    text_dim = vlm.text_dim if vlm is not None else None
+    assert isinstance(spec.decoder, DecoderSpec) and isinstance(spec.enhancer, EnhancerSpec)
+    decoder = spec.decoder.build(pyramid.channels, len(spec.classes), text_dim)
+    enhancer = spec.enhancer.build(text_dim or 0, len(spec.classes))
+    prompt = ids = None
+    if vlm is not None:
+        ids = vlm.tokenize(list(spec.classes), spec.prompt.slots)
+        if spec.prompt.context:
+            prompt = Prompt(spec.prompt.context, vlm.context_dim)
+    return DGSSModel(spec, encoder, pyramid, enhancer, decoder, prompt, ids)
+
+
+def _taps(taps: Sequence[int] | None, positions: int) -> tuple[int, ...]:
+    if taps is None:
+        return default_taps(positions)
+    if max(taps) >= positions:
+        raise MFuserError(
+            f"taps {tuple(taps)} go beyond the {positions} positions of this pairing "
+            f"(0 to {positions - 1})"
+        )
+    return tuple(taps)
+
+
+def _adapters(
+    spec: PairingSpec, backbones: Mapping[str, VisionBackbone], positions: int
+) -> dict[int, FusionAdapter]:
+    """An adapter after every N-th position (paper, table 11)."""
+    fusion = spec.fusion
+    assert isinstance(fusion, FusionSpec)
+    built = {
+        p: fusion.build(*shapes(backbones))
+        for p in range(positions)
+        if (p + 1) % fusion.every == 0
+    }
+    return {p: adapter for p, adapter in built.items() if adapter is not None}
+
+
+def _projection(
+    spec: PairingSpec, vfm: VisionBackbone | None, vlm: VisionBackbone | None
+) -> nn.Module | None:
+    if vfm is None or vlm is None:
+        return None
+    wanted = spec.merge.project
+    if wanted is None:
+        wanted = vfm.embed_dim != vlm.embed_dim
+    if not wanted and vfm.embed_dim != vlm.embed_dim:
+        raise MFuserError(
+            f"merge.project = false, but the widths differ (vfm {vfm.embed_dim}, vlm "
+            f"{vlm.embed_dim}); leave it out"
+        )
+    return nn.Linear(vfm.embed_dim, vlm.embed_dim) if wanted else None

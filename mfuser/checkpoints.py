@@ -1,0 +1,221 @@
+"""Checkpoints: what trains, in one safetensors file with the resolved spec inside.
+
+A checkpoint holds the tensors that training changes (adapters, prompt, enhancer, pyramid,
+decoder, encoders that are not frozen) and, for resuming, the optimiser's; its metadata holds the
+resolved pairing and run. It is written under a temporary name, flushed and renamed: the file of
+that name is always a whole one. Nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mfuser.assembly import build_model
+from mfuser.errors import CheckpointError, MFuserError
+from mfuser.model import DGSSModel
+from mfuser.registry import Registry, load_registry
+
+FORMAT = "mfuser-1"
+MODEL, OPTIMISER = "model.", "optimiser."
+
+LAST = "last.safetensors"
+FINAL = "model.safetensors"
+
+
+@dataclass
+class Checkpoint:
+    """model: trained tensors by name. optimiser: "exp_avg.NAME", …; empty in a finished model.
+    meta: "pairing" and "run" as resolved, "step", "frozen" (fingerprints of what is not inside)."""
+
+    model: dict[str, Tensor]
+    optimiser: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.meta["step"])
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The part of the state dict that training changes: all but what lies in frozen encoders."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    frozen_modules = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if name and any(True for _ in module.parameters())
+        and not any(p.requires_grad for p in module.parameters())
+    )
+    state = {}
+    for name, tensor in model.state_dict().items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            keep = not name.startswith(frozen_modules) if frozen_modules else True
+        else:
+            keep = parameter.requires_grad
+        if keep:
+            state[name] = tensor
+    return state
+
+
+def frozen_fingerprint(model: nn.Module) -> dict[str, str]:
+    """A checksum per encoder of a sample of its frozen tensors: tells other weights from these."""
+    prints = {}
+    for role in ("vfm", "vlm"):
+        backbone = getattr(getattr(model, "encoder", None), role, None)
+        if backbone is None:
+            continue
+        crc = 0
+        for _, parameter in sorted(backbone.named_parameters()):
+            if not parameter.requires_grad and parameter.device.type != "meta":
+                flat = parameter.detach().flatten()
+                sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu().numpy()
+                crc = zlib.crc32(sample.tobytes(), crc)
+        prints[role] = f"{crc:08x}"
+    return prints
+
+
+def write(path: Path, checkpoint: Checkpoint) -> None:
+    """Write whole or not at all. Raises CheckpointError if the folder takes no files."""
+    tensors = {MODEL + k: v for k, v in checkpoint.model.items()}
+    tensors |= {OPTIMISER + k: v for k, v in checkpoint.optimiser.items()}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    meta = {"format": FORMAT, **{k: json.dumps(v) for k, v in checkpoint.meta.items()}}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=meta)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def read(path: Path) -> Checkpoint:
+    """Raises CheckpointError if the file is missing, cut off, or not one of ours."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); copy or download it again"
+        ) from error
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} holds tensors but is not a checkpoint of this project (format "
+            f"{meta.get('format', 'none')!r}, expected {FORMAT!r})"
+        )
+    try:
+        decoded = {k: json.loads(v) for k, v in meta.items() if k != "format"}
+        int(decoded["step"])
+        decoded["pairing"], decoded["run"]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its metadata is damaged ({error})") from error
+    return Checkpoint(
+        {k.removeprefix(MODEL): v for k, v in tensors.items() if k.startswith(MODEL)},
+        {k.removeprefix(OPTIMISER): v for k, v in tensors.items() if k.startswith(OPTIMISER)},
+        decoded,
+    )
+
+
+def restore(model: DGSSModel, checkpoint: Checkpoint, path: Path) -> None:
+    """Put the trained tensors into a model assembled from the same spec.
+
+    Raises CheckpointError naming the first tensors that do not fit, or the encoder whose frozen
+    weights are not those the checkpoint was trained with.
+    """
+    expected = trained_state(model)
+    problems = [f"missing {name}" for name in expected if name not in checkpoint.model]
+    problems += [f"unexpected {name}" for name in checkpoint.model if name not in expected]
+    problems += [
+        f"{name} is {tuple(checkpoint.model[name].shape)}, the model has {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in checkpoint.model and checkpoint.model[name].shape != tensor.shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit this pairing: {'; '.join(problems[:3])}"
+            + (f" (and {len(problems) - 3} more)" if len(problems) > 3 else "")
+        )
+    trained_on = checkpoint.meta.get("frozen", {})
+    for role, crc in frozen_fingerprint(model).items():
+        if trained_on.get(role, crc) != crc:
+            raise CheckpointError(
+                f"{path}: the frozen weights of its {role} are not those it was trained with; give "
+                f"the same weights (--set {role}.weights=…)"
+            )
+    model.load_state_dict(checkpoint.model, strict=False)
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    registry: Registry | None = None,
+    settings: list[str] | None = None,
+) -> tuple[DGSSModel, Checkpoint]:
+    """A trained model from a run folder or a checkpoint file, from its own spec alone.
+
+    settings: "vfm.weights=PATH" and the like, where the frozen encoders' weights have moved.
+    """
+    file = find(Path(path))
+    checkpoint = read(file)
+    registry = registry or load_registry()
+    try:
+        spec = registry.saved_pairing(checkpoint.meta["pairing"], settings or (), str(file))
+    except MFuserError as error:
+        plugins = checkpoint.meta["run"].get("plugins")
+        hint = f" (it was trained with --plugin {' --plugin '.join(plugins)})" if plugins else ""
+        raise CheckpointError(f"{error}{hint}") from error
+    model = build_model(spec, seed=checkpoint.meta["run"].get("seed", 0))
+    restore(model, checkpoint, file)
+    return model.eval(), checkpoint
+
+
+def find(path: Path) -> Path:
+    """The checkpoint in a run folder: the finished model, else the last one saved."""
+    if path.is_dir():
+        for name in (FINAL, LAST):
+            if (path / name).is_file():
+                return path / name
+        raise CheckpointError(f"{path} holds no run: neither {FINAL} nor {LAST} is there")
+    if not path.exists():
+        raise CheckpointError(f"there is no run folder or checkpoint {path}")
+    return path
+
+
+def to_optimiser_state(
+    optimiser: torch.optim.Optimizer, names: dict[nn.Parameter, str]
+) -> dict[str, Tensor]:
+    """The optimiser's tensors, by parameter name."""
+    return {
+        f"{key}.{names[p]}": value
+        for p, state in optimiser.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def from_optimiser_state(
+    optimiser: torch.optim.Optimizer, names: dict[nn.Parameter, str], saved: dict[str, Tensor]
+) -> None:
+    by_name = {name: p for p, name in names.items()}
+    for key, value in saved.items():
+        slot, _, name = key.partition(".")
+        if name not in by_name:
+            raise CheckpointError(f"the checkpoint's optimiser knows a tensor {name} that the model lacks")
+        parameter = by_name[name]
+        # AdamW keeps its step count on the CPU.
+        target = value.clone() if slot == "step" else value.to(parameter.device)
+        optimiser.state[parameter][slot] = target

@@ -1,0 +1,1 @@
+"""Images and labels: reading, augmentation, sampling."""

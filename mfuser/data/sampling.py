@@ -1,0 +1,238 @@
+"""Which image comes next: rare-class sampling, or every image once per epoch.
+
+Nothing here keeps a history. What sample (seed, step, slot) is follows from these numbers alone,
+so that a resumed run, or one on another number of processes, sees the same images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from mfuser.data.images import UnreadableImage
+from mfuser.errors import DataError
+from mfuser.interfaces import IGNORE, Dataset
+
+FORMAT = 1
+"""Version of the cached statistics."""
+
+
+def sample_rng(*key: int) -> np.random.Generator:
+    """The generator of one sample, from non-negative integers such as (seed, step, slot)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """Pixels of each class in each image of a dataset.
+
+    pixels: int64 (number of images, K).
+    unreadable: names of images whose label could not be read; their counts are 0.
+    """
+
+    pixels: np.ndarray
+    unreadable: tuple[str, ...] = ()
+
+    @property
+    def frequencies(self) -> np.ndarray:
+        """(K,) the share of all labelled pixels that each class covers, in [0, 1]."""
+        totals = self.pixels.sum(axis=0)
+        return totals / max(int(totals.sum()), 1)
+
+
+def class_statistics(
+    dataset: Dataset,
+    cache_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    workers: int = 1,
+    skip_unreadable: bool = False,
+) -> ClassStatistics:
+    """Count the classes in every label, or read the counts from an earlier time.
+
+    cache_dir: folder for the cache, a JSON file named by the dataset's fingerprint, made if need
+    be. progress: called with (labels read, labels in all). workers: threads that read labels;
+    more than one only where `dataset.label` allows it. skip_unreadable: count nothing in a label
+    that cannot be read, instead of failing.
+    Raises DataError for labels that cannot be used and a cache folder that cannot be written,
+    the latter before any label is read.
+    """
+    fingerprint = dataset.fingerprint() if cache_dir is not None else ""
+    path = None
+    if cache_dir is not None:
+        key = sha256(fingerprint.encode()).hexdigest()[:16]
+        path = cache_dir / f"class-statistics-{key}.json"
+        known = _load(path, fingerprint, len(dataset), len(dataset.classes))
+        if known is not None and (skip_unreadable or not known.unreadable):
+            return known
+        _writable(cache_dir)
+    statistics = _count(dataset, progress, max(workers, 1), skip_unreadable)
+    if path is not None:
+        _save(path, fingerprint, statistics)
+    return statistics
+
+
+def _count(
+    dataset: Dataset,
+    progress: Callable[[int, int], None] | None,
+    workers: int,
+    skip_unreadable: bool,
+) -> ClassStatistics:
+    size, num_classes = len(dataset), len(dataset.classes)
+    pixels = np.zeros((size, num_classes), np.int64)
+    unreadable = []
+
+    def read(index: int) -> np.ndarray | None:
+        try:
+            label = dataset.label(index)
+        except UnreadableImage:
+            if not skip_unreadable:
+                raise
+            return None
+        counts = np.bincount(label.ravel(), minlength=IGNORE + 1)
+        strange = np.flatnonzero(counts[num_classes:]) + num_classes
+        strange = strange[strange != IGNORE]
+        if len(strange):
+            raise DataError(
+                f"{dataset.name(index)}: label {int(strange[0])} is none of the train ids 0 to "
+                f"{num_classes - 1}, nor {IGNORE} (ignored)"
+            )
+        return counts[:num_classes]
+
+    def results() -> Iterable[np.ndarray | None]:
+        if workers == 1:
+            yield from map(read, range(size))
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            # A few at a time: an error must not wait for labels that nobody needs.
+            indices = iter(range(size))
+            while batch := list(islice(indices, 4 * workers)):
+                yield from pool.map(read, batch)
+
+    for index, counts in enumerate(results()):
+        if counts is None:
+            unreadable.append(dataset.name(index))
+        else:
+            pixels[index] = counts
+        if progress is not None:
+            progress(index + 1, size)
+    return ClassStatistics(pixels, tuple(unreadable))
+
+
+def _load(path: Path, fingerprint: str, size: int, num_classes: int) -> ClassStatistics | None:
+    """The cached counts; None if there are none or they are of something else, or damaged."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        if data["format"] != FORMAT or data["fingerprint"] != fingerprint:
+            return None
+        pixels = np.asarray(data["pixels"], np.int64).reshape(-1, num_classes)
+        unreadable = tuple(str(name) for name in data["unreadable"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+    if len(pixels) != size or (pixels < 0).any():
+        return None
+    return ClassStatistics(pixels, unreadable)
+
+
+def _save(path: Path, fingerprint: str, statistics: ClassStatistics) -> None:
+    data = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "unreadable": statistics.unreadable,
+        "pixels": statistics.pixels.tolist(),
+    }
+    handle, name = tempfile.mkstemp(".tmp", path.stem, path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, separators=(",", ":"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"the folder {folder} for the class statistics cannot be written: {error.strerror}; "
+            "name another"
+        ) from error
+
+
+class RareClassSampler:
+    """Images drawn by class, rare classes first (DAFormer, Hoyer et al. 2022, section 3.3).
+
+    P(c) is proportional to exp((1 - f_c) / temperature), f_c the frequency of class c in [0, 1];
+    then an image is drawn uniformly from those that show c with at least `min_pixels` (a class
+    that no image shows so well: from those that show it at all). Classes that no image shows are
+    never drawn. At the released temperature of 100 P is nearly uniform; DAFormer uses 0.01.
+    """
+
+    def __init__(
+        self, statistics: ClassStatistics, temperature: float = 100.0, min_pixels: int = 3000
+    ) -> None:
+        if not temperature > 0:
+            raise DataError(f"the temperature of rare-class sampling is above 0, not {temperature}")
+        images: dict[int, np.ndarray] = {}
+        for c, pixels in enumerate(statistics.pixels.T):
+            for least in (max(min_pixels, 1), 1):
+                found = np.flatnonzero(pixels >= least)
+                if len(found):
+                    images[c] = found
+                    break
+        if not images:
+            raise DataError(
+                "rare-class sampling has no class to draw: no label of the source holds a train id"
+            )
+        self.images = images
+        """Class id -> indices of the images it is drawn from."""
+        self.classes = np.array(list(images))
+        rarity = (1.0 - statistics.frequencies[self.classes]) / temperature
+        weights = np.exp(rarity - rarity.max())
+        self.probabilities = weights / weights.sum()
+        """(number of classes,) as `classes`."""
+        self._cumulative = np.cumsum(self.probabilities)
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int]:
+        """(index of an image, class id that its crop should show)."""
+        place = np.searchsorted(self._cumulative, rng.random() * self._cumulative[-1], "right")
+        wanted = int(self.classes[min(int(place), len(self.classes) - 1)])
+        images = self.images[wanted]
+        return int(images[rng.integers(len(images))]), wanted
+
+
+class ShuffledSampler:
+    """Every image once per epoch, in an order that depends on the seed and the epoch."""
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise DataError("the source has no image to draw")
+        self.size = size
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def index_at(self, seed: int, position: int) -> int:
+        """The image at `position`, counted over all epochs."""
+        epoch, place = divmod(position, self.size)
+        order = self._orders.get((seed, epoch))
+        if order is None:
+            order = sample_rng(seed, epoch).permutation(self.size)
+            # Processes of one run are at most an epoch apart: two orders are enough.
+            while len(self._orders) > 1:
+                self._orders.pop(next(iter(self._orders)))
+            self._orders[seed, epoch] = order
+        return int(order[place])
