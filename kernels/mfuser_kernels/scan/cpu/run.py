@@ -1,0 +1,206 @@
+"""Lays the tensors out as the CPU kernels read them, and shares the work among threads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mfuser_kernels.scan.cpu import compiler, kernels, pool
+from mfuser_kernels.scan.cpu.kernels import BACKWARD_LANES, CHUNK, FORWARD_LANES, Variant
+from mfuser_kernels.scan.cpu.vector import LOG2_E
+from mfuser_kernels.scan.inputs import ScanInputs
+
+# Channels of one backward task. Not a matter of the number of threads: each task has its own sum
+# of dB and dC, and their order of addition must not change. 64 channels make 16 tasks of the
+# MVFuser's 2 x 512 and 2.7 MB of partial sums each for dB and dC.
+TASK_CHANNELS = 64
+# Fewer state updates than this (about 50 us) are not worth waking a thread for.
+ALONE = 1 << 20
+
+
+def padded(x: ScanInputs) -> tuple[int, int]:
+    """Channels of a group and of all groups, filled up to whole lane blocks."""
+    share = -(-(x.width // x.groups) // FORWARD_LANES) * FORWARD_LANES
+    return share, share * x.groups
+
+
+def saved_shape(x: ScanInputs) -> tuple[int, ...]:
+    """States at the start of each chunk."""
+    return (x.batch, -(-x.length // CHUNK), x.states, padded(x)[1])
+
+
+class Layout:
+    """One scan's tensors, made contiguous and padded, and the table that names them."""
+
+    def __init__(self, x: ScanInputs) -> None:
+        self.x = x
+        self.share, self.width = padded(x)
+        self.fill = self.share - x.width // x.groups
+        self.dtype = torch.bfloat16 if x.u.dtype == torch.bfloat16 else torch.float32
+        constant = [m.dim() == 2 for m in (x.B, x.C)]
+        A = x.A.detach().double()
+        grows = not x.delta_softplus or bool((A > 0).any())
+        self.variant = Variant(
+            x.states,
+            self.dtype == torch.bfloat16,
+            x.delta_softplus,
+            x.z is not None,
+            *constant,
+            grows,
+        )
+        self.fields: dict[str, int] = {
+            "length": x.length,
+            "width": self.width,
+            "groups": x.groups,
+            "group_width": self.share,
+        }
+        self.held: list[Tensor] = []
+        self.hold(u=self.rows(x.u), delta=self.rows(x.delta))
+        self.hold(A=self.table(A * LOG2_E), B=self.matrix(x.B), C=self.matrix(x.C))
+        zeros = x.u.new_zeros(x.width, dtype=torch.float32)
+        self.hold(
+            D=self.channels(zeros if x.D is None else x.D),
+            bias=self.channels(zeros if x.delta_bias is None else x.delta_bias),
+        )
+        if x.z is not None:
+            self.hold(z=self.rows(x.z))
+
+    def hold(self, **tensors: Tensor) -> None:
+        """Enter tensors into the table and keep them alive."""
+        for name, t in tensors.items():
+            assert t.is_contiguous()
+            self.fields[name] = t.data_ptr()
+            self.held.append(t)
+
+    def channels(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(..., D) to (..., Dp)."""
+        t = t.to(dtype)
+        if self.fill:
+            t = F.pad(t.unflatten(-1, (self.x.groups, -1)), (0, self.fill)).flatten(-2)
+        return t.contiguous()
+
+    def rows(self, t: Tensor) -> Tensor:
+        return self.channels(t, self.dtype)
+
+    def table(self, t: Tensor) -> Tensor:
+        """(..., D, N) to (..., N, Dp)."""
+        return self.channels(t.transpose(-1, -2))
+
+    def matrix(self, m: Tensor) -> Tensor:
+        return self.table(m) if m.dim() == 2 else m.float().contiguous()
+
+    def strip(self, t: Tensor) -> Tensor:
+        """(..., Dp) to (..., D)."""
+        if not self.fill:
+            return t
+        return t.unflatten(-1, (self.x.groups, -1))[..., : self.share - self.fill].flatten(-2)
+
+    def untable(self, t: Tensor) -> Tensor:
+        """(..., N, Dp) to (..., D, N)."""
+        return self.strip(t).transpose(-1, -2).contiguous()
+
+    def empty_rows(self) -> Tensor:
+        return torch.empty((self.x.batch, self.x.length, self.width), dtype=self.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32)
+
+    def states(self, t: Tensor | None) -> Tensor:
+        """(B, D, N) to a table of its own (B, N, Dp), zero if not given."""
+        if t is None:
+            return self.zeros(self.x.batch, self.x.states, self.width)
+        made = self.table(t)
+        return made.clone() if made.data_ptr() == t.data_ptr() else made
+
+    def run(self, direction: str, tasks: list[tuple[int, int, int, int]], scratch: int) -> None:
+        """Run (batch item, first block, last block, part) tasks, each thread with scratch floats."""
+        kernel = compiler.function(direction, self.variant)
+        size = len(kernels.FIELDS)
+        table = (ctypes.c_int64 * size)(*(self.fields.get(name, 0) for name in kernels.FIELDS))
+        address = ctypes.addressof(table)
+
+        def worker() -> Callable[[int], None]:
+            buffer = torch.empty(scratch, dtype=torch.float32)
+            place = buffer.data_ptr()
+
+            def task(i: int) -> None:
+                assert buffer.data_ptr() == place  # keeps the buffer alive
+                kernel(address, *tasks[i], place)
+
+            return task
+
+        small = self.x.batch * self.x.length * self.width * self.x.states < ALONE
+        pool.run(len(tasks), 1 if small else torch.get_num_threads(), worker)
+
+
+def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    lay = Layout(x)
+    out = lay.empty_rows()
+    state = lay.states(x.initial_state)
+    saved = torch.empty(saved_shape(x) if training else (0,), dtype=torch.float32)
+    lay.hold(out=out, state=state)
+    if training:
+        lay.hold(saved=saved)
+    blocks = lay.width // FORWARD_LANES
+    # Neighbouring blocks share the cached B and C, but every thread should find a few tasks.
+    step = max(1, min(4, blocks * x.batch // (4 * torch.get_num_threads())))
+    tasks = [
+        (item, first, min(first + step, blocks), 0)
+        for item in range(x.batch)
+        for first in range(0, blocks, step)
+    ]
+    lay.run("forward", tasks, 0)
+    return lay.strip(out).to(x.u.dtype).contiguous(), lay.untable(state), saved
+
+
+def backward(
+    x: ScanInputs, d_out: Tensor | None, d_last_state: Tensor | None, saved: Tensor
+) -> list[Tensor | None]:
+    lay = Layout(x)
+    lay.hold(d_out=lay.rows(torch.zeros_like(x.u) if d_out is None else d_out))
+    q = lay.states(d_last_state)
+    du, d_delta = lay.empty_rows(), lay.empty_rows()
+    dA = lay.zeros(x.batch, x.states, lay.width)
+    dD, d_bias = lay.zeros(x.batch, lay.width), lay.zeros(x.batch, lay.width)
+    lay.hold(saved=saved.contiguous(), state=q, du=du, d_delta=d_delta)
+    lay.hold(dA=dA, dD=dD, d_bias=d_bias)
+    dz = None
+    if x.z is not None:
+        dz = lay.empty_rows()
+        lay.hold(dz=dz)
+    group_tasks = -(-lay.share // TASK_CHANNELS)
+    sums = {}
+    for name, m in (("dB", x.B), ("dC", x.C)):
+        if m.dim() == 2:
+            sums[name] = lay.zeros(x.batch, x.states, lay.width)
+        else:
+            sums[name] = torch.empty((group_tasks, *m.shape), dtype=torch.float32)
+            lay.fields["partial_stride"] = m.numel() * 4
+    lay.hold(**sums)
+    per_group, per_task = lay.share // BACKWARD_LANES, TASK_CHANNELS // BACKWARD_LANES
+    tasks = [
+        (item, group * per_group + first, group * per_group + min(first + per_task, per_group), part)
+        for item in range(x.batch)
+        for group in range(x.groups)
+        for part, first in enumerate(range(0, per_group, per_task))
+    ]
+    lay.run("backward", tasks, kernels.scratch_floats(x.states))
+    dB, dC = (
+        lay.untable(sums[name].sum(0)) if m.dim() == 2 else sums[name].sum(0)
+        for name, m in (("dB", x.B), ("dC", x.C))
+    )
+    return [
+        lay.strip(du),
+        lay.strip(d_delta),
+        lay.untable(dA.sum(0)),
+        dB,
+        dC,
+        None if x.D is None else lay.strip(dD.sum(0)),
+        None if dz is None else lay.strip(dz),
+        None if x.delta_bias is None else lay.strip(d_bias.sum(0)),
+        None if x.initial_state is None else lay.untable(q),
+    ]
