@@ -2,35 +2,146 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from mfuser.errors import DataError
 
+PNG = b"\x89PNG\r\n\x1a\n"
+
 
 class UnreadableImage(DataError):
-    """An image or label file that is damaged or of no known format."""
+    """An image or label file that is missing, damaged or of no known format."""
 
 
 def read_image(path: Path) -> np.ndarray:
     """The image as uint8 (H, W, 3) RGB, pixels as stored (an EXIF orientation is not applied).
 
     Grey images are repeated over the channels, 16-bit ones keep their high byte, transparency is
-    dropped. Raises UnreadableImage naming the file.
+    dropped. Raises UnreadableImage naming the file, also where it is cut short.
     """
+    image = _load(path)
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image)
+        return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise UnreadableImage(f"{path}: 32-bit pixels are no photograph (8 and 16 bits are)")
+    # Pillow reads 16-bit colour as its high byte, which is what a photograph needs.
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def read_label(path: Path) -> np.ndarray:
+    """The label as stored: (H, W), or (H, W, channels) in the order R, G, B.
+
+    Palette images give the index, never the colour; 16-bit files keep all 16 bits. Raises
+    UnreadableImage naming the file, also where it is cut short.
+    """
+    depth, colour = _png_format(path)
+    if depth == 16 and colour in (2, 6):
+        # Pillow would keep the high byte only: every class of SYNTHIA becomes 0.
+        return _read_png16(path)
+    image = _load(path)
+    array = np.array(image)
+    if array.dtype == bool:
+        return array.astype(np.uint8)
+    if colour == 0 and depth in (2, 4):
+        # Pillow spreads grey levels of few bits over 0 to 255; ids must stay as they are.
+        return array // np.uint8(255 // (2**depth - 1))
+    return array
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) from the file's header alone. Raises UnreadableImage."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except _BROKEN as error:
+        raise _unreadable(path, error) from error
+
+
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises on damaged files."""
+
+
+def _load(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        with image:
+            image.load()
+        return image
+    except _BROKEN as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UnreadableImage:
+    if isinstance(error, FileNotFoundError):
+        return UnreadableImage(f"there is no file {path}")
+    if isinstance(error, UnidentifiedImageError):
+        reason = "it is empty" if path.stat().st_size == 0 else "it is no image of a known format"
+    else:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return UnreadableImage(f"{path} cannot be read: {reason}; restore it from the dataset")
+
+
+def _png_format(path: Path) -> tuple[int, int]:
+    """(bits per sample, colour type) of a PNG file; (0, 0) of any other."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(26)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if len(head) < 26 or head[:8] != PNG or head[12:16] != b"IHDR":
+        return (0, 0)
+    return head[24], head[25]
+
+
+def _read_png16(path: Path) -> np.ndarray:
+    """A 16-bit colour PNG as uint16 (H, W, channels), R first."""
     import cv2
 
-    array = _decode(path, cv2.IMREAD_UNCHANGED)
-    if array.dtype == np.uint16:
-        array = (array >> 8).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        raise UnreadableImage(
-            f"{path}: pixels of type {array.dtype} are no photograph (8 or 16 bits are)"
-        )
-    if array.ndim == 2:
-        return cv2.cvtColor(array, cv2.COLOR_GRAY2RGB)
-    code = {1: cv2.COLOR_GRAY2RGB, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGB}.get(array.shape[2])
-    if code is None:
-        raise UnreadableImage(f"{path}: {array.shape[2]} channels are no photograph")
-    return cv2.cvtColor(array, code)
+    data = path.read_bytes()
+    _check_chunks(path, data)
+    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if array is None:
+        raise UnreadableImage(f"{path} cannot be read: damaged PNG; restore it from the dataset")
+    if array.dtype != np.uint16 or array.ndim != 3:
+        raise UnreadableImage(f"{path} cannot be read as a 16-bit colour PNG")
+    array = array.copy()
+    array[..., :3] = array[..., 2::-1]
+    return array
+
+
+def _check_chunks(path: Path, data: bytes) -> None:
+    """Walk the chunks to the last: OpenCV returns half an image without a word."""
+    place, kind = len(PNG), b""
+    while kind != b"IEND":
+        if place + 12 > len(data):
+            raise UnreadableImage(
+                f"{path} cannot be read: the file is cut short; restore it from the dataset"
+            )
+        (length,) = struct.unpack_from(">I", data, place)
+        kind = data[place + 4 : place + 8]
+        end = place + 8 + length
+        stored = data[end : end + 4]
+        if len(stored) == 4 and struct.pack(">I", zlib.crc32(data[place + 4 : end])) != stored:
+            raise UnreadableImage(
+                f"{path} cannot be read: its {kind.decode('latin-1')!r} chunk is damaged; restore "
+                "it from the dataset"
+            )
+        place = end + 4
+        if place > len(data):
+            raise UnreadableImage(
+                f"{path} cannot be read: the file is cut short; restore it from the dataset"
+            )
