@@ -1,0 +1,138 @@
+"""What the built-in backbones share: a stepper per model family, the backbone around it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfuser import MFuserError, Stream, VisionBackbone
+
+Size = tuple[int, int]
+
+
+class Stepper(ABC):
+    """How one family of library models is stepped, written against its class.
+
+    It refers to the model and owns no parameter. `tables` are the parameters that depend on the
+    image or patch size.
+    """
+
+    embed_dim: int
+    depth: int
+    num_prefix_tokens: int
+
+    def __init__(self, size: Size, patch_size: Size, tables: list[str]) -> None:
+        self.image_size, self.patch_size = size, patch_size
+        self._names = tables
+        self._keep_source()
+
+    @property
+    @abstractmethod
+    def sized(self) -> nn.Module:
+        """The module that holds the tables."""
+
+    @abstractmethod
+    def grid_of(self, size: Size) -> Size:
+        """Patches (h, w) of an image; what does not fill a patch at the right and bottom is cut."""
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> tuple[Tensor, Any]:
+        """(B, 3, H, W) -> tokens before the first block, state."""
+
+    @abstractmethod
+    def block(self, i: int, tokens: Tensor, state: Any) -> Tensor: ...
+
+    @abstractmethod
+    def _resize(self, size: Size, patch_size: Size) -> None:
+        """Give the tables the shapes of another size; values are set by `_fill`."""
+
+    @abstractmethod
+    def _fill(self, source: dict[str, Tensor], source_grid: Size) -> None:
+        """Resample the tables from `source`, whose positions are of `source_grid`."""
+
+    def resize(self, size: Size, patch_size: Size) -> None:
+        """Resample for another image or patch size, always from the tables as loaded.
+
+        Tables that changed since (trained, or loaded from a checkpoint) become the new originals.
+        """
+        if (size, patch_size) == (self.image_size, self.patch_size):
+            return
+        if any(not torch.equal(v, self._written[k]) for k, v in self._tables().items()):
+            self._keep_source()
+        source, (source_size, source_patch) = self._source, self._source_size
+        with torch.no_grad():
+            self._resize(source_size, source_patch)
+            for name, value in source.items():
+                self.sized.get_parameter(name).copy_(value)
+            source_grid = self.grid_of(source_size)
+            self._resize(size, patch_size)
+            self.image_size, self.patch_size = size, patch_size
+            self._fill(source, source_grid)
+        self._written = self._tables()
+
+    def _tables(self) -> dict[str, Tensor]:
+        return {n: self.sized.get_parameter(n).detach().cpu().clone() for n in self._names}
+
+    def _keep_source(self) -> None:
+        self._source = self._written = self._tables()
+        self._source_size = (self.image_size, self.patch_size)
+
+
+class Stepped(VisionBackbone):
+    """A library model (`model`) behind a stepper.
+
+    Raises MFuserError if not one patch fits into `image_size`.
+    """
+
+    def __init__(self, model: nn.Module, stepper: Stepper) -> None:
+        super().__init__()
+        self.model = model
+        self.stepper = stepper
+        self.embed_dim = stepper.embed_dim
+        self.depth = stepper.depth
+        self.num_prefix_tokens = stepper.num_prefix_tokens
+        self._take_size()
+        self.eval()
+
+    def _take_size(self) -> None:
+        self.image_size = self.stepper.image_size
+        self.patch_size = self.stepper.patch_size
+        self.grid = self.stepper.grid_of(self.image_size)
+
+    def resize(self, image_size: Size, patch_size: int | None = None) -> None:
+        """See VisionBackbone.resize. Parameters are replaced: make optimisers afterwards."""
+        size = (int(image_size[0]), int(image_size[1]))
+        patch = self.patch_size if patch_size is None else (patch_size, patch_size)
+        if min(size[0] // patch[0], size[1] // patch[1]) < 1:
+            raise MFuserError(
+                f"an image of {size[0]}x{size[1]} holds no patch of {patch[0]}x{patch[1]} pixels; "
+                "use a larger image_size or a smaller patch_size"
+            )
+        self.stepper.resize(size, patch)
+        self._take_size()
+
+    def embed(self, images: Tensor) -> Stream:
+        check_size(images, self.image_size)
+        tokens, state = self.stepper.embed(images)
+        return Stream(tokens, self.grid, state)
+
+    def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
+        return self.stepper.block(i, tokens, state)
+
+
+def check_size(images: Tensor, size: Size) -> None:
+    """Raises MFuserError unless images are (B, 3, *size)."""
+    if images.dim() != 4 or tuple(images.shape[1:]) != (3, *size):
+        raise MFuserError(
+            f"the backbone is set to images of (B, 3, {size[0]}, {size[1]}) and was given "
+            f"{tuple(images.shape)}; resize the images, or the backbone with resize()"
+        )
+
+
+def freeze(module: nn.Module, frozen: bool) -> None:
+    """Train nothing in `module`, or leave it as the library made it."""
+    if frozen:
+        module.requires_grad_(False)

@@ -1,0 +1,187 @@
+"""timm's vision transformers: one stepper per class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+from timm.layers import PatchEmbed
+from timm.models import beit, deit, eva, vision_transformer, vision_transformer_relpos
+from torch import Tensor, nn
+
+from mfuser import MFuserError
+from mfuser_plugins.backbones._resample import Resampling, resample_kernel, resample_positions
+from mfuser_plugins.backbones._stepping import Size, Stepped, Stepper
+
+Tensors = dict[str, Tensor]
+
+SPARE = (
+    r"(head|head_dist|lm_head|cls_pt_layers)\.|mask_token$|masked_embed$|.*relative_position_index$"
+)
+"""Classifiers, pretraining heads and index buffers: not part of a backbone."""
+
+
+class TimmStepper(Stepper):
+    """What the families have in common: `patch_embed`, `blocks`, `set_input_size`."""
+
+    def __init__(self, model: Any, how: Resampling) -> None:
+        self.model = model
+        self.how = how
+        self.embed_dim = model.embed_dim
+        self.depth = len(model.blocks)
+        self.num_prefix_tokens = model.num_prefix_tokens
+        embed = model.patch_embed
+        # Convolutional stems (hybrids, ViTamin) have no kernel that could be resampled.
+        self.plain = isinstance(embed, PatchEmbed)
+        tables = ["patch_embed.proj.weight"] if self.plain else []
+        if model.pos_embed is not None:
+            tables.append("pos_embed")
+        tables += [n for n, _ in model.named_parameters() if n.endswith("position_bias_table")]
+        ratio = embed.feat_ratio(as_scalar=False)
+        super().__init__(tuple(embed.img_size), tuple(ratio), tables)
+
+    @property
+    def sized(self) -> nn.Module:
+        return self.model  # type: ignore[no-any-return]
+
+    @property
+    def _position_prefix(self) -> int:
+        """Rows of the position table that belong to prefix tokens."""
+        return 0 if self.model.no_embed_class else self.num_prefix_tokens
+
+    @staticmethod
+    def convert(tensors: Tensors, model: nn.Module) -> Tensors:
+        """Official checkpoints of the family -> timm's names."""
+        raise NotImplementedError
+
+    def grid_of(self, size: Size) -> Size:
+        h, w = self.model.patch_embed.dynamic_feat_size(size)
+        return int(h), int(w)
+
+    def resize(self, size: Size, patch_size: Size) -> None:
+        if not self.plain and patch_size != self.patch_size:
+            raise MFuserError(
+                "patch_size cannot be changed: this model's stem is a stack of convolutions, "
+                f"with patches of {self.patch_size[0]} pixels in all"
+            )
+        super().resize(size, patch_size)
+
+    def _resize(self, size: Size, patch_size: Size) -> None:
+        self.model.set_input_size(img_size=size, patch_size=patch_size if self.plain else None)
+
+    def _fill(self, source: Tensors, source_grid: Size) -> None:
+        # set_input_size knows one convention only: antialiased bicubic, pseudo-inverse.
+        if (table := source.get("pos_embed")) is not None:
+            grid = self.grid_of(self.image_size)
+            rows = resample_positions(table[0], source_grid, grid, self._position_prefix, self.how)
+            self.model.pos_embed.copy_(rows[None])
+        if (kernel := source.get("patch_embed.proj.weight")) is not None:
+            resampled = resample_kernel(kernel, self.patch_size, self.how)
+            self.model.patch_embed.proj.weight.copy_(resampled)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        embed = self.model.patch_embed
+        if self.plain and not embed.strict_img_size:
+            # Only models of one fixed size drop the pixels that fill no patch; the others assert.
+            grid = self.grid_of(self.image_size)
+            images = images[..., : grid[0] * self.patch_size[0], : grid[1] * self.patch_size[1]]
+        return embed(images)  # type: ignore[no-any-return]
+
+
+class ViTStepper(TimmStepper):
+    """VisionTransformer and its distilled form: absolute positions, no state."""
+
+    @staticmethod
+    def convert(tensors: Tensors, model: nn.Module) -> Tensors:
+        # adapt_layer_scale only renames DeiT-3's gamma_1, which no other family has.
+        result: Tensors = vision_transformer.checkpoint_filter_fn(
+            tensors, model, adapt_layer_scale=True
+        )
+        return result
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Any]:
+        model = self.model
+        return model.norm_pre(model.patch_drop(model._pos_embed(self._patches(images)))), None
+
+    def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
+        return self.model.blocks[i](tokens)  # type: ignore[no-any-return]
+
+
+class EvaStepper(TimmStepper):
+    """EVA, EVA02, DINOv3, Perception Encoder: rotary positions are the state."""
+
+    @staticmethod
+    def convert(tensors: Tensors, model: nn.Module) -> Tensors:
+        result: Tensors = eva.checkpoint_filter_fn(tensors, model)
+        return result
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Any]:
+        tokens, rope = self.model._pos_embed(self._patches(images))
+        return self.model.norm_pre(tokens), rope
+
+    def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
+        # Mixed rotary tables are (depth, heads, h·w, d): one per block.
+        rope = state[i] if self.model.rope_mixed and state is not None else state
+        return self.model.blocks[i](tokens, rope=rope)  # type: ignore[no-any-return]
+
+
+class BeitStepper(TimmStepper):
+    """BEiT, BEiT v2: relative-position bias, per block or shared (then it is the state)."""
+
+    _position_prefix = 1
+
+    @staticmethod
+    def convert(tensors: Tensors, model: nn.Module) -> Tensors:
+        result: Tensors = beit.checkpoint_filter_fn(tensors, model)
+        return result
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Any]:
+        import torch
+
+        model = self.model
+        patches = self._patches(images)
+        tokens = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        if model.pos_embed is not None:
+            tokens = tokens + model.pos_embed
+        shared = model.rel_pos_bias() if model.rel_pos_bias is not None else None
+        return model.pos_drop(tokens), shared
+
+    def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
+        return self.model.blocks[i](tokens, shared_rel_pos_bias=state)  # type: ignore[no-any-return]
+
+
+STEPPERS: dict[type[nn.Module], type[TimmStepper]] = {
+    vision_transformer.VisionTransformer: ViTStepper,
+    deit.VisionTransformerDistilled: ViTStepper,
+    eva.Eva: EvaStepper,
+    beit.Beit: BeitStepper,
+}
+
+
+def stepper_class(model: nn.Module, name: str) -> type[TimmStepper]:
+    """The stepper of a model's class. Raises MFuserError for families that have none."""
+    found = STEPPERS.get(type(model))
+    if found is None:
+        known = ", ".join(sorted(cls.__name__ for cls in STEPPERS))
+        raise MFuserError(
+            f"timm model '{name}' is of class {type(model).__name__}, which cannot be stepped "
+            "block by block with tokens of one width and one grid here; the classes that can: "
+            f"{known} (such as vit_*, deit*, eva*, dinov3, beit*)"
+        )
+    return found
+
+
+class TimmBackbone(Stepped):
+    """A timm model as vision backbone."""
+
+    def finish(self, tokens: Tensor, state: Any) -> Tensor:
+        # With average pooling the norm moved to fc_norm; a few models have neither.
+        model: Any = self.model
+        norm: Callable[[Tensor], Tensor] = (
+            model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
+        )
+        return norm(tokens)
+
+
+__all__ = ["SPARE", "TimmBackbone", "TimmStepper", "stepper_class", "timm"]

@@ -1,0 +1,174 @@
+"""Vision transformers of the timm library: DINOv2, DINOv3, EVA02, BEiT v2, DeiT, SigLIP, …"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from mfuser import MFuserError, VisionSpec, WeightsError, hookimpl
+from mfuser.errors import suggest
+from mfuser.specs import Size
+from mfuser_plugins.backbones._resample import Interpolation, PatchResample, Resampling
+from mfuser_plugins.backbones._stepping import freeze
+from mfuser_plugins.backbones._weights import (
+    RANDOM,
+    hub_file,
+    load_exactly,
+    local_file,
+    read_tensors,
+    url_file,
+)
+
+if TYPE_CHECKING:
+    from mfuser_plugins.backbones._timm import TimmBackbone
+
+Statistics = tuple[float, float, float]
+
+
+class TimmSpec(VisionSpec, name="timm"):
+    """A vision transformer of the timm library (VisionTransformer, Eva, Beit classes).
+
+    model: timm's name, with or without a tag: "vit_large_patch14_dinov2.lvd142m".
+    weights: None: those of the tag in `model` (or timm's default tag), from the hub or its cache.
+        Else a tag, a local file (.safetensors, .pth, .pt; timm's or the official names), or
+        "random".
+    depth: keep the first blocks only.
+    interpolation, antialias: how positions are resampled. Bicubic without antialiasing is what
+        DINOv2 and the released models use; timm itself antialiases.
+    patch_resample: how the patch kernel is resampled: like an image, as the released models, or
+        "pinv", FlexiViT's pseudo-inverse.
+    mean, std: image statistics; None: those of the tag.
+    options: passed to timm.create_model, e.g. {depth = 4, embed_dim = 96, num_heads = 3}.
+    """
+
+    model: str
+    weights: str | None = None
+    depth: PositiveInt | None = None
+    interpolation: Interpolation = "bicubic"
+    antialias: bool = False
+    patch_resample: PatchResample = "bicubic"
+    mean: Statistics | None = None
+    std: Statistics | None = None
+    options: dict[str, Any] = {}
+
+    def build(self, image_size: Size) -> TimmBackbone:
+        """Raises WeightsError for weights that are missing or do not fit, MFuserError otherwise."""
+        from mfuser_plugins.backbones._timm import TimmBackbone, stepper_class
+
+        file = None
+        name = self.model
+        if self.weights not in (None, RANDOM) and (file := local_file(self.weights)) is None:
+            architecture, _, tag = name.partition(".")
+            if tag not in ("", self.weights):
+                raise MFuserError(
+                    f"model = \"{name}\" names the weights '{tag}', and weights = "
+                    f'"{self.weights}" others: leave one of the two out'
+                )
+            name = f"{architecture}.{self.weights}"
+        model = create(name, self.options)
+        family = stepper_class(model, name)
+        if self.weights != RANDOM:
+            tensors = fetch(model, name) if file is None else read_tensors(file)
+            load(model, tensors, name, f"'{file or name}'")
+        # Pooling and classifier are no part of a backbone.
+        model.reset_classifier(0, "")
+        if self.depth is not None:
+            if self.depth > len(model.blocks):
+                raise MFuserError(
+                    f"depth = {self.depth}: timm model '{name}' has {len(model.blocks)} blocks"
+                )
+            model.blocks = model.blocks[: self.depth]
+        freeze(model, self.freeze)
+        how = Resampling(self.interpolation, self.antialias, self.patch_resample)
+        backbone = TimmBackbone(model, family(model, how))
+        backbone.resize(image_size, self.patch_size)
+        cfg = model.pretrained_cfg
+        backbone.set_statistics(self.mean or cfg["mean"], self.std or cfg["std"])
+        if self.weights != RANDOM and file is None:
+            backbone.license = cfg.get("license")
+        return backbone
+
+
+def create(name: str, options: dict[str, Any]) -> Any:
+    """timm.create_model without weights and classifier; MFuserError for what it does not know."""
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise MFuserError(
+            f"timm has no model '{architecture}'{suggest(architecture, timm.list_models())}"
+        )
+    tags = [t.partition(".")[2] for t in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise WeightsError(f"timm has no weights '{tag}' for '{architecture}'{suggest(tag, tags)}")
+    try:
+        return timm.create_model(name, pretrained=False, **{"num_classes": 0, **options})
+    except Exception as error:
+        raise MFuserError(
+            f"timm cannot build '{name}' with options {options}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def fetch(model: Any, name: str) -> dict[str, Tensor]:
+    """The hub's tensors for a timm model, from the cache where they are in it."""
+    cfg = model.pretrained_cfg
+    repository, url = cfg.get("hf_hub_id"), cfg.get("url")
+    if not repository and not url:
+        raise WeightsError(
+            f"timm publishes no weights for '{name}'; name a tag that has some, give a local file "
+            f'(weights = "path"), or say weights = "{RANDOM}"'
+        )
+
+    what = f"timm model '{name}'"
+    if repository:
+        names = cfg.get("hf_hub_filename") or ("model.safetensors", "pytorch_model.bin")
+        file = hub_file(repository, (names,) if isinstance(names, str) else names, what)
+    else:
+        file = url_file(url, what)
+    return read_tensors(file)
+
+
+def load(model: Any, tensors: dict[str, Tensor], name: str, source: str) -> None:
+    """Tensors in timm's or an official naming -> the model. Raises WeightsError on any misfit."""
+    from mfuser_plugins.backbones._timm import SPARE, stepper_class
+
+    _adopt_size(model, tensors)
+    try:
+        converted = stepper_class(model, name).convert(dict(tensors), model)
+    except Exception as error:
+        raise WeightsError(
+            f"{source} does not fit timm model '{name}': its {len(tensors)} tensors "
+            f"({', '.join(list(tensors)[:3])}, …) are of another architecture"
+        ) from error
+    load_exactly(model, converted, f"timm model '{name}'", source, SPARE)
+
+
+def _adopt_size(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give the model the grid and patch size of a file saved at another size.
+
+    timm's converters would resample silently, in timm's convention; `resize` does it in ours.
+    """
+    kernel, table = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
+    if kernel is None or table is None or kernel.dim() != 4 or table.dim() != 3:
+        return
+    sized: Any = model
+    own = getattr(sized.patch_embed.proj, "weight", None)
+    if sized.pos_embed is None or own is None or own.dim() != 4:
+        return
+    prefix = sized.pos_embed.shape[1] - math.prod(sized.patch_embed.grid_size)
+    side = math.isqrt(max(table.shape[1] - prefix, 0))
+    patch = tuple(kernel.shape[-2:])
+    if side == 0 or side * side != table.shape[1] - prefix:
+        return
+    if table.shape == sized.pos_embed.shape and kernel.shape == own.shape:
+        return
+    if table.shape[2] == sized.pos_embed.shape[2]:
+        sized.set_input_size(img_size=(side * patch[0], side * patch[1]), patch_size=patch)
+
+
+@hookimpl
+def mfuser_components() -> list[type[VisionSpec]]:
+    return [TimmSpec]
