@@ -177,6 +177,8 @@ class DatasetSpec(Spec):
     kind: ClassVar[str] = "dataset"
     needs_root: ClassVar[bool] = True
     """False for datasets made on the fly."""
+    variant: ClassVar[str | None] = None
+    """The option that "NAME:VALUE" sets where a dataset is named, e.g. acdc's condition."""
 
     split: Literal["train", "val"] | None = None
     test_size: Size | None = None

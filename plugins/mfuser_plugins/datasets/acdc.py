@@ -1,0 +1,69 @@
+"""ACDC (Sakaridis et al., ICCV 2021): fog, night, rain and snow, 1600 and 406 images, 1920x1080."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal, get_args
+
+from mfuser import Dataset, DatasetSpec, hookimpl
+from mfuser_plugins.datasets._files import (
+    CITYSCAPES_IDS,
+    TRAIN_IDS,
+    LabelFiles,
+    LabelMap,
+    PairedDataset,
+    chosen_split,
+    pair_files,
+    require_root,
+)
+
+Condition = Literal["fog", "night", "rain", "snow"]
+
+LAYOUT = (
+    "rgb_anon/<condition>/<split>/<sequence>/*_rgb_anon.png and "
+    "gt/<condition>/<split>/<sequence>/*_gt_labelTrainIds.png"
+)
+
+
+class AcdcSpec(DatasetSpec, name="acdc"):
+    """ACDC: Swiss streets in adverse conditions. As a target it is one domain per condition.
+
+    condition: fog, night, rain or snow; none means all four.
+    Reads `rgb_anon/` and `gt/` as unpacked; the clear-weather references (`<split>_ref`) are no
+    part of it.
+    """
+
+    variant: ClassVar[str | None] = "condition"
+
+    condition: Condition | None = None
+
+    def build(self, root: Path | None, split: str) -> Dataset:
+        root = require_root(self, root)
+        split = chosen_split(self, split)
+        pairs = []
+        for condition in get_args(Condition) if self.condition is None else [self.condition]:
+            labels = root / "gt" / condition / split
+            pairs += pair_files(
+                self,
+                root / "rgb_anon" / condition / split,
+                ("_rgb_anon.png",),
+                [
+                    LabelFiles(labels, "_gt_labelTrainIds.png", TRAIN_IDS),
+                    LabelFiles(labels, "_gt_labelIds.png", LabelMap(CITYSCAPES_IDS)),
+                ],
+                LAYOUT,
+            )
+        return PairedDataset(root, pairs, self.test_size)
+
+    def expand(self) -> list[DatasetSpec]:
+        if self.condition is not None:
+            return [self]
+        return [self.model_copy(update={"condition": c}) for c in get_args(Condition)]
+
+    def label(self) -> str:
+        return "acdc" if self.condition is None else f"acdc:{self.condition}"
+
+
+@hookimpl
+def mfuser_components() -> list[type[DatasetSpec]]:
+    return [AcdcSpec]

@@ -1,0 +1,62 @@
+"""SYNTHIA-RAND-CITYSCAPES (Ros et al., CVPR 2016): 9400 rendered images of 1280x760."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mfuser import IGNORE, Dataset, DatasetSpec, hookimpl
+from mfuser_plugins.datasets._files import (
+    CONVERTED,
+    TRAIN_IDS,
+    LabelFiles,
+    LabelMap,
+    PairedDataset,
+    chosen_split,
+    pair_files,
+    require_root,
+    unsplit_folder,
+)
+
+LAYOUT = "RGB/0000000.png and GT/LABELS/0000000.png"
+
+IDS = {
+    **dict.fromkeys(range(23), IGNORE),
+    **{1: 10, 2: 2, 3: 0, 4: 1, 5: 4, 6: 8, 7: 5, 8: 13, 9: 7, 10: 11, 11: 18, 12: 17},
+    **{15: 6, 16: 9, 17: 12, 18: 14, 19: 15, 20: 16, 21: 3},
+}
+"""Id -> train id; void (0), parking slot (13), road work (14), lane marking (22) are ignored."""
+
+ABSENT = frozenset({9, 14, 16})
+"""Terrain, truck and train have an id that no label uses."""
+
+
+class SynthiaSpec(DatasetSpec, name="synthia"):
+    """SYNTHIA-RAND-CITYSCAPES: rendered streets with the classes of Cityscapes (16 of the 19).
+
+    Reads `RGB/` and `GT/LABELS/` as unpacked (16-bit PNG, class in the red channel), also below
+    `RAND_CITYSCAPES/`: all of it is the train split, unless there are folders `train` and `val`.
+    """
+
+    def build(self, root: Path | None, split: str) -> Dataset:
+        root = require_root(self, root)
+        split = chosen_split(self, split)
+        if not (root / "RGB").is_dir() and (root / "RAND_CITYSCAPES" / "RGB").is_dir():
+            root = root / "RAND_CITYSCAPES"
+        images, part = unsplit_folder(self, root / "RGB", split)
+        labels = root / "GT" / "LABELS"
+        folders = [labels, labels / (part or "train")]
+        official = LabelMap(IDS, channel=0)
+        pairs = pair_files(
+            self,
+            images,
+            (".png",),
+            [LabelFiles(folder, ".png", official) for folder in folders]
+            + [LabelFiles(folder, CONVERTED, TRAIN_IDS) for folder in folders],
+            LAYOUT,
+        )
+        return PairedDataset(root, pairs, self.test_size, set(range(19)) - ABSENT)
+
+
+@hookimpl
+def mfuser_components() -> list[type[DatasetSpec]]:
+    return [SynthiaSpec]
