@@ -1,0 +1,118 @@
+"""Losses of a set of masks with fixed matching: query k answers for class k.
+
+Mask2Former's losses on sampled points (arXiv 2112.01527, section 3.3) without the matching, as
+in tqdm (ECCV 2024). Letters: n class masks present in the batch, image by image, classes
+ascending; P points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MaskLosses:
+    """The losses of one prediction, weighted.
+
+    num_points: P, per mask and prediction.
+    oversample, importance: P * oversample points are drawn, and of these the most uncertain
+        P * importance kept; the rest of the P is drawn afresh (PointRend, arXiv 1912.08193).
+    no_object: weight of "no object" in the classification.
+    """
+
+    num_points: int = 12_544
+    oversample: float = 3.0
+    importance: float = 0.75
+    cls_weight: float = 2.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    no_object: float = 0.1
+
+    def __call__(
+        self,
+        masks: Tensor,
+        classes: Tensor,
+        present: Tensor,
+        truth: Tensor,
+        points: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Named, weighted scalars.
+
+        masks (B, K, h, w) and classes (B, K, K + 1) logits; present (B, K) and truth
+        (n, 1, H, W) from `class_masks`; points (n, P, 2) to use instead of drawn ones.
+        """
+        loss_cls = classification_loss(classes, present, self.no_object)
+        # At least float32: places and sums over thousands of points need it.
+        chosen = masks[present].unsqueeze(1)  # (n, 1, h, w)
+        chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+        if len(chosen) == 0:
+            nothing = masks.sum() * 0
+            return {
+                "loss_cls": self.cls_weight * loss_cls,
+                "loss_mask": nothing,
+                "loss_dice": nothing,
+            }
+        if points is None:
+            points = self.draw(chosen.detach())
+        logits = sample(chosen, points)  # (n, P)
+        targets = sample(truth.to(chosen.dtype), points)
+        return {
+            "loss_cls": self.cls_weight * loss_cls,
+            "loss_mask": self.mask_weight * F.binary_cross_entropy_with_logits(logits, targets),
+            "loss_dice": self.dice_weight * dice_loss(logits, targets),
+        }
+
+    def draw(self, masks: Tensor) -> Tensor:
+        """Places to compare at: masks (n, 1, h, w), logits -> (n, P, 2), from the global RNG."""
+        n = len(masks)
+        important = int(self.importance * self.num_points)
+        candidates = masks.new_empty(n, int(self.oversample * self.num_points), 2).uniform_()
+        anywhere = masks.new_empty(n, self.num_points - important, 2).uniform_()
+        return torch.cat([most_uncertain(masks, candidates, important), anywhere], 1)
+
+
+def class_masks(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Which classes are there, and where.
+
+    labels (B, H, W) -> present (B, K), bool; masks (n, 1, H, W), float32. Ignored pixels are
+    outside every mask, and count as such.
+    """
+    one_hot = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device).view(-1, 1, 1)
+    present = one_hot.flatten(2).any(-1)
+    return present, one_hot[present].unsqueeze(1).float()
+
+
+def sample(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values: maps (n, 1, h, w), points (n, P, 2) as (x, y) in [0, 1] -> (n, P)."""
+    grid = (2 * points - 1).unsqueeze(2)
+    return F.grid_sample(maps, grid, align_corners=False)[:, 0, :, 0]
+
+
+def most_uncertain(masks: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """The `count` candidates whose logit is nearest zero, nearest first.
+
+    masks (n, 1, h, w), candidates (n, M, 2) -> (n, count, 2).
+    """
+    uncertainty = -sample(masks, candidates).abs()
+    chosen = uncertainty.topk(count, dim=1).indices
+    return candidates.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
+
+
+def classification_loss(classes: Tensor, present: Tensor, no_object: float) -> Tensor:
+    """Weighted mean cross-entropy: query k is class k where k is present, else "no object"."""
+    k = present.shape[1]
+    labels = torch.where(present, torch.arange(k, device=present.device), k)
+    weight = torch.ones(k + 1, device=classes.device, dtype=classes.dtype)
+    weight[k] = no_object
+    return F.cross_entropy(classes.flatten(0, 1), labels.flatten(), weight)
+
+
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """One minus the soft Dice coefficient, mean over masks: (n, P) each, one added to both ends."""
+    p = logits.sigmoid()
+    overlap = 2 * (p * targets).sum(-1)
+    return (1 - (overlap + 1) / (p.sum(-1) + targets.sum(-1) + 1)).mean()

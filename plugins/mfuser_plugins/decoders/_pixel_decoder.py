@@ -1,0 +1,142 @@
+"""The pixel decoder: deformable attention over three levels, with text, then one FPN step."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mfuser_plugins.decoders._msdeform import DeformableAttention, Shapes
+from mfuser_plugins.decoders._transformer import (
+    Attention,
+    FeedForward,
+    pixel_centres,
+    sine_positions,
+)
+
+LEVELS = 3
+"""Of the four pyramid levels, the coarser ones (strides 32, 16, 8) go through attention."""
+
+
+class ConvNorm(nn.Module):
+    """Convolution and group norm."""
+
+    def __init__(
+        self, channels: int, width: int, kernel: int, groups: int, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=bias)
+        self.gn = nn.GroupNorm(groups, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gn(self.conv(x))
+
+
+class PixelLayer(nn.Module):
+    """Deformable self-attention of pixels, attention to the class texts, feed-forward.
+
+    The attention to the texts is tqdm's addition to Mask2Former (ECCV 2024).
+    """
+
+    def __init__(self, width: int, heads: int, points: int, ffn: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList(
+            [DeformableAttention(width, heads, LEVELS, points), Attention(width, heads)]
+        )
+        self.ffns = nn.ModuleList([FeedForward(width, ffn)])
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        reference: Tensor,
+        shapes: Shapes,
+        text: Tensor,
+        text_positions: Tensor,
+    ) -> Tensor:
+        """x (B, N, D), positions (N, D), reference (N, 2), text (B, K, D) -> (B, N, D)."""
+        look, read = self.attentions
+        x = self.norms[0](x + look(x + positions, x, reference, shapes))
+        x = self.norms[1](x + read(x, positions, text, text_positions))
+        return self.norms[2](x + self.ffns[0](x))
+
+
+class PixelEncoder(nn.Module):
+    """The layers, and a norm after the last."""
+
+    def __init__(self, layers: int, width: int, heads: int, points: int, ffn: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(PixelLayer(width, heads, points, ffn) for _ in range(layers))
+        self.post_norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, *context: Tensor | Shapes) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, *context)
+        return self.post_norm(x)
+
+
+class PixelDecoder(nn.Module):
+    """Pyramid and class texts -> the mask feature and three levels for the query decoder.
+
+    Mask2Former's pixel decoder (arXiv 2112.01527, section 3.2.1) with text in every layer.
+    Levels may have any sizes; none is derived from another.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        num_classes: int,
+        text_dim: int,
+        width: int,
+        heads: int,
+        points: int,
+        layers: int,
+        ffn: int,
+        norm_groups: int,
+    ) -> None:
+        super().__init__()
+        finest, *coarser = channels
+        self.input_convs = nn.ModuleList(
+            ConvNorm(level, width, 1, norm_groups, bias=True) for level in reversed(coarser)
+        )
+        self.level_encoding = nn.Embedding(LEVELS, width)
+        self.text_proj = nn.Linear(text_dim, width)
+        self.text_pos_embed = nn.Embedding(num_classes, width)
+        self.encoder = PixelEncoder(layers, width, heads, points, ffn)
+        self.lateral_convs = nn.ModuleList([ConvNorm(finest, width, 1, norm_groups)])
+        self.output_convs = nn.ModuleList([ConvNorm(width, width, 3, norm_groups)])
+        self.mask_feature = nn.Conv2d(width, width, 1)
+
+    def forward(self, pyramid: list[Tensor], text: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Levels (B, C_i, h_i, w_i), finest first, text (B, K, C).
+
+        -> mask feature (B, D, h_0, w_0); levels (B, D, h_i, w_i), coarsest first.
+        """
+        finest, *coarser = pyramid
+        levels = [
+            conv(level) for conv, level in zip(self.input_convs, reversed(coarser), strict=True)
+        ]
+        shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
+        tokens = torch.cat([level.flatten(2) for level in levels], -1).transpose(1, 2)
+        positions = torch.cat(
+            [
+                sine_positions(shape, tokens.shape[-1], tokens) + encoding
+                for shape, encoding in zip(shapes, self.level_encoding.weight, strict=True)
+            ]
+        )
+        reference = torch.cat([pixel_centres(shape, tokens) for shape in shapes])
+        tokens = self.encoder(
+            tokens, positions, reference, shapes, self.text_proj(text), self.text_pos_embed.weight
+        )
+        sizes = [h * w for h, w in shapes]
+        levels = [
+            part.transpose(1, 2).unflatten(-1, shape)
+            for part, shape in zip(tokens.split(sizes, 1), shapes, strict=True)
+        ]
+        lateral = self.lateral_convs[0](finest)
+        upsampled = F.interpolate(
+            levels[-1], lateral.shape[-2:], mode="bilinear", align_corners=False
+        )
+        fine = F.relu(self.output_convs[0](lateral + upsampled))
+        return self.mask_feature(fine), levels
