@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from mfuser.encoder import PairEncoder, default_taps, lockstep, shapes
@@ -50,7 +51,25 @@ def build_model(
         return _assemble(spec).eval()
 
 
-def _assemble(spec: PairingSpec) -> DGSSModel:
+def sketch(spec: PairingSpec) -> DGSSModel:
+    """The model's layout on the meta device: shapes and counts, no weights, no tokenizer."""
+    with torch.device("meta"):
+        return _assemble(_without_weights(spec), tokens=False).eval()
+
+
+def _without_weights(spec: Any) -> Any:
+    """The same spec with every backbone's weights "random", nested ones too."""
+    update: dict[str, Any] = {}
+    for name in type(spec).model_fields:
+        value = getattr(spec, name)
+        if name == "weights":
+            update[name] = "random"
+        elif isinstance(value, BaseModel):
+            update[name] = _without_weights(value)
+    return spec.model_copy(update=update)
+
+
+def _assemble(spec: PairingSpec, tokens: bool = True) -> DGSSModel:
     backbones: dict[str, VisionBackbone] = {}
     for role, backbone_spec in spec.encoders().items():
         try:
@@ -82,7 +101,11 @@ def _assemble(spec: PairingSpec) -> DGSSModel:
     enhancer = spec.enhancer.build(text_dim or 0, len(spec.classes))
     prompt = ids = None
     if vlm is not None:
-        ids = vlm.tokenize(list(spec.classes), spec.prompt.slots)
+        ids = (
+            vlm.tokenize(list(spec.classes), spec.prompt.slots)
+            if tokens
+            else torch.zeros(len(spec.classes), spec.prompt.slots, dtype=torch.long)
+        )
         if spec.prompt.context:
             prompt = Prompt(spec.prompt.context, vlm.context_dim)
     return DGSSModel(spec, encoder, pyramid, enhancer, decoder, prompt, ids)
@@ -106,9 +129,7 @@ def _adapters(
     fusion = spec.fusion
     assert isinstance(fusion, FusionSpec)
     built = {
-        p: fusion.build(*shapes(backbones))
-        for p in range(positions)
-        if (p + 1) % fusion.every == 0
+        p: fusion.build(*shapes(backbones)) for p in range(positions) if (p + 1) % fusion.every == 0
     }
     return {p: adapter for p, adapter in built.items() if adapter is not None}
 

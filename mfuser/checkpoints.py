@@ -52,7 +52,8 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     frozen_modules = tuple(
         f"{name}."
         for name, module in model.named_modules()
-        if name and any(True for _ in module.parameters())
+        if name
+        and any(True for _ in module.parameters())
         and not any(p.requires_grad for p in module.parameters())
     )
     state = {}
@@ -214,7 +215,9 @@ def from_optimiser_state(
     for key, value in saved.items():
         slot, _, name = key.partition(".")
         if name not in by_name:
-            raise CheckpointError(f"the checkpoint's optimiser knows a tensor {name} that the model lacks")
+            raise CheckpointError(
+                f"the checkpoint's optimiser knows a tensor {name} that the model lacks"
+            )
         parameter = by_name[name]
         # AdamW keeps its step count on the CPU.
         target = value.clone() if slot == "step" else value.to(parameter.device)

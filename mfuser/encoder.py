@@ -33,10 +33,7 @@ def lockstep(depths: Sequence[int]) -> list[list[range]]:
     """
     positions = min(depths)
     ends = [[math.ceil((p + 1) * d / positions) for p in range(positions)] for d in depths]
-    return [
-        [range(e[p - 1] if p else 0, e[p]) for e in ends]
-        for p in range(positions)
-    ]
+    return [[range(e[p - 1] if p else 0, e[p]) for e in ends] for p in range(positions)]
 
 
 def default_taps(positions: int) -> tuple[int, ...]:

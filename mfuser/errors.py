@@ -42,7 +42,7 @@ class MissingExtraError(MFuserError):
     def __init__(self, module: str, extra: str, purpose: str) -> None:
         super().__init__(
             f"{purpose} needs the package '{module}', which is not installed: "
-            f"pip install \"mfuser[{extra}]\""
+            f'pip install "mfuser[{extra}]"'
         )
 
 

@@ -1,10 +1,10 @@
 """The whole surface a plugin meets: one hook.
 
-    from mfuser import hookimpl
+from mfuser import hookimpl
 
-    @hookimpl
-    def mfuser_components():
-        return [MySpec]
+@hookimpl
+def mfuser_components():
+    return [MySpec]
 """
 
 from __future__ import annotations

@@ -96,8 +96,11 @@ class Components:
                 return spec
         raise ValueError(
             f"no {what} component is called '{name}'{suggest(str(name), names)}"
-            + (f" (plugins that failed to load: {', '.join(b.plugin for b in self.broken)})"
-               if self.broken else "")
+            + (
+                f" (plugins that failed to load: {', '.join(b.plugin for b in self.broken)})"
+                if self.broken
+                else ""
+            )
         )
 
 

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import (
     BeforeValidator,
-    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -49,8 +48,10 @@ class RecipeSpec(Options):
     precision: of the forward pass, "no" is float32.
     checkpointing: recompute activations in the backward pass: less memory, a third more time.
     save_every: steps between checkpoints. source, targets: used where the command names none.
-    stride: of the sliding window; None: two thirds of the window.
+    stride: of the sliding window; None: two thirds of the window. test_images: score only the
+        first so many images of each target.
     on_bad_image: "stop", or "skip" an unreadable image and say so.
+    baselines: the report after training also scores the untrained model.
     """
 
     steps: PositiveInt
@@ -75,10 +76,9 @@ class RecipeSpec(Options):
     source: str | None = None
     targets: Names = ()
     stride: ImageSize | None = None
-    test_images: PositiveInt | None = Field(
-        default=None, description="score only the first so many images of each target"
-    )
+    test_images: PositiveInt | None = None
     on_bad_image: Literal["stop", "skip"] = "stop"
+    baselines: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> RecipeSpec:

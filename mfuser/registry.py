@@ -95,9 +95,7 @@ class Registry:
         """A table with its `extends` applied, as written; not validated."""
         return self._inherit(kind, name, ())
 
-    def pairing(
-        self, name: str, overrides: Mapping[str, Any] | Sequence[str] = ()
-    ) -> PairingSpec:
+    def pairing(self, name: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> PairingSpec:
         """A pairing, resolved and validated. overrides: a table, or "key.key=value" strings."""
         return self._resolve("pairing", name, PairingSpec, overrides)
 
@@ -352,7 +350,9 @@ def _inner_model(owner: type[BaseModel] | None, field: str) -> type[BaseModel] |
     if owner is None or field not in owner.model_fields:
         return None
     annotation = owner.model_fields[field].annotation
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    options = (
+        get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    )
     for option in options:
         if isinstance(option, type) and issubclass(option, BaseModel):
             return option

@@ -57,10 +57,15 @@ class Spec(Options):
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is None:
-            if cls.kind and any(base.kind and "name" in vars(base) for base in cls.__mro__[1:]
-                                if issubclass(base, Spec)):
-                raise PluginError(f"spec '{cls.__name__}' has no name: write "
-                                  f'class {cls.__name__}({cls.__bases__[0].__name__}, name="…")')
+            if cls.kind and any(
+                base.kind and "name" in vars(base)
+                for base in cls.__mro__[1:]
+                if issubclass(base, Spec)
+            ):
+                raise PluginError(
+                    f"spec '{cls.__name__}' has no name: write "
+                    f'class {cls.__name__}({cls.__bases__[0].__name__}, name="…")'
+                )
             return
         # Before pydantic collects the fields: the name becomes a literal with itself as default,
         # which is what tells the members of a kind's union apart.
@@ -199,7 +204,12 @@ class DatasetSpec(Spec):
 KINDS: dict[str, type[Spec]] = {
     base.kind: base
     for base in (
-        VisionSpec, VisionLanguageSpec, FusionSpec, EnhancerSpec, DecoderSpec, DatasetSpec,
+        VisionSpec,
+        VisionLanguageSpec,
+        FusionSpec,
+        EnhancerSpec,
+        DecoderSpec,
+        DatasetSpec,
     )
 }
 

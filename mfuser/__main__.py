@@ -1,0 +1,3 @@
+from mfuser.cli import main
+
+main()

@@ -1,0 +1,81 @@
+"""The command line. torch is imported by the commands that need it, when they run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import click
+
+from mfuser import __version__
+from mfuser.errors import MFuserError, suggest
+
+INTERRUPTED = 130
+
+
+class Group(click.Group):
+    """A group that names the nearest command."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            raise click.UsageError(
+                f"there is no command '{name}'{suggest(name, self.list_commands(ctx))}", ctx
+            )
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mfuser")
+def cli() -> None:
+    """Domain-generalised semantic segmentation with any pair of foundation models.
+
+    Pairings, recipes and datasets are declared in registry.toml; `mfuser list` shows them.
+    """
+
+
+def emit(value: Any) -> None:
+    """A result for machines, on standard output."""
+    click.echo(json.dumps(value, indent=1))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; what a user got wrong ends in one sentence and exit code 2."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        arguments = ["--help"]
+    try:
+        code = cli.main(arguments, prog_name="mfuser", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("mfuser: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        where = f" (see: {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""  # type: ignore[attr-defined]
+        _fail(error.format_message().rstrip(".") + where, arguments)
+    except MFuserError as error:
+        _fail(str(error), arguments, error.exit_code)
+    except BrokenPipeError:
+        # Whoever read the output has gone; nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if os.environ.get("MFUSER_DEBUG"):
+            raise
+        _fail(str(error), arguments)
+
+
+def _fail(message: str, arguments: list[str], code: int = 2) -> None:
+    if "--json" in arguments:
+        emit({"error": message})
+    print(f"mfuser: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+from mfuser.cli import show, work  # noqa: E402, F401  (they add their commands to the group)

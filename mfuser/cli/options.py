@@ -1,0 +1,80 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mfuser.registry import Registry
+
+Command = Callable[..., Any]
+
+
+def registry_options(command: Command) -> Command:
+    """--registry and --plugin; `open_registry` takes what they give."""
+    for option in (
+        click.option(
+            "--plugin",
+            "plugins",
+            multiple=True,
+            metavar="MODULE|FILE.py",
+            help="Load a plugin that is not installed.",
+        ),
+        click.option(
+            "--registry",
+            "registries",
+            multiple=True,
+            metavar="FILE",
+            help="A registry file on top of what ships, instead of ./registry.toml.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def data_options(command: Command) -> Command:
+    return click.option(
+        "--data-root",
+        "data_roots",
+        multiple=True,
+        metavar="[NAME=]FOLDER",
+        help="Where a dataset lies, or the folder that holds them all by name.",
+    )(command)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+device_option = click.option(
+    "--device",
+    metavar="cpu|cuda",
+    type=click.Choice(["cpu", "cuda"]),
+    default=None,
+    help="Default: a GPU where there is one.",
+)
+set_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change an option, e.g. fusion.state_size=8.",
+)
+
+
+def open_registry(
+    registries: tuple[str, ...], plugins: tuple[str, ...], data_roots: tuple[str, ...] = ()
+) -> Registry:
+    from mfuser.registry import load_registry
+
+    return load_registry(*registries, plugins=plugins, data_roots=data_roots)
+
+
+def check_device(device: str | None) -> str | None:
+    """Raises where a GPU is asked for and there is none."""
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise click.UsageError("--device cuda: torch sees no GPU here; leave the option out")
+    return device

@@ -1,0 +1,167 @@
+"""Commands that show what there is: list, describe, data, doctor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mfuser.cli import Group, cli, emit
+from mfuser.cli.options import (
+    data_options,
+    json_option,
+    open_registry,
+    registry_options,
+    set_option,
+)
+from mfuser.errors import suggest
+
+
+@cli.command("list")
+@click.argument("kind", required=False)
+@registry_options
+@json_option
+def list_(
+    kind: str | None, registries: tuple[str, ...], plugins: tuple[str, ...], as_json: bool
+) -> None:
+    """What is installed and declared: pairings, recipes and the components of each kind."""
+    registry = open_registry(registries, plugins)
+    from mfuser.specs import KINDS
+
+    tables = {"pairings": "pairing", "recipes": "recipe", "datasets": "dataset"}
+    # "datasets" is both: components and named tables.
+    known = [*tables, *KINDS, "plugins"]
+    if kind is not None and kind not in known:
+        raise click.UsageError(f"nothing of the kind '{kind}' is listed{suggest(kind, known)}")
+    shown: dict[str, Any] = {}
+    for plural, table in tables.items():
+        shown[plural] = [
+            {"name": name, "where": registry.where(table, name)} for name in registry.names(table)
+        ]
+    for component_kind in KINDS:
+        shown[component_kind] = [
+            {
+                "name": c.name,
+                "plugin": c.plugin,
+                "help": (c.spec.__doc__ or "").strip().split("\n")[0],
+            }
+            for c in registry.components.kind(component_kind).values()
+        ]
+    shown["plugins"] = [{"name": b.plugin, "broken": b.cause} for b in registry.components.broken]
+    if kind is not None:
+        shown = {kind: shown[kind]}
+    if as_json:
+        emit(shown)
+        return
+    for title, entries in shown.items():
+        if title == "plugins" and not entries and kind is None:
+            continue
+        click.secho(title.replace("_", "-"), bold=True)
+        width = max((len(e["name"]) for e in entries), default=0)
+        for entry in entries:
+            if "broken" in entry:
+                click.echo(f"  {entry['name']} failed to load: {entry['broken']}")
+            elif "plugin" in entry:
+                click.echo(f"  {entry['name']:<{width}}  {entry['help']}  [{entry['plugin']}]")
+            else:
+                click.echo(f"  {entry['name']:<{width}}  {entry['where']}")
+        if not entries:
+            click.echo("  none" if title != "plugins" else "  none failed to load")
+
+
+@cli.command()
+@click.argument("pairing")
+@registry_options
+@set_option
+@json_option
+def describe(
+    pairing: str,
+    registries: tuple[str, ...],
+    plugins: tuple[str, ...],
+    settings: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """The assembled model of PAIRING: parameters, FLOPs and token grids, part by part.
+
+    Nothing is downloaded and no memory is taken: the model is laid out without its weights.
+    """
+    registry = open_registry(registries, plugins)
+    spec = registry.pairing(pairing, settings)
+    from mfuser.describe import describe as describe_model
+    from mfuser.describe import render
+
+    facts = describe_model(spec)
+    if as_json:
+        emit({"pairing": pairing, **facts})
+    else:
+        from rich.console import Console
+
+        for part in render(pairing, facts):
+            Console().print(part, highlight=False)
+
+
+@cli.group(cls=Group)
+def data() -> None:
+    """Datasets on disk."""
+
+
+@data.command("check")
+@click.argument("datasets", nargs=-1)
+@registry_options
+@data_options
+@json_option
+def check(
+    datasets: tuple[str, ...],
+    registries: tuple[str, ...],
+    plugins: tuple[str, ...],
+    data_roots: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """What of DATASETS (default: all) is on disk, and what is missing."""
+    registry = open_registry(registries, plugins, data_roots)
+    from mfuser.errors import MFuserError
+    from mfuser.run import domains
+
+    wanted = datasets or tuple(
+        dict.fromkeys([*registry.components.kind("dataset"), *registry.names("dataset")])
+    )
+    found: list[dict[str, Any]] = []
+    for reference in wanted:
+        for domain in domains(registry, reference):
+            for split in (
+                (domain.spec.get("split"),) if domain.spec.get("split") else ("train", "val")
+            ):
+                entry: dict[str, Any] = {"dataset": domain.name, "split": split}
+                try:
+                    built = domain.build(registry, str(split))
+                    sample = built[0]
+                    entry |= {"images": len(built), "size": list(sample.label.shape)}
+                except MFuserError as error:
+                    entry["missing"] = str(error)
+                found.append(entry)
+    if as_json:
+        emit(found)
+    else:
+        for entry in found:
+            text = entry.get("missing") or (
+                f"{entry['images']} images, the first {entry['size'][0]}x{entry['size'][1]}"
+            )
+            click.echo(f"{entry['dataset']} ({entry['split']}): {text}")
+    if datasets and any("missing" in e for e in found):
+        raise click.exceptions.Exit(2)
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Versions, devices, plugins, and what each optional part would need."""
+    from mfuser.doctor import examine
+
+    report = examine()
+    if as_json:
+        emit(report)
+        return
+    for title, entries in report.items():
+        click.secho(title, bold=True)
+        for name, value in entries.items():
+            click.echo(f"  {name}: {value}")

@@ -1,0 +1,252 @@
+"""Commands that work: train, evaluate, predict."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from mfuser.cli import INTERRUPTED, cli, emit
+from mfuser.cli.options import (
+    check_device,
+    data_options,
+    device_option,
+    json_option,
+    open_registry,
+    registry_options,
+    set_option,
+)
+
+stride_option = click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Of the sliding window, in pixels. Default: the recipe's, or two thirds of the window.",
+)
+
+
+@cli.command()
+@click.argument("pairing")
+@click.option(
+    "--recipe", default=None, help="Default: the recipe of the pairing's name, else 'paper'."
+)
+@click.option("--source", default=None, metavar="DATASET", help="What it trains on.")
+@click.option("--targets", default=None, metavar="A,B,…", help="Domains it is tested on.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: runs/PAIRING.")
+@click.option("--steps", type=int, default=None, help="Short for --set-recipe steps=N.")
+@click.option("--seed", type=int, default=None, help="Short for --set-recipe seed=N.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out.")
+@set_option
+@click.option(
+    "--set-recipe",
+    "recipe_settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change an option of the recipe, e.g. lr=3e-4.",
+)
+@click.option("--no-evaluate", is_flag=True, help="Stop after training.")
+@registry_options
+@data_options
+@device_option
+@json_option
+def train(
+    pairing: str,
+    recipe: str | None,
+    source: str | None,
+    targets: str | None,
+    out: Path | None,
+    steps: int | None,
+    seed: int | None,
+    resume: bool,
+    settings: tuple[str, ...],
+    recipe_settings: tuple[str, ...],
+    no_evaluate: bool,
+    registries: tuple[str, ...],
+    plugins: tuple[str, ...],
+    data_roots: tuple[str, ...],
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Train PAIRING on a source, then evaluate it on the targets: report and pictures in --out.
+
+    Ctrl-C saves and says how to resume. On several GPUs: torchrun -m mfuser train …
+    """
+    registry = open_registry(registries, plugins, data_roots)
+    changes = [*recipe_settings]
+    changes += [f"steps={steps}"] if steps is not None else []
+    changes += [f"seed={seed}"] if seed is not None else []
+    recipe_name = recipe or (pairing if pairing in registry.names("recipe") else "paper")
+    pairing_spec = registry.pairing(pairing, settings)
+    recipe_spec = registry.recipe(recipe_name, changes)
+    check_device(device)
+    from mfuser.console import Console
+    from mfuser.run import RunSpec
+    from mfuser.train import Interrupted
+    from mfuser.train import train as train_run
+
+    run = RunSpec.of(
+        registry,
+        pairing,
+        recipe_name,
+        pairing=pairing_spec,
+        recipe=recipe_spec,
+        source=source,
+        targets=_split(targets),
+    )
+    folder = out or Path("runs") / pairing
+    console = Console()
+    try:
+        train_run(registry, run, folder, resume=resume, device=device, console=console)
+    except Interrupted as stop:
+        arguments = sys.argv[1:] if resume else [*sys.argv[1:], "--resume"]
+        console.say(
+            f"interrupted after step {stop.step}; all is saved in {folder}. To go on:\n"
+            f"  mfuser {shlex.join(arguments)}"
+        )
+        raise click.exceptions.Exit(INTERRUPTED) from stop
+    if no_evaluate or not run.targets:
+        emit({"run": str(folder)}) if as_json else click.echo(f"trained: {folder}")
+        return
+    from mfuser.evaluate import evaluate as evaluate_run
+
+    pictures = folder / "pictures"
+    report = evaluate_run(
+        registry,
+        folder,
+        device=device,
+        baselines=recipe_spec.baselines,
+        pictures=pictures,
+        console=console,
+    )
+    _show(report, folder, as_json, pictures)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--targets", default=None, metavar="A,B,…", help="Default: the run's own.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: the run.")
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="Images of each domain.")
+@click.option("--baselines", is_flag=True, help="Also score the untrained model.")
+@stride_option
+@set_option
+@registry_options
+@data_options
+@device_option
+@json_option
+def evaluate(
+    run: Path,
+    targets: str | None,
+    out: Path | None,
+    limit: int | None,
+    baselines: bool,
+    stride: int | None,
+    settings: tuple[str, ...],
+    registries: tuple[str, ...],
+    plugins: tuple[str, ...],
+    data_roots: tuple[str, ...],
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Score RUN (a folder or a checkpoint) on several domains at once: IoU by class, mIoU, average."""
+    registry = open_registry(registries, plugins, data_roots)
+    check_device(device)
+    from mfuser.console import Console
+    from mfuser.evaluate import evaluate as evaluate_run
+    from mfuser.run import domains
+
+    chosen = [d for reference in _split(targets) for d in domains(registry, reference)]
+    folder = out or (run if run.is_dir() else run.parent)
+    pictures = folder / "pictures"
+    report = evaluate_run(
+        registry,
+        run,
+        targets=chosen or None,
+        settings=settings,
+        device=device,
+        stride=(stride, stride) if stride else None,
+        limit=limit,
+        baselines=baselines,
+        pictures=pictures,
+        console=Console(),
+    )
+    _show(report, folder, as_json, pictures)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("predictions"), show_default=True
+)
+@click.option(
+    "--scale",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Resize images by this factor before they are segmented.",
+)
+@click.option("--skip-bad", is_flag=True, help="Go on after an image that cannot be read.")
+@stride_option
+@set_option
+@registry_options
+@device_option
+@json_option
+def predict(
+    run: Path,
+    images: tuple[Path, ...],
+    out: Path,
+    scale: float,
+    skip_bad: bool,
+    stride: int | None,
+    settings: tuple[str, ...],
+    registries: tuple[str, ...],
+    plugins: tuple[str, ...],
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Colour masks and overlays of IMAGES (files or folders) from RUN."""
+    registry = open_registry(registries, plugins)
+    check_device(device)
+    from mfuser.console import Console
+    from mfuser.predict import find_images
+    from mfuser.predict import predict as predict_images
+
+    written = predict_images(
+        registry,
+        run,
+        find_images(images),
+        out,
+        settings=settings,
+        device=device,
+        scale=scale,
+        stride=(stride, stride) if stride else None,
+        skip_unreadable=skip_bad,
+        console=Console(),
+    )
+    if as_json:
+        emit(written)
+    else:
+        click.echo(f"{len(written)} masks and overlays in {out}")
+
+
+def _split(names: str | None) -> tuple[str, ...]:
+    return tuple(n.strip() for n in names.split(",") if n.strip()) if names else ()
+
+
+def _show(report, folder: Path, as_json: bool, pictures: Path) -> None:  # type: ignore[no-untyped-def]
+    drawn = sorted(f"pictures/{p.name}" for p in pictures.glob("*.png"))
+    report.save(folder, drawn)
+    if as_json:
+        emit(report.as_json())
+        return
+    from rich.console import Console
+
+    out = Console()
+    if not out.is_terminal:
+        out = Console(width=160)
+    out.print(report.table())
+    for line in report.summary():
+        out.print(line, highlight=False, soft_wrap=True)
+    click.echo(f"report: {folder / 'report.md'}" + (f", pictures: {pictures}" if drawn else ""))

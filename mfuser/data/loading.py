@@ -1,0 +1,165 @@
+"""The stream of training batches, and datasets seen through a model's classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from mfuser.data.images import UnreadableImage
+from mfuser.data.sampling import RareClassSampler, ShuffledSampler, sample_rng
+from mfuser.data.transforms import Augmentation
+from mfuser.errors import DataError
+from mfuser.interfaces import IGNORE, Dataset
+
+TRIES = 20
+"""Draws after which a source whose images are unreadable is given up."""
+
+
+class ClassMap:
+    """Labels of a dataset in the class ids of a model, matched by name."""
+
+    def __init__(self, dataset: Dataset, classes: tuple[str, ...]) -> None:
+        ids = {name: k for k, name in enumerate(classes)}
+        known = {i: ids[dataset.classes[i]] for i in dataset.class_ids if dataset.classes[i] in ids}
+        if not known:
+            raise DataError(
+                f"the dataset's classes ({', '.join(dataset.classes[:5])}, …) and the pairing's "
+                f"({', '.join(classes[:5])}, …) have no name in common"
+            )
+        self.shared = tuple(sorted(known.values()))
+        """The model's class ids that the dataset labels."""
+        self._table = np.full(256, IGNORE, np.int64)
+        for theirs, ours in known.items():
+            self._table[theirs] = ours
+
+    def __call__(self, label: np.ndarray) -> np.ndarray:
+        return self._table[label]
+
+
+@dataclass
+class Batch:
+    """images: uint8 (B, 3, H, W). labels: int64 (B, H, W). skipped: names of unreadable images."""
+
+    images: Tensor
+    labels: Tensor
+    skipped: list[str]
+
+
+class _Crops(TorchDataset[tuple[Tensor, Tensor, list[str]]]):
+    """Crop number `slot` of the whole run; depends on (seed, slot) alone."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        class_map: ClassMap,
+        sampler: RareClassSampler | ShuffledSampler,
+        augmentation: Augmentation,
+        seed: int,
+        skip_unreadable: bool,
+    ) -> None:
+        self.dataset = dataset
+        self.class_map = class_map
+        self.sampler = sampler
+        self.augmentation = augmentation
+        self.seed = seed
+        self.skip_unreadable = skip_unreadable
+
+    def __getitem__(self, slot: int) -> tuple[Tensor, Tensor, list[str]]:
+        rng = sample_rng(self.seed, slot)
+        skipped: list[str] = []
+        for attempt in range(TRIES):
+            index, wanted = self._draw(rng, slot, attempt)
+            try:
+                sample = self.dataset[index]
+            except UnreadableImage:
+                if not self.skip_unreadable:
+                    raise
+                skipped.append(self.dataset.name(index))
+                continue
+            image, label = self.augmentation(
+                sample.image, self.class_map(sample.label), rng, wanted, sample.name
+            )
+            return (
+                torch.from_numpy(image).permute(2, 0, 1).contiguous(),
+                torch.from_numpy(label),
+                skipped,
+            )
+        raise DataError(f"{TRIES} images in a row were unreadable, {skipped[-1]} among them")
+
+    def _draw(self, rng: np.random.Generator, slot: int, attempt: int) -> tuple[int, int | None]:
+        if isinstance(self.sampler, RareClassSampler):
+            return self.sampler.draw(rng)
+        if attempt:  # the place of an unreadable image goes to another one
+            return int(rng.integers(self.sampler.size)), None
+        return self.sampler.index_at(self.seed, slot), None
+
+
+class TrainingStream:
+    """Batches from `start` to the last step; what batch a step gets depends on the seed alone.
+
+    rank, world: this process takes its share of every step's crops.
+    """
+
+    def __init__(
+        self,
+        crops: _Crops,
+        steps: int,
+        batch_size: int,
+        *,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        slots = [
+            [(step * world + rank) * batch_size + i for i in range(batch_size)]
+            for step in range(start, steps)
+        ]
+        self.loader: DataLoader[Batch] = DataLoader(
+            crops,
+            batch_sampler=slots,
+            num_workers=workers,
+            collate_fn=_collate,
+            worker_init_fn=_one_thread,
+            persistent_workers=False,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.loader)
+
+
+def training_stream(
+    dataset: Dataset,
+    class_map: ClassMap,
+    sampler: RareClassSampler | ShuffledSampler,
+    augmentation: Augmentation,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    skip_unreadable: bool = False,
+) -> TrainingStream:
+    """Augmented crops of a source, in the model's class ids."""
+    crops = _Crops(dataset, class_map, sampler, augmentation, seed, skip_unreadable)
+    return TrainingStream(
+        crops, steps, batch_size, start=start, rank=rank, world=world, workers=workers
+    )
+
+
+def _collate(items: list[tuple[Tensor, Tensor, list[str]]]) -> Batch:
+    images, labels, skipped = zip(*items, strict=True)
+    return Batch(torch.stack(images), torch.stack(labels), [n for names in skipped for n in names])
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,130 @@
+"""Masks and overlays of any photographs, from a trained run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mfuser import draw
+from mfuser.checkpoints import load_model
+from mfuser.console import Console
+from mfuser.data.images import UnreadableImage, read_image
+from mfuser.errors import DataError, MFuserError
+from mfuser.evaluate import predict_ids
+from mfuser.registry import Registry
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Files as given, and the images directly in folders. Raises DataError for what is missing."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise DataError(f"the folder {path} holds no images ({', '.join(SUFFIXES)})")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError(f"there is no image or folder {path}")
+    return found
+
+
+def predict(
+    registry: Registry,
+    run: Path,
+    images: Sequence[Path],
+    out: Path,
+    *,
+    settings: Sequence[str] = (),
+    device: str | None = None,
+    scale: float = 1.0,
+    stride: tuple[int, int] | None = None,
+    skip_unreadable: bool = False,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Writes NAME.mask.png (palette, index = class id) and NAME.overlay.png for every image.
+
+    scale: resize images by this factor first. Returns, per image, its files and the share of
+    pixels of each class.
+    """
+    console = console or Console()
+    names = [_stem(p, images) for p in images]
+    model, _ = load_model(run, registry, list(settings))
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(where)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the folder {out} cannot be written: {error.strerror}") from error
+    table = draw.palette(model.classes)
+    written: list[dict[str, Any]] = []
+    with console.task("segmenting", len(images)) as task:
+        for path, name in zip(images, names, strict=True):
+            try:
+                image = read_image(path)
+            except UnreadableImage as error:
+                if not skip_unreadable:
+                    raise
+                console.say(f"skipped: {error}")
+                task.advance()
+                continue
+            label = _segment(model, path, image, where, scale, stride)
+            mask, over = out / f"{name}.mask.png", out / f"{name}.overlay.png"
+            try:
+                draw.indexed(label, table).save(mask)
+                Image.fromarray(draw.overlay(image, label, table)).save(over)
+            except OSError as error:
+                raise DataError(f"{out} cannot be written: {error}") from error
+            shares = np.bincount(label.ravel(), minlength=len(model.classes)) / label.size
+            written.append(
+                {
+                    "image": str(path),
+                    "mask": str(mask),
+                    "overlay": str(over),
+                    "classes": {
+                        c: round(float(s), 4)
+                        for c, s in zip(model.classes, shares, strict=True)
+                        if s
+                    },
+                }
+            )
+            task.advance()
+    if written:
+        draw.legend(model.classes, table, 640).save(out / "legend.png")
+    return written
+
+
+def _segment(
+    model: Any,
+    path: Path,
+    image: np.ndarray,
+    where: torch.device,
+    scale: float,
+    stride: tuple[int, int] | None,
+) -> np.ndarray:
+    height, width = image.shape[:2]
+    size = (round(height * scale), round(width * scale))
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(where)
+    if size != (height, width):
+        pixels = torch.nn.functional.interpolate(
+            pixels.float() / 255, size, mode="bilinear", align_corners=False, antialias=scale < 1
+        )
+    try:
+        scores = model.segment(pixels, stride=stride)
+    except MFuserError as error:
+        raise type(error)(f"{path}: {error}") from error
+    return predict_ids(scores[0], (height, width))
+
+
+def _stem(path: Path, paths: Sequence[Path]) -> str:
+    """The file's name; with its folder's where two images share theirs."""
+    twins = [p for p in paths if p.stem == path.stem and p != path]
+    return f"{path.parent.name}_{path.name}" if twins else path.stem
