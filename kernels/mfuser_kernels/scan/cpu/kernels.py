@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from mfuser_kernels.scan.cpu.vector import (
-    F32,
     I64,
     LN_2,
     PTR,
@@ -122,17 +121,19 @@ class Kernel:
         """D or bias of the block's channels."""
         return self.v.load(self.at(name, self.channel), const(0))
 
-    def read_A(self) -> dict[int, Value]:
-        if self.variant.states > States.UNROLL:
-            return {}
-        rows = range(self.variant.states)
-        return {n: self._load_A(const(n)) for n in rows}
+    def read_tables(self, **variables: Value) -> None:
+        """Variables from the tables of the same names, at this batch item and lane block.
 
-    def _load_A(self, n: Value) -> Value:
-        return self.v.load(self.at("A", self.channel), self.b.mul(n, self.table_row))
+        Rows of a table lie 4 Dp bytes apart, often a power of two, so that 16 of them compete for
+        two sets of the L1 cache: used in place, dA alone made the backward 1.3 times as long.
+        """
+        for name, variable in variables.items():
+            place = self.channel if name == "A" else self.tables
+            self.n.read(variable, self.at(name, place), self.table_row)
 
-    def pick_A(self, kept: dict[int, Value], n: Value) -> Value:
-        return kept[n.constant] if kept else self._load_A(n)
+    def write_tables(self, **variables: Value) -> None:
+        for name, variable in variables.items():
+            self.n.write(variable, self.at(name, self.tables), self.table_row)
 
     def finish(self) -> str:
         self.b.ret_void()
@@ -143,15 +144,13 @@ def forward_kernel(variant: Variant, name: str) -> str:
     """LLVM IR of the forward for every lane block of a task."""
     k = Kernel(variant, name, FORWARD_LANES)
     b, v, n_ = k.b, k.v, k.n
-    state, y = n_.variable(), n_.scalar()
+    state, A, y = n_.variable(), n_.variable(), n_.scalar()
     with loop(b, const(0), k.chunks) as chunk, loop(b, k.first, k.last) as block:
         k.place(chunk, block)
-        A, D, bias = k.read_A(), k.vector("D"), k.vector("bias")
-        home = k.at("state", k.tables)
-        n_.each(lambda n: n_.set(state, n, v.load(home, b.mul(n, k.table_row))))
+        D, bias = k.vector("D"), k.vector("bias")
+        k.read_tables(state=state, A=A)
         with b.if_then(b.icmp_signed("!=", k.field["saved"], const(0))):
-            kept = k.at("saved", k.kept)
-            n_.each(lambda n: v.store(n_.get(state, n), kept, b.mul(n, k.table_row)))
+            n_.write(state, k.at("saved", k.kept), k.table_row)
         with loop(b, const(0), k.steps) as t:
             row = b.mul(t, k.row)
             u = k.read_row("u", row)
@@ -161,8 +160,8 @@ def forward_kernel(variant: Variant, name: str) -> str:
             du = v.mul(delta, u)
             b.store(v.mul(D, u), y)
 
-            def step(n: Value, t=t, A=A, delta=delta, du=du) -> None:
-                decay = v.exp2(v.mul(delta, k.pick_A(A, n)), variant.may_grow)
+            def step(n: Value, t: Value = t, delta: Value = delta, du: Value = du) -> None:
+                decay = v.exp2(v.mul(delta, n_.get(A, n)), variant.may_grow)
                 h = v.fma(decay, n_.get(state, n), v.mul(du, k.read_matrix("B", t, n)))
                 n_.set(state, n, h)
                 b.store(v.fma(h, k.read_matrix("C", t, n), b.load(y)), y)
@@ -173,13 +172,18 @@ def forward_kernel(variant: Variant, name: str) -> str:
                 z = k.read_row("z", row)
                 out = v.mul(out, v.mul(z, v.sigmoid(z, v.exp_of_minus_abs(z))))
             k.write_row(out, "out", row)
-        n_.each(lambda n: v.store(n_.get(state, n), home, b.mul(n, k.table_row)))
+        k.write_tables(state=state)
     return k.finish()
 
 
 def scratch_floats(states: int) -> int:
     """Size of the buffer each thread brings to the backward."""
-    return CHUNK * BACKWARD_LANES * (4 * states + 3)
+    return CHUNK * BACKWARD_LANES * (2 * states + 3)
+
+
+def padded_states(states: int) -> int:
+    """Width of the rows in which the backward writes dB and dC: whole vectors."""
+    return -(-states // BACKWARD_LANES) * BACKWARD_LANES
 
 
 def backward_kernel(variant: Variant, name: str) -> str:
@@ -190,138 +194,143 @@ def backward_kernel(variant: Variant, name: str) -> str:
     du_t = delta_t sum_n(q_t B_t) + D g_t, d delta_t = u_t sum_n(q_t B_t) + sum_n(q_t p_t A),
     dA = sum_t q_t p_t delta_t.
     """
-    k = Kernel(variant, name, BACKWARD_LANES)
-    b, v, n_ = k.b, k.v, k.n
-    vector_bytes = 4 * k.lanes
-    step_bytes = variant.states * vector_bytes
-    buffers = [const(i * CHUNK * step_bytes) for i in range(5)]
-    decay_at, p_at, sum_B, sum_C, per_step = (
-        b.gep(k.scratch, [offset]) for offset in buffers
-    )
-    state, q, y, by_B, by_A = n_.variable(), n_.variable(), *(n_.scalar() for _ in range(3))
-    dD, d_bias = n_.scalar(), n_.scalar()
+    k = Backward(variant, name, BACKWARD_LANES)
+    b = k.b
     with loop(b, const(0), k.chunks) as past:
         chunk = b.sub(b.sub(k.chunks, const(1)), past)
-        with loop(b, const(0), const(2 * CHUNK * variant.states)) as i:
-            v.store(v.c(0.0), sum_B, k.times(i, vector_bytes))  # and sum_C, which follows it
         with loop(b, k.first, k.last) as block:
             k.place(chunk, block)
-            A, D, bias = k.read_A(), k.vector("D"), k.vector("bias")
-            _recompute(k, state, y, decay_at, p_at, per_step, A, D, bias)
-            home = k.at("state", k.tables)
-            n_.each(lambda n: n_.set(q, n, v.load(home, b.mul(n, k.table_row))))
-            for name_, total in (("dD", dD), ("d_bias", d_bias)):
-                b.store(v.load(k.at(name_, k.vectors), const(0)), total)
+            k.matrix_sum = b.mul(k.matrix, const(padded_states(variant.states)))
+            k.matrix_sum = b.sdiv(k.matrix_sum, const(variant.states))
+            k.is_first = b.icmp_signed("==", block, k.first)
+            k.D, k.bias = k.vector("D"), k.vector("bias")
+            k.read_tables(A=k.A)
+            k.recompute()
+            k.read_tables(**k.running)
+            for name_, total in k.totals.items():
+                b.store(k.v.load(k.at(name_, k.vectors), const(0)), total)
             with loop(b, const(0), k.steps) as back:
-                t = b.sub(b.sub(k.steps, const(1)), back)
-                row = b.mul(t, k.row)
-                own = k.times(t, 3 * vector_bytes)
-                delta, slope, g = (
-                    v.load(per_step, b.add(own, const(i * vector_bytes))) for i in range(3)
-                )
-                u = k.read_row("u", row)
-                x = v.mul(delta, u)
-                b.store(v.c(0.0), by_B)
-                b.store(v.c(0.0), by_A)
-
-                def step(n: Value, t=t, A=A, delta=delta, x=x, g=g) -> None:
-                    at = b.add(k.times(t, step_bytes), k.times(n, vector_bytes))
-                    B, C = k.read_matrix("B", t, n), k.read_matrix("C", t, n)
-                    grad = v.fma(C, g, n_.get(q, n))
-                    p = v.load(p_at, at)
-                    _accumulate(k, "C", sum_C, at, n, v.fma(x, B, p), g)
-                    _accumulate(k, "B", sum_B, at, n, grad, x)
-                    b.store(v.fma(grad, B, b.load(by_B)), by_B)
-                    grad_p = v.mul(grad, p)
-                    b.store(v.fma(grad_p, k.pick_A(A, n), b.load(by_A)), by_A)
-                    dA, place = k.at("dA", k.tables), b.mul(n, k.table_row)
-                    v.store(v.fma(grad_p, delta, v.load(dA, place)), dA, place)
-                    n_.set(q, n, v.mul(grad, v.load(decay_at, at)))
-
-                n_.each(step)
-                from_B = b.load(by_B)
-                k.write_row(v.fma(delta, from_B, v.mul(D, g)), "du", row)
-                from_A = v.mul(b.load(by_A), v.c(LN_2))
-                d_delta = v.mul(v.fma(u, from_B, from_A), slope)
-                k.write_row(d_delta, "d_delta", row)
-                b.store(v.fma(g, u, b.load(dD)), dD)
-                b.store(v.add(d_delta, b.load(d_bias)), d_bias)
-            n_.each(lambda n: v.store(n_.get(q, n), home, b.mul(n, k.table_row)))
-            for name_, total in (("dD", dD), ("d_bias", d_bias)):
-                v.store(b.load(total), k.at(name_, k.vectors), const(0))
-        k.place(chunk, k.first)
-        for name_, sums in (("B", sum_B), ("C", sum_C)):
-            if not getattr(variant, f"constant_{name_}"):
-                _write_sums(k, f"d{name_}", sums, vector_bytes)
+                k.step_back(b.sub(b.sub(k.steps, const(1)), back))
+            k.write_tables(**k.running)
+            for name_, total in k.totals.items():
+                k.v.store(b.load(total), k.at(name_, k.vectors), const(0))
     return k.finish()
 
 
-def _recompute(
-    k: Kernel,
-    state: Value,
-    y: Value,
-    decay_at: Value,
-    p_at: Value,
-    per_step: Value,
-    A: dict[int, Value],
-    D: Value,
-    bias: Value,
-) -> None:
-    """Walk one chunk forward, keeping every decay and p, and delta, its slope and g of each step."""
-    b, v, n_, variant = k.b, k.v, k.n, k.variant
-    vector_bytes = 4 * k.lanes
-    kept = k.at("saved", k.kept)
-    n_.each(lambda n: n_.set(state, n, v.load(kept, b.mul(n, k.table_row))))
-    with loop(b, const(0), k.steps) as t:
-        row = b.mul(t, k.row)
-        u = k.read_row("u", row)
-        delta, slope = v.add(k.read_row("delta", row), bias), v.c(1.0)
-        if variant.softplus:
-            w = v.exp_of_minus_abs(delta)
-            delta, slope = v.softplus(delta, w), v.sigmoid(delta, w)
-        x = v.mul(delta, u)
-        if variant.gate:
-            b.store(v.mul(D, u), y)
+class Backward(Kernel):
+    """The two walks of the backward through one lane block of one chunk."""
 
-        def step(n: Value) -> None:
-            at = b.add(k.times(t, k.variant.states * vector_bytes), k.times(n, vector_bytes))
-            decay = v.exp2(v.mul(delta, k.pick_A(A, n)), variant.may_grow)
-            p = v.mul(decay, n_.get(state, n))
-            v.store(decay, decay_at, at)
-            v.store(p, p_at, at)
-            h = v.fma(x, k.read_matrix("B", t, n), p)
-            n_.set(state, n, h)
+    D: Value
+    bias: Value
+    matrix_sum: Value
+    is_first: Value
+
+    def __init__(self, variant: Variant, name: str, lanes: int) -> None:
+        super().__init__(variant, name, lanes)
+        self.bytes = 4 * lanes  # of one vector
+        records = CHUNK * variant.states * 2 * self.bytes
+        # A record of decay and p for each step and state, one of delta, slope, g for each step.
+        self.per_step = self.b.gep(self.scratch, [const(records)])
+        self.A, self.h = self.n.variable(), self.n.variable()
+        self.running = {"state": self.n.variable(), "dA": self.n.variable()}
+        for m in ("B", "C"):
+            if getattr(variant, f"constant_{m}"):
+                self.running[f"d{m}"] = self.n.variable()
+        self.totals = {"dD": self.n.scalar(), "d_bias": self.n.scalar()}
+        self.y, self.by_A, self.by_B = (self.n.scalar() for _ in range(3))
+
+    def record(self, t: Value, n: Value) -> Value:
+        index = self.b.add(self.times(t, self.variant.states), n)
+        return self.times(index, 2 * self.bytes)
+
+    def recompute(self) -> None:
+        """Walk forward from the kept state, and write the records."""
+        b, v, n_, variant = self.b, self.v, self.n, self.variant
+        n_.read(self.h, self.at("saved", self.kept), self.table_row)
+        with loop(b, const(0), self.steps) as t:
+            row = b.mul(t, self.row)
+            u = self.read_row("u", row)
+            delta, slope = v.add(self.read_row("delta", row), self.bias), v.c(1.0)
+            if variant.softplus:
+                w = v.exp_of_minus_abs(delta)
+                delta, slope = v.softplus(delta, w), v.sigmoid(delta, w)
+            du = v.mul(delta, u)
             if variant.gate:
-                b.store(v.fma(h, k.read_matrix("C", t, n), b.load(y)), y)
+                b.store(v.mul(self.D, u), self.y)
 
-        n_.each(step)
-        g = k.read_row("d_out", row)
-        if variant.gate:
-            z = k.read_row("z", row)
-            s = v.sigmoid(z, v.exp_of_minus_abs(z))
-            through = v.fma(z, v.sub(v.c(1.0), s), v.c(1.0))
-            k.write_row(v.mul(v.mul(g, b.load(y)), v.mul(s, through)), "dz", row)
-            g = v.mul(g, v.mul(z, s))
-        own = k.times(t, 3 * vector_bytes)
-        for i, kept_value in enumerate((delta, slope, g)):
-            v.store(kept_value, per_step, b.add(own, const(i * vector_bytes)))
+            def step(n: Value) -> None:
+                record = self.record(t, n)
+                decay = v.exp2(v.mul(delta, n_.get(self.A, n)), variant.may_grow)
+                p = v.mul(decay, n_.get(self.h, n))
+                v.store(decay, self.scratch, record)
+                v.store(p, self.scratch, b.add(record, const(self.bytes)))
+                h = v.fma(du, self.read_matrix("B", t, n), p)
+                n_.set(self.h, n, h)
+                if variant.gate:
+                    b.store(v.fma(h, self.read_matrix("C", t, n), b.load(self.y)), self.y)
 
+            n_.each(step)
+            g = self.read_row("d_out", row)
+            if variant.gate:
+                z = self.read_row("z", row)
+                s = v.sigmoid(z, v.exp_of_minus_abs(z))
+                through = v.mul(s, v.fma(z, v.sub(v.c(1.0), s), v.c(1.0)))
+                self.write_row(v.mul(v.mul(g, b.load(self.y)), through), "dz", row)
+                g = v.mul(g, v.mul(z, s))
+            for i, x in enumerate((delta, slope, g)):
+                v.store(x, self.per_step, self.times(b.add(self.times(t, 3), const(i)), self.bytes))
 
-def _accumulate(
-    k: Kernel, name: str, sums: Value, at: Value, n: Value, x: Value, y: Value
-) -> None:
-    """Add x y to the gradient of B or C: of this step over channels, or of this channel."""
-    if getattr(k.variant, f"constant_{name}"):
-        sums, at = k.at(f"d{name}", k.tables), k.b.mul(n, k.table_row)
-    k.v.store(k.v.fma(x, y, k.v.load(sums, at)), sums, at)
+    def step_back(self, t: Value) -> None:
+        """One step of the reverse recurrence."""
+        b, v, n_ = self.b, self.v, self.n
+        row = b.mul(t, self.row)
+        delta, slope, g = (
+            v.load(self.per_step, self.times(b.add(self.times(t, 3), const(i)), self.bytes))
+            for i in range(3)
+        )
+        u = self.read_row("u", row)
+        du = v.mul(delta, u)
+        b.store(v.c(0.0), self.by_B)
+        b.store(v.c(0.0), self.by_A)
 
+        def group(states: list[Value]) -> None:
+            dB, dC = [], []
+            for n in states:
+                record = self.record(t, n)
+                B, C = self.read_matrix("B", t, n), self.read_matrix("C", t, n)
+                q = v.fma(C, g, n_.get(self.running["state"], n))
+                p = v.load(self.scratch, b.add(record, const(self.bytes)))
+                dB.append(v.mul(q, du))
+                dC.append(v.mul(v.fma(du, B, p), g))
+                b.store(v.fma(q, B, b.load(self.by_B)), self.by_B)
+                qp = v.mul(q, p)
+                b.store(v.fma(qp, n_.get(self.A, n), b.load(self.by_A)), self.by_A)
+                dA = self.running["dA"]
+                n_.set(dA, n, v.fma(qp, delta, n_.get(dA, n)))
+                n_.set(self.running["state"], n, v.mul(q, v.load(self.scratch, record)))
+            for name, grads in (("B", dB), ("C", dC)):
+                self.matrix_grad(name, t, states, grads)
 
-def _write_sums(k: Kernel, name: str, sums: Value, vector_bytes: int) -> None:
-    """Sum over lanes, and write this task's share of the gradient, (B, L, G, N) for each part."""
-    b, v = k.b, k.v
-    to = k.at(name, b.mul(k.part, k.field["partial_stride"]), k.matrix)
-    with loop(b, const(0), k.steps) as t, loop(b, const(0), const(k.variant.states)) as n:
-        index = b.add(k.times(t, k.variant.states), n)
-        total = v.sum_lanes(v.load(sums, k.times(index, vector_bytes)))
-        place = b.add(b.mul(t, k.matrix_row), k.times(n, 4))
-        b.store(total, v.pointer(to, place, F32), align=4)
+        n_.groups(group)
+        by_B = b.load(self.by_B)
+        self.write_row(v.fma(delta, by_B, v.mul(self.D, g)), "du", row)
+        d_delta = v.mul(v.fma(u, by_B, v.mul(b.load(self.by_A), v.c(LN_2))), slope)
+        self.write_row(d_delta, "d_delta", row)
+        for x, name in ((v.mul(g, u), "dD"), (d_delta, "d_bias")):
+            total = self.totals[name]
+            b.store(v.add(x, b.load(total)), total)
+
+    def matrix_grad(self, name: str, t: Value, states: list[Value], grads: list[Value]) -> None:
+        """Add to the gradient of B or C: of each channel, or summed over this task's channels."""
+        b, v = self.b, self.v
+        if getattr(self.variant, f"constant_{name}"):
+            total = self.running[f"d{name}"]
+            for n, grad in zip(states, grads, strict=True):
+                self.n.set(total, n, v.add(grad, self.n.get(total, n)))
+            return
+        part = b.mul(self.part, self.field["partial_stride"])
+        place = self.at(f"d{name}", part, self.matrix_sum)
+        row = b.mul(self.field["groups"], const(4 * padded_states(self.variant.states)))
+        offset = b.add(b.mul(t, row), self.times(states[0], 4))
+        before = b.select(self.is_first, v.c(0.0), v.load(place, offset))
+        v.store(v.add(v.sum_each(grads), before), place, offset)

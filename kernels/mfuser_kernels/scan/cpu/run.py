@@ -178,8 +178,9 @@ def backward(
         if m.dim() == 2:
             sums[name] = lay.zeros(x.batch, x.states, lay.width)
         else:
-            sums[name] = torch.empty((group_tasks, *m.shape), dtype=torch.float32)
-            lay.fields["partial_stride"] = m.numel() * 4
+            rows = (*m.shape[:3], kernels.padded_states(x.states))
+            sums[name] = torch.empty((group_tasks, *rows), dtype=torch.float32)
+            lay.fields["partial_stride"] = sums[name].stride(0) * 4
     lay.hold(**sums)
     per_group, per_task = lay.share // BACKWARD_LANES, TASK_CHANNELS // BACKWARD_LANES
     tasks = [
@@ -190,7 +191,7 @@ def backward(
     ]
     lay.run("backward", tasks, kernels.scratch_floats(x.states))
     dB, dC = (
-        lay.untable(sums[name].sum(0)) if m.dim() == 2 else sums[name].sum(0)
+        lay.untable(sums[name].sum(0)) if m.dim() == 2 else sums[name].sum(0)[..., : x.states]
         for name, m in (("dB", x.B), ("dC", x.C))
     )
     return [

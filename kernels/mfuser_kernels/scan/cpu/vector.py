@@ -6,7 +6,7 @@ AVX2, SSE2 and NEON.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ EXP2 = (1.0, 0.6931469775988194, 0.24022242085144316, 0.05550733743746329,
         0.009671512650236193, 0.0013264727048594906)  # fmt: skip
 # artanh(s) / s as a polynomial in s^2 for s up to 1/3 (4.5e-9 relative).
 ARTANH = (1.0, 0.3333320814278829, 0.2001076362145391, 0.14000902610720742, 0.14005993520688045)
+GROUP = 16  # states whose code is written out, and lanes of the backward
 MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, left in the low bits
 
 Value = Any  # llvmlite has no type hints
@@ -107,19 +108,44 @@ class Vector:
         one = self.b.insert_element(undefined, x, ir.Constant(I32, 0))
         return self.b.shuffle_vector(one, undefined, ir.Constant(self.int, [0] * self.lanes))
 
-    def sum_lanes(self, x: Value) -> Value:
-        """Sum of the lanes by halves: a fixed order on every machine."""
-        width, lanes = x, self.lanes
-        while lanes > 1:
-            half = lanes // 2
-            pick = ir.VectorType(I32, half)
-            low = ir.Constant(pick, [I32(i) for i in range(half)])
-            high = ir.Constant(pick, [I32(i + half) for i in range(half)])
-            width = self.b.fadd(
-                self.b.shuffle_vector(width, width, low), self.b.shuffle_vector(width, width, high)
-            )
-            lanes = half
-        return self.b.extract_element(width, ir.Constant(I32, 0))
+    def _add_pairs(self, x: Value, y: Value, size: int) -> Value:
+        """Sums of neighbouring runs of `size` lanes, those of x before those of y.
+
+        Inside runs of four lanes for size 1, over the whole vector for size 4: both are single
+        shuffles on x86, and four such steps sum 16 vectors with 45 instructions.
+        """
+        block = 4 if size == 1 else self.lanes
+        even = [i for i in range(block) if i // size % 2 == 0]
+        odd = [i for i in range(block) if i // size % 2 == 1]
+        both = []
+        for half in (even, odd):
+            indices = [
+                start + i + source
+                for start in range(0, self.lanes, block)
+                for source in (0, self.lanes)
+                for i in half
+            ]
+            mask = ir.Constant(self.int, [I32(i) for i in indices])
+            both.append(self.b.shuffle_vector(x, y, mask))
+        return self.add(*both)
+
+    def sum_each(self, vectors: Iterable[Value]) -> Value:
+        """The sums over lanes of 16 vectors of 16 lanes, as one vector; missing ones give 0."""
+        assert self.lanes == GROUP
+        waiting: list[list[Value]] = [[] for _ in range(5)]
+
+        def give(x: Value, level: int) -> None:
+            waiting[level].append(x)
+            if len(waiting[level]) == 2 and level < 4:
+                pair, waiting[level] = waiting[level], []
+                give(self._add_pairs(*pair, size=1 if level < 2 else 4), level + 1)
+
+        count = 0
+        for count, x in enumerate(vectors, 1):  # noqa: B007
+            give(x, 0)
+        for _ in range(count, GROUP):
+            give(self.c(0.0), 0)
+        return waiting[4][0]
 
     # functions
     def exp2(self, x: Value, may_grow: bool) -> Value:
@@ -172,9 +198,7 @@ def loop(b: Value, start: Value, stop: Value) -> Iterator[Value]:
 
 
 class States:
-    """One vector for each of the N states: unrolled, so in registers, up to 16 of them."""
-
-    UNROLL = 16
+    """One vector for each of the N states: in registers up to 16 of them, else on the stack."""
 
     def __init__(self, v: Vector, count: int) -> None:
         self.v, self.count = v, count
@@ -188,18 +212,33 @@ class States:
             return self.v.b.alloca(self.v.float)
 
     def get(self, variable: Value, n: Value) -> Value:
-        return self.v.b.load(self._at(variable, n))
+        return self.v.b.load(self.v.b.gep(variable, [const(0), n]))
 
     def set(self, variable: Value, n: Value, x: Value) -> None:
-        self.v.b.store(x, self._at(variable, n))
+        self.v.b.store(x, self.v.b.gep(variable, [const(0), n]))
 
-    def _at(self, variable: Value, n: Value) -> Value:
-        return self.v.b.gep(variable, [const(0), n])
+    def read(self, variable: Value, base: Value, stride: Value) -> None:
+        """Fill a variable from the rows of a table."""
+        self.each(lambda n: self.set(variable, n, self.v.load(base, self.v.b.mul(n, stride))))
+
+    def write(self, variable: Value, base: Value, stride: Value) -> None:
+        self.each(lambda n: self.v.store(self.get(variable, n), base, self.v.b.mul(n, stride)))
+
+    def groups(self, body: Callable[[list[Value]], None]) -> None:
+        """Call body with the indices of up to 16 states at a time; a loop if there are more."""
+        full, rest = divmod(self.count, GROUP)
+        if full == 1:
+            body([const(n) for n in range(GROUP)])
+        elif full > 1:
+            with loop(self.v.b, const(0), const(full)) as group:
+                first = self.v.b.mul(group, const(GROUP))
+                body([self.v.b.add(first, const(n)) for n in range(GROUP)])
+        if rest:
+            body([const(full * GROUP + n) for n in range(rest)])
 
     def each(self, body: Callable[[Value], None]) -> None:
-        if self.count <= self.UNROLL:
-            for n in range(self.count):
-                body(const(n))
-        else:
-            with loop(self.v.b, const(0), const(self.count)) as n:
+        def all_of(group: list[Value]) -> None:
+            for n in group:
                 body(n)
+
+        self.groups(all_of)
