@@ -1,0 +1,106 @@
+"""The speed of the dataset `streets`, and its picture.
+
+    python benchmarks/streets.py                            images a second, one and two processes
+    python benchmarks/streets.py --json
+    python benchmarks/streets.py --classes                  how often each class occurs
+    python benchmarks/streets.py --picture docs/streets.png one row per domain, and the labels
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mfuser.classes import CITYSCAPES
+from mfuser_plugins.datasets.streets import StreetsSpec
+
+DOMAINS = ("game", "camera", "fog", "night", "rain", "snow")
+COLOURS = np.zeros((256, 3), np.uint8)
+COLOURS[: len(CITYSCAPES.colours)] = CITYSCAPES.colours
+
+
+def draw(domain: str, start: int, count: int) -> None:
+    dataset = StreetsSpec(domain=domain, count=start + count).build(None, "train")
+    for i in range(start, start + count):
+        dataset[i]
+
+
+def speed(domain: str, processes: int, count: int) -> float:
+    """Images a second at 256x512, start-up excluded."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        pool.starmap(draw, [(domain, 0, 2)] * processes, chunksize=1)
+        start = time.perf_counter()
+        each = count // processes
+        pool.starmap(draw, [(domain, k * each, each) for k in range(processes)], chunksize=1)
+        return each * processes / (time.perf_counter() - start)
+
+
+def classes(domain: str, count: int) -> dict[str, tuple[float, float]]:
+    """Class -> share of pixels, share of images with at least 0.05 % of their pixels in it."""
+    dataset = StreetsSpec(domain=domain, count=count).build(None, "train")
+    counts = np.stack([np.bincount(dataset.label(i).ravel(), minlength=256) for i in range(count)])
+    shares = counts / counts.sum(1, keepdims=True)
+    return {
+        name: (float(shares[:, i].mean()), float((shares[:, i] > 5e-4).mean()))
+        for i, name in enumerate(CITYSCAPES.names)
+    }
+
+
+def picture(path: Path, indices: list[int], height: int = 160) -> None:
+    """Rows: game and its labels, then the shifted domains and theirs."""
+    from PIL import Image
+
+    size = (height, 2 * height)
+    rows = []
+    for domain in DOMAINS:
+        dataset = StreetsSpec(domain=domain, size=size).build(None, "val")
+        samples = [dataset[i] for i in indices]
+        rows.append(np.hstack([s.image for s in samples]))
+        if domain in ("game", "snow"):
+            rows.append(np.hstack([COLOURS[s.label] for s in samples]))
+    image = Image.fromarray(np.vstack(rows))
+    # 256 colours: the noise of the camera rows would make a true-colour PNG four times as large.
+    image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="figures for programs")
+    parser.add_argument("--count", type=int, default=60, help="images per measurement")
+    parser.add_argument("--classes", action="store_true", help="class frequencies instead")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the picture instead")
+    parser.add_argument("--indices", default="0,1,2,3,4", help="images of the picture")
+    options = parser.parse_args()
+    if options.picture:
+        picture(options.picture, [int(i) for i in options.indices.split(",")])
+        return
+    if options.classes:
+        tables = {domain: classes(domain, options.count) for domain in ("game", "camera")}
+        if options.json:
+            print(json.dumps(tables, indent=2))
+            return
+        print("class            game: pixels  images   shifted: pixels  images")
+        for name in CITYSCAPES.names:
+            (a, b), (c, d) = tables["game"][name], tables["camera"][name]
+            print(f"{name:15} {a:13.2%} {b:8.0%} {c:16.2%} {d:8.0%}")
+        return
+    figures = {
+        domain: {str(n): speed(domain, n, options.count) for n in (1, 2)} for domain in DOMAINS
+    }
+    if options.json:
+        print(json.dumps({"size": [256, 512], "images_per_second": figures}, indent=2))
+        return
+    print("images a second at 256x512   1 process  2 processes")
+    for domain, by in figures.items():
+        print(f"{domain:26} {by['1']:11.1f} {by['2']:12.1f}")
+
+
+if __name__ == "__main__":
+    main()

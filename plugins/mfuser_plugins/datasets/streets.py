@@ -1,0 +1,144 @@
+"""Street scenes drawn on the fly: a source and five shifted domains, without a download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
+
+from mfuser import Dataset, DatasetSpec, Sample, hookimpl
+from mfuser.classes import CITYSCAPES
+from mfuser.specs import ImageSize
+
+COUNT = {"train": 2000, "val": 100}
+VERSION = 1
+"""Raised whenever the same index gives another picture."""
+
+Domain = Literal["game", "camera", "fog", "night", "rain", "snow", "shifted"]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """OpenCV on one thread: images are small, and loaders run several processes."""
+    import cv2
+
+    threads = cv2.getNumThreads()
+    if threads == 1:
+        yield
+        return
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
+
+
+class Streets(Dataset):
+    """Image `index` depends on (seed, domain, split, index) alone, so any process can draw it.
+
+    Scenes of different splits, and of the source and the shifted domains, come from different
+    seeds: none is ever seen twice. The shifted domains share their streets and cameras, as the
+    adverse conditions of ACDC share theirs with its reference images.
+    """
+
+    classes: tuple[str, ...] = CITYSCAPES.names
+    class_ids: tuple[int, ...] = tuple(range(len(CITYSCAPES.names)))
+
+    def __init__(
+        self, domain: Domain, size: tuple[int, int], count: int, seed: int, split: str
+    ) -> None:
+        self.domain, self.size, self.count, self.seed, self.split = domain, size, count, seed, split
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        from mfuser_plugins.datasets._streets.render import render
+        from mfuser_plugins.datasets._streets.styles import DOMAIN, DOMAINS
+
+        with _one_thread():
+            scene, domain = self._scene(index)
+            rng = self._rng(100 + DOMAINS.index(domain), index)
+            image = render(scene, DOMAIN[domain].style(rng), rng)
+            return Sample(image, scene.label(), self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"{self.domain}_{self.split}_{self.seed}_{self._index(index):05d}"
+
+    def label(self, index: int) -> np.ndarray:
+        """int64 (H, W), without colouring the scene."""
+        with _one_thread():
+            return self._scene(index)[0].label()
+
+    def fingerprint(self) -> str:
+        height, width = self.size
+        return (
+            f"streets-{VERSION}:{self.domain}:{self.split}:{self.seed}:{self.count}:{height}x{width}"
+        )
+
+    def _index(self, index: int) -> int:
+        if not -self.count <= index < self.count:
+            raise IndexError(f"index {index} of a dataset of {self.count} images")
+        return index % self.count
+
+    def _rng(self, stream: int, index: int) -> np.random.Generator:
+        split = list(COUNT).index(self.split)
+        return np.random.default_rng([self.seed, split, stream, self._index(index)])
+
+    def _scene(self, index: int):  # type: ignore[no-untyped-def]
+        from mfuser_plugins.datasets._streets.layout import draw_scene
+        from mfuser_plugins.datasets._streets.styles import DOMAIN, SHIFTED
+
+        domain = (
+            SHIFTED[self._index(index) % len(SHIFTED)] if self.domain == "shifted" else self.domain
+        )
+        world = DOMAIN[domain]
+        # Small images are drawn finer, so that thin things keep their smooth edges.
+        supersample = 3 if self.size[0] < 160 else 2
+        rng = self._rng(world.world, index)
+        return draw_scene(rng, world.view, self.size, supersample), domain
+
+
+class StreetsSpec(DatasetSpec, name="streets"):
+    """Street scenes with the 19 Cityscapes classes, drawn on the fly.
+
+    domain: "game" (clean and saturated, the source) or a shifted domain: "camera" (another
+        camera and palette, with grain, blur and noise), and that camera in "fog", at "night", in
+        "rain" and "snow"; "shifted" stands for all five.
+    size: (height, width) in pixels. count: images; by default 2000 to train on, 100 to test on.
+    seed: another one gives other streets.
+    """
+
+    needs_root: ClassVar[bool] = False
+    variant: ClassVar[str | None] = "domain"
+
+    domain: Domain = "game"
+    size: ImageSize = (256, 512)
+    count: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+
+    def build(self, root: Path | None, split: str) -> Streets:
+        split = self.split or split
+        dataset = Streets(self.domain, self.size, self.count or COUNT[split], self.seed, split)
+        dataset.test_size = self.test_size
+        return dataset
+
+    def expand(self) -> list[DatasetSpec]:
+        """All five shifted domains for "shifted"."""
+        from mfuser_plugins.datasets._streets.styles import SHIFTED
+
+        if self.domain != "shifted":
+            return [self]
+        return [self.model_copy(update={"domain": domain}) for domain in SHIFTED]
+
+    def label(self) -> str:
+        return f"{self.component()}:{self.domain}"
+
+
+@hookimpl
+def mfuser_components() -> list[type[DatasetSpec]]:
+    return [StreetsSpec]
