@@ -52,6 +52,6 @@ def resample_kernel(kernel: Tensor, size: Grid, how: Resampling) -> Tensor:
     if how.patch == "pinv":
         from timm.layers import resample_patch_embed
 
-        return resample_patch_embed(kernel, list(size))  # type: ignore[no-any-return]
+        return resample_patch_embed(kernel, list(size))
     resized = F.interpolate(kernel.float(), size, mode=how.patch, align_corners=False)
     return resized.to(kernel.dtype)

@@ -27,6 +27,9 @@ class Stepper(ABC):
     def __init__(self, size: Size, patch_size: Size, tables: list[str]) -> None:
         self.image_size, self.patch_size = size, patch_size
         self._names = tables
+        self._source: dict[str, Tensor] = {}
+        self._written: dict[str, Tensor] = {}
+        self._source_size = (size, patch_size)
         self._keep_source()
 
     @property
@@ -60,7 +63,9 @@ class Stepper(ABC):
         """
         if (size, patch_size) == (self.image_size, self.patch_size):
             return
-        if any(not torch.equal(v, self._written[k]) for k, v in self._tables().items()):
+        tables = self._tables()
+        # On the meta device (a layout without weights) nothing has a value to differ.
+        if any(not v.is_meta and not torch.equal(v, self._written[k]) for k, v in tables.items()):
             self._keep_source()
         source, (source_size, source_patch) = self._source, self._source_size
         with torch.no_grad():
@@ -74,7 +79,8 @@ class Stepper(ABC):
         self._written = self._tables()
 
     def _tables(self) -> dict[str, Tensor]:
-        return {n: self.sized.get_parameter(n).detach().cpu().clone() for n in self._names}
+        tables = {n: self.sized.get_parameter(n).detach() for n in self._names}
+        return {n: t.clone() if t.is_meta else t.cpu().clone() for n, t in tables.items()}
 
     def _keep_source(self) -> None:
         self._source = self._written = self._tables()

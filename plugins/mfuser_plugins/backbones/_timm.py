@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import timm
+import torch
 from timm.layers import PatchEmbed
-from timm.models import beit, deit, eva, vision_transformer, vision_transformer_relpos
+from timm.models import beit, deit, eva, vision_transformer
 from torch import Tensor, nn
 
 from mfuser import MFuserError
@@ -17,7 +17,8 @@ from mfuser_plugins.backbones._stepping import Size, Stepped, Stepper
 Tensors = dict[str, Tensor]
 
 SPARE = (
-    r"(head|head_dist|lm_head|cls_pt_layers)\.|mask_token$|masked_embed$|.*relative_position_index$"
+    r"(head|head_dist|lm_head|cls_pt_layers)\."
+    r"|mask_token$|masked_embed$|.*relative_position_index$"
 )
 """Classifiers, pretraining heads and index buffers: not part of a backbone."""
 
@@ -43,7 +44,7 @@ class TimmStepper(Stepper):
 
     @property
     def sized(self) -> nn.Module:
-        return self.model  # type: ignore[no-any-return]
+        return self.model
 
     @property
     def _position_prefix(self) -> int:
@@ -86,7 +87,7 @@ class TimmStepper(Stepper):
             # Only models of one fixed size drop the pixels that fill no patch; the others assert.
             grid = self.grid_of(self.image_size)
             images = images[..., : grid[0] * self.patch_size[0], : grid[1] * self.patch_size[1]]
-        return embed(images)  # type: ignore[no-any-return]
+        return embed(images)
 
 
 class ViTStepper(TimmStepper):
@@ -105,7 +106,7 @@ class ViTStepper(TimmStepper):
         return model.norm_pre(model.patch_drop(model._pos_embed(self._patches(images)))), None
 
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
-        return self.model.blocks[i](tokens)  # type: ignore[no-any-return]
+        return self.model.blocks[i](tokens)
 
 
 class EvaStepper(TimmStepper):
@@ -123,7 +124,7 @@ class EvaStepper(TimmStepper):
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
         # Mixed rotary tables are (depth, heads, h·w, d): one per block.
         rope = state[i] if self.model.rope_mixed and state is not None else state
-        return self.model.blocks[i](tokens, rope=rope)  # type: ignore[no-any-return]
+        return self.model.blocks[i](tokens, rope=rope)
 
 
 class BeitStepper(TimmStepper):
@@ -137,8 +138,6 @@ class BeitStepper(TimmStepper):
         return result
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
-        import torch
-
         model = self.model
         patches = self._patches(images)
         tokens = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], dim=1)
@@ -148,7 +147,7 @@ class BeitStepper(TimmStepper):
         return model.pos_drop(tokens), shared
 
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
-        return self.model.blocks[i](tokens, shared_rel_pos_bias=state)  # type: ignore[no-any-return]
+        return self.model.blocks[i](tokens, shared_rel_pos_bias=state)
 
 
 STEPPERS: dict[type[nn.Module], type[TimmStepper]] = {
@@ -182,6 +181,3 @@ class TimmBackbone(Stepped):
             model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
         )
         return norm(tokens)
-
-
-__all__ = ["SPARE", "TimmBackbone", "TimmStepper", "stepper_class", "timm"]

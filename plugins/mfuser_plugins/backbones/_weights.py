@@ -188,6 +188,17 @@ def url_file(url: str, what: str) -> Path:
     return path
 
 
+def reachable() -> bool:
+    """Whether the Hugging Face hub answers."""
+    from huggingface_hub import constants
+
+    try:
+        _reach(constants.ENDPOINT, "", "")
+    except WeightsError:
+        return False
+    return not constants.HF_HUB_OFFLINE
+
+
 def _reach(url: str, what: str, remedy: str) -> None:
     """Fail within seconds without a network: the hub's client retries for 24 s per file."""
     import urllib.error

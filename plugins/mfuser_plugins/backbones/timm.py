@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveInt
@@ -68,11 +69,14 @@ class TimmSpec(VisionSpec, name="timm"):
                     f'"{self.weights}" others: leave one of the two out'
                 )
             name = f"{architecture}.{self.weights}"
+        check_name(name)
+        source = None
+        if self.weights != RANDOM:
+            source = file or published(name)
         model = create(name, self.options)
         family = stepper_class(model, name)
-        if self.weights != RANDOM:
-            tensors = fetch(model, name) if file is None else read_tensors(file)
-            load(model, tensors, name, f"'{file or name}'")
+        if source is not None:
+            load(model, read_tensors(source), name, f"'{file or name}'")
         # Pooling and classifier are no part of a backbone.
         model.reset_classifier(0, "")
         if self.depth is not None:
@@ -92,8 +96,8 @@ class TimmSpec(VisionSpec, name="timm"):
         return backbone
 
 
-def create(name: str, options: dict[str, Any]) -> Any:
-    """timm.create_model without weights and classifier; MFuserError for what it does not know."""
+def check_name(name: str) -> None:
+    """Raises MFuserError for a model that timm does not know, WeightsError for an unknown tag."""
     import timm
 
     architecture, _, tag = name.partition(".")
@@ -104,6 +108,12 @@ def create(name: str, options: dict[str, Any]) -> Any:
     tags = [t.partition(".")[2] for t in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise WeightsError(f"timm has no weights '{tag}' for '{architecture}'{suggest(tag, tags)}")
+
+
+def create(name: str, options: dict[str, Any]) -> Any:
+    """timm.create_model without weights and classifier; MFuserError for what it cannot build."""
+    import timm
+
     try:
         return timm.create_model(name, pretrained=False, **{"num_classes": 0, **options})
     except Exception as error:
@@ -112,23 +122,24 @@ def create(name: str, options: dict[str, Any]) -> Any:
         ) from error
 
 
-def fetch(model: Any, name: str) -> dict[str, Tensor]:
-    """The hub's tensors for a timm model, from the cache where they are in it."""
-    cfg = model.pretrained_cfg
-    repository, url = cfg.get("hf_hub_id"), cfg.get("url")
-    if not repository and not url:
-        raise WeightsError(
-            f"timm publishes no weights for '{name}'; name a tag that has some, give a local file "
-            f'(weights = "path"), or say weights = "{RANDOM}"'
-        )
+def published(name: str) -> Path:
+    """The file that timm publishes for a model, from a cache or downloaded."""
+    import timm
 
+    found = timm.get_pretrained_cfg(name)
+    cfg: dict[str, Any] = found.to_dict() if found is not None else {}
     what = f"timm model '{name}'"
-    if repository:
-        names = cfg.get("hf_hub_filename") or ("model.safetensors", "pytorch_model.bin")
-        file = hub_file(repository, (names,) if isinstance(names, str) else names, what)
-    else:
-        file = url_file(url, what)
-    return read_tensors(file)
+    if repository := cfg.get("hf_hub_id"):
+        given = cfg.get("hf_hub_filename")
+        return hub_file(
+            repository, [given] if given else ["model.safetensors", "pytorch_model.bin"], what
+        )
+    if url := cfg.get("url"):
+        return url_file(url, what)
+    raise WeightsError(
+        f"timm publishes no weights for '{name}'; name a tag that has some, give a local file "
+        f'(weights = "path"), or say weights = "{RANDOM}"'
+    )
 
 
 def load(model: Any, tensors: dict[str, Tensor], name: str, source: str) -> None:
@@ -151,21 +162,21 @@ def _adopt_size(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
     timm's converters would resample silently, in timm's convention; `resize` does it in ours.
     """
+    from timm.layers import PatchEmbed
+
     kernel, table = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
-    if kernel is None or table is None or kernel.dim() != 4 or table.dim() != 3:
-        return
     sized: Any = model
-    own = getattr(sized.patch_embed.proj, "weight", None)
-    if sized.pos_embed is None or own is None or own.dim() != 4:
+    embed, own = sized.patch_embed, sized.pos_embed
+    if kernel is None or table is None or own is None or not isinstance(embed, PatchEmbed):
         return
-    prefix = sized.pos_embed.shape[1] - math.prod(sized.patch_embed.grid_size)
+    if kernel.dim() != 4 or table.dim() != 3 or table.shape[2] != own.shape[2]:
+        return
+    prefix = own.shape[1] - math.prod(embed.grid_size)
     side = math.isqrt(max(table.shape[1] - prefix, 0))
     patch = tuple(kernel.shape[-2:])
-    if side == 0 or side * side != table.shape[1] - prefix:
+    if table.shape == own.shape and patch == tuple(embed.patch_size):
         return
-    if table.shape == sized.pos_embed.shape and kernel.shape == own.shape:
-        return
-    if table.shape[2] == sized.pos_embed.shape[2]:
+    if side > 0 and side * side == table.shape[1] - prefix:
         sized.set_input_size(img_size=(side * patch[0], side * patch[1]), patch_size=patch)
 
 

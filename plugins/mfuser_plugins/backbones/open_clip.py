@@ -1,0 +1,174 @@
+"""Vision-language models of the open_clip library: CLIP, EVA02-CLIP, SigLIP, SigLIP 2, …"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from mfuser import MFuserError, VisionLanguageSpec, WeightsError, hookimpl
+from mfuser.errors import suggest
+from mfuser.specs import Size
+from mfuser_plugins.backbones._resample import Interpolation, PatchResample, Resampling
+from mfuser_plugins.backbones._stepping import freeze
+from mfuser_plugins.backbones._weights import (
+    RANDOM,
+    hub_file,
+    load_exactly,
+    local_file,
+    read_tensors,
+    url_file,
+)
+
+if TYPE_CHECKING:
+    from mfuser_plugins.backbones._clip import ClipBackbone
+
+Statistics = tuple[float, float, float]
+CLIP_MEAN: Statistics = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Statistics = (0.26862954, 0.26130258, 0.27577711)
+HALF: Statistics = (0.5, 0.5, 0.5)
+
+
+class OpenClipSpec(VisionLanguageSpec, name="open_clip"):
+    """A vision-language model of the open_clip library. Serves as VFM too.
+
+    model: open_clip's name: "EVA02-L-14-336", "ViT-L-14-336-quickgelu", "ViT-L-16-SigLIP-384".
+    weights: a tag ("merged2b_s6b_b61k", "openai", "webli"), a local file (.safetensors, .pt,
+        .bin), or "random".
+    tokenizer: a local folder with the tokenizer, or "simple" for CLIP's, which ships; None: the
+        model's own (SigLIP's comes from the hub).
+    interpolation, antialias: how positions are resampled (the released CLIP and SigLIP models:
+        bilinear).
+    patch_resample: how the patch kernel is resampled: like an image, or "pinv" (FlexiViT).
+    mean, std: image statistics; None: those of the tag.
+    options: merged into open_clip's configuration, e.g. {embed_dim = 64, vision_cfg = {width = 64,
+        layers = 4, head_width = 16}, text_cfg = {width = 64, heads = 4, layers = 2}}; towers of
+        timm take vision_cfg.timm_model_kwargs.
+    """
+
+    model: str
+    weights: str
+    tokenizer: str | None = None
+    interpolation: Interpolation = "bicubic"
+    antialias: bool = False
+    patch_resample: PatchResample = "bicubic"
+    mean: Statistics | None = None
+    std: Statistics | None = None
+    options: dict[str, Any] = {}
+
+    def build(self, image_size: Size) -> ClipBackbone:
+        """Raises WeightsError for weights that are missing or do not fit, MFuserError otherwise."""
+        import open_clip
+
+        from mfuser_plugins.backbones._clip import create, wrap
+
+        cfg = open_clip.get_model_config(self.model)
+        if cfg is None:
+            known = open_clip.list_models()
+            raise MFuserError(f"open_clip has no model '{self.model}'{suggest(self.model, known)}")
+        merge(cfg, self.options)
+        source = None if self.weights == RANDOM else local_file(self.weights)
+        tag = None
+        if self.weights != RANDOM and source is None:
+            tag = find_tag(self.model, self.weights, bool(cfg.get("quick_gelu")))
+            source = tag_file(f"{self.model}, {self.weights}", tag)
+        model = create(self.model, cfg)
+        how = Resampling(self.interpolation, self.antialias, self.patch_resample)
+        backbone = wrap(model, self.model, cfg["text_cfg"], how)
+        if source is not None:
+            load(model, read_tensors(source), self.model, f"'{self.weights}'")
+        freeze(model, self.freeze)
+        if model.logit_bias is None:
+            # The alignment loss of softmax models brings its own temperature.
+            model.logit_scale.requires_grad_(False)
+        backbone.tokenizer_source = self.tokenizer
+        backbone.resize(image_size, self.patch_size)
+        mean, std = statistics(self.model, tag)
+        backbone.set_statistics(self.mean or mean, self.std or std)
+        return backbone
+
+
+def merge(cfg: dict[str, Any], options: dict[str, Any]) -> None:
+    """Merge `options` into `cfg`, tables key by key."""
+    for key, value in options.items():
+        if isinstance(value, dict) and isinstance(cfg.get(key), dict):
+            merge(cfg[key], value)
+        else:
+            cfg[key] = value
+
+
+def find_tag(model: str, tag: str, quick_gelu: bool) -> dict[str, Any]:
+    """What open_clip knows of a tag. Raises WeightsError if the tag or its activation differs."""
+    import open_clip
+
+    found: dict[str, Any] = open_clip.get_pretrained_cfg(model, tag)
+    if not found:
+        known = open_clip.list_pretrained_tags_by_model(model)
+        raise WeightsError(f"open_clip has no weights '{tag}' for '{model}'{suggest(tag, known)}")
+    if bool(found.get("quick_gelu")) != quick_gelu:
+        trained, built = ("QuickGELU", "GELU") if not quick_gelu else ("GELU", "QuickGELU")
+        other = f"{model}-quickgelu" if not quick_gelu else model.removesuffix("-quickgelu")
+        fix = (
+            f'use model = "{other}"'
+            if other in open_clip.list_models()
+            else f"set options.quick_gelu = {'false' if quick_gelu else 'true'}"
+        )
+        raise WeightsError(
+            f"the weights '{tag}' of '{model}' were trained with {trained}, and the model is built "
+            f"with {built}: {fix}"
+        )
+    return found
+
+
+def tag_file(what: str, tag: dict[str, Any]) -> Path:
+    """The file of a tag, from a cache or downloaded."""
+    what = f"open_clip model {what}"
+    if repository := tag.get("hf_hub"):
+        folder, _, name = repository.rpartition("/")
+        names = [name] if name else ["open_clip_pytorch_model.bin"]
+        safe = [
+            "open_clip_model.safetensors"
+            if n == "open_clip_pytorch_model.bin"
+            else f"{n.rpartition('.')[0]}.safetensors"
+            for n in names
+        ]
+        return hub_file(folder, [*safe, *names], what)
+    if url := tag.get("url"):
+        return url_file(url, what)
+    raise WeightsError(f"{what}: open_clip does not say where the weights are; give a local file")
+
+
+def statistics(model: str, tag: dict[str, Any] | None) -> tuple[Statistics, Statistics]:
+    """mean, std of a tag; without one, those that every tag of the model agrees on, else CLIP's."""
+    import open_clip
+
+    if tag is not None:
+        return tuple(tag.get("mean", CLIP_MEAN)), tuple(tag.get("std", CLIP_STD))
+    tags = [
+        open_clip.get_pretrained_cfg(model, name)
+        for name in open_clip.list_pretrained_tags_by_model(model)
+    ]
+    pairs = {(tuple(t.get("mean", CLIP_MEAN)), tuple(t.get("std", CLIP_STD))) for t in tags}
+    return pairs.pop() if len(pairs) == 1 else (CLIP_MEAN, CLIP_STD)
+
+
+def load(model: Any, tensors: dict[str, Tensor], name: str, source: str) -> None:
+    """Tensors in open_clip's naming -> the model. Raises WeightsError on any misfit."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import CLIP, convert_to_custom_text_state_dict
+
+    tensors = convert_state_dict(model, dict(tensors))
+    if not isinstance(model, CLIP):
+        tensors = convert_to_custom_text_state_dict(tensors)
+    for scalar in ("logit_scale", "logit_bias"):
+        if scalar in tensors and getattr(model, scalar) is not None:
+            tensors[scalar] = tensors[scalar].reshape(getattr(model, scalar).shape)
+    # Numbers that OpenAI's files carry beside the weights, and buffers of older versions.
+    spare = r"(input_resolution|context_length|vocab_size)$|.*(position_ids|attn_mask)$"
+    load_exactly(model, tensors, f"open_clip model '{name}'", source, spare)
+
+
+@hookimpl
+def mfuser_components() -> list[type[VisionLanguageSpec]]:
+    return [OpenClipSpec]
