@@ -258,7 +258,10 @@ def pair_files(
     require_folder(spec, images, layout)
     folders = {files.folder for files in labels if files.folder.is_dir()}
     if not folders:
-        require_folder(spec, labels[0].folder, layout)
+        tried = ", ".join(str(folder) for folder in dict.fromkeys(f.folder for f in labels))
+        raise DataError(
+            f"{name}: there is no folder of labels; looked for {tried} (expected: {layout})"
+        )
     found = {}
     for path in _walk(images):
         ending = next((s for s in suffixes if path.lower().endswith(s.lower())), None)
