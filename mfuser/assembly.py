@@ -15,7 +15,6 @@ from mfuser.interfaces import FusionAdapter, VisionBackbone, VisionLanguageBackb
 from mfuser.model import DGSSModel, Prompt
 from mfuser.pairing import PairingSpec
 from mfuser.pyramid import Pyramid
-from mfuser.specs import DecoderSpec, EnhancerSpec, FusionSpec
 
 if TYPE_CHECKING:
     from mfuser.registry import Registry
@@ -96,7 +95,6 @@ def _assemble(spec: PairingSpec, tokens: bool = True) -> DGSSModel:
         )
     pyramid = Pyramid(encoder.tap_channels, spec.pyramid.width)
     text_dim = vlm.text_dim if vlm is not None else None
-    assert isinstance(spec.decoder, DecoderSpec) and isinstance(spec.enhancer, EnhancerSpec)
     decoder = spec.decoder.build(pyramid.channels, len(spec.classes), text_dim)
     enhancer = spec.enhancer.build(text_dim or 0, len(spec.classes))
     prompt = ids = None
@@ -127,7 +125,6 @@ def _adapters(
 ) -> dict[int, FusionAdapter]:
     """An adapter after every N-th position (paper, table 11)."""
     fusion = spec.fusion
-    assert isinstance(fusion, FusionSpec)
     built = {
         p: fusion.build(*shapes(backbones)) for p in range(positions) if (p + 1) % fusion.every == 0
     }

@@ -197,7 +197,7 @@ def find(path: Path) -> Path:
 
 
 def to_optimiser_state(
-    optimiser: torch.optim.Optimizer, names: dict[nn.Parameter, str]
+    optimiser: torch.optim.Optimizer, names: dict[Tensor, str]
 ) -> dict[str, Tensor]:
     """The optimiser's tensors, by parameter name."""
     return {
@@ -209,7 +209,7 @@ def to_optimiser_state(
 
 
 def from_optimiser_state(
-    optimiser: torch.optim.Optimizer, names: dict[nn.Parameter, str], saved: dict[str, Tensor]
+    optimiser: torch.optim.Optimizer, names: dict[Tensor, str], saved: dict[str, Tensor]
 ) -> None:
     by_name = {name: p for p, name in names.items()}
     for key, value in saved.items():

@@ -131,7 +131,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         module = getattr(module, name, None)
         if module is None:
             return None
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def _flops_below(flops: dict[str, dict[Any, int]], path: str) -> int:

@@ -17,9 +17,8 @@ def palette(classes: Sequence[str]) -> np.ndarray:
     table = np.zeros((256, 3), np.uint8)
     for k, name in enumerate(classes):
         hue = int(255 * (k * 0.618034 % 1))
-        table[k] = known.get(name) or Image.new("HSV", (1, 1), (hue, 190, 220)).convert(
-            "RGB"
-        ).getpixel((0, 0))
+        spread = np.asarray(Image.new("HSV", (1, 1), (hue, 190, 220)).convert("RGB"))[0, 0]
+        table[k] = known.get(name, spread)
     table[IGNORE] = 0
     return table
 

@@ -124,7 +124,7 @@ class PairEncoder(nn.Module):
 
     def _step(self, backbone: VisionBackbone, i: int, tokens: Tensor, state: object) -> Tensor:
         if self.checkpointing and tokens.requires_grad:
-            return checkpoint(backbone.block, i, tokens, state, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(backbone.block, i, tokens, state, use_reentrant=False)
         return backbone.block(i, tokens, state)
 
     def _fuse(self, adapter: nn.Module, tokens: dict[str, Tensor]) -> dict[str, Tensor]:

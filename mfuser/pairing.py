@@ -11,6 +11,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
     model_validator,
 )
 
@@ -95,11 +96,21 @@ class PairingSpec(Options):
     image_size: what the model is trained on, and the sliding window it is tested with.
     """
 
-    vfm: Annotated[component_of("vision", "vision_language") | None, Absent] = None
-    vlm: Annotated[component_of("vision_language") | None, Absent] = None
-    fusion: component_of("fusion") = Field(default="none", validate_default=True)
-    enhancer: component_of("enhancer") = Field(default="none", validate_default=True)
-    decoder: component_of("decoder")
+    vfm: Annotated[
+        SerializeAsAny[VisionSpec | VisionLanguageSpec] | None,
+        component_of("vision", "vision_language"),
+        Absent,
+    ] = None
+    vlm: Annotated[
+        SerializeAsAny[VisionLanguageSpec] | None, component_of("vision_language"), Absent
+    ] = None
+    fusion: Annotated[SerializeAsAny[FusionSpec], component_of("fusion")] = Field(
+        default="none", validate_default=True
+    )
+    enhancer: Annotated[SerializeAsAny[EnhancerSpec], component_of("enhancer")] = Field(
+        default="none", validate_default=True
+    )
+    decoder: Annotated[SerializeAsAny[DecoderSpec], component_of("decoder")]
     image_size: ImageSize = (512, 512)
     classes: Annotated[tuple[str, ...], BeforeValidator(_classes)] = CITYSCAPES.names
     taps: tuple[NonNegativeInt, ...] | None = None
@@ -111,9 +122,6 @@ class PairingSpec(Options):
     @model_validator(mode="after")
     def _fits(self) -> PairingSpec:
         vfm, vlm = self.vfm, self.vlm
-        assert isinstance(self.fusion, FusionSpec)
-        assert isinstance(self.decoder, DecoderSpec)
-        assert isinstance(self.enhancer, EnhancerSpec)
         if vfm is None and vlm is None:
             raise ValueError("a pairing needs a 'vfm', a 'vlm' or both")
         if vlm is None and self.decoder.needs_text:
@@ -141,4 +149,4 @@ class PairingSpec(Options):
     def encoders(self) -> dict[str, VisionSpec | VisionLanguageSpec]:
         """The encoders that are there, by role."""
         roles = {"vfm": self.vfm, "vlm": self.vlm}
-        return {role: spec for role, spec in roles.items() if spec is not None}  # type: ignore[misc]
+        return {role: spec for role, spec in roles.items() if spec is not None}

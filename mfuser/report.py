@@ -169,7 +169,7 @@ class Report(BaseModel):
 
     def as_json(self) -> dict[str, Any]:
         """NaN, which JSON lacks, becomes null."""
-        return _no_nan(self.model_dump(mode="json"))  # type: ignore[no-any-return]
+        return _no_nan(self.model_dump(mode="json"))
 
     def _protocol_line(self) -> str:
         p = self.protocol

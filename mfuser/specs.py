@@ -22,7 +22,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     PositiveInt,
-    SerializeAsAny,
     ValidationInfo,
 )
 
@@ -214,16 +213,18 @@ KINDS: dict[str, type[Spec]] = {
 }
 
 
-def component_of(*kinds: str) -> Any:
-    """A field that holds a component of one of these kinds, whichever plugin offers it.
+def component_of(*kinds: str) -> BeforeValidator:
+    """For a field that holds a component of one of these kinds, whichever plugin offers it:
+
+        vision: Annotated[SerializeAsAny[VisionSpec], component_of("vision")]
 
     Validated by the spec class that owns the name, which the validation context knows
     (`model_validate(data, context={"components": components})`). The first kind that has the
     name wins. The string "linear" is short for {name = "linear"}.
     """
 
-    def validate(value: Any, info: ValidationInfo) -> Spec:
-        if isinstance(value, Spec):
+    def validate(value: Any, info: ValidationInfo) -> Any:
+        if value is None or isinstance(value, Spec):
             return value
         components = (info.context or {}).get("components")
         if components is None:
@@ -232,4 +233,4 @@ def component_of(*kinds: str) -> Any:
             components = installed_components()
         return components.validate(kinds, value)
 
-    return Annotated[SerializeAsAny[Spec], BeforeValidator(validate)]
+    return BeforeValidator(validate)

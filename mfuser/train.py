@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from mfuser import checkpoints
 from mfuser.assembly import build_model
 from mfuser.checkpoints import Checkpoint
 from mfuser.console import Console
-from mfuser.data.loading import ClassMap, TrainingStream, training_stream
+from mfuser.data.loading import Batch, ClassMap, TrainingStream, training_stream
 from mfuser.data.sampling import (
     ClassStatistics,
     RareClassSampler,
@@ -146,7 +147,9 @@ class Trainer:
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model
-        self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+        self.names: dict[Tensor, str] = {
+            p: n for n, p in model.named_parameters() if p.requires_grad
+        }
         self.optimiser = torch.optim.AdamW(
             parameter_groups(model, recipe), lr=recipe.lr, foreach=True
         )
@@ -205,7 +208,7 @@ class Trainer:
                 if stop and done < recipe.steps:
                     raise Interrupted(done)
 
-    def _step(self, step: int, batches: Iterator) -> dict[str, float]:  # type: ignore[type-arg]
+    def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, float]:
         """One optimiser step; returns the losses as numbers."""
         recipe, accelerator = self.recipe, self.accelerator
         key = np.random.SeedSequence((self.run.seed, step, accelerator.process_index))
@@ -250,7 +253,7 @@ class Trainer:
             checkpoints.write(self.folder / checkpoints.FINAL, Checkpoint(state, {}, meta))
 
     @contextlib.contextmanager
-    def _log(self):  # type: ignore[no-untyped-def]
+    def _log(self) -> Iterator[TextIO | None]:
         if not self.accelerator.is_main_process:
             yield None
             return

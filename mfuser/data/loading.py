@@ -121,7 +121,7 @@ class TrainingStream:
             [(step * world + rank) * batch_size + i for i in range(batch_size)]
             for step in range(start, steps)
         ]
-        self.loader: DataLoader[Batch] = DataLoader(
+        self.loader: DataLoader[tuple[Tensor, Tensor, list[str]]] = DataLoader(
             crops,
             batch_sampler=slots,
             num_workers=workers,

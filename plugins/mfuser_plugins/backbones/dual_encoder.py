@@ -6,10 +6,10 @@ maps bring their tokens into one joint space.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveInt, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
 from mfuser import (
@@ -132,13 +132,15 @@ class DualEncoderSpec(VisionLanguageSpec, name="dual_encoder"):
     text_dim: width of the joint space.
     """
 
-    vision: component_of("vision", "vision_language")  # type: ignore[valid-type]
+    vision: Annotated[
+        SerializeAsAny[VisionSpec | VisionLanguageSpec],
+        component_of("vision", "vision_language"),
+    ]
     text: TextOptions
     text_dim: PositiveInt = 256
 
     def build(self, image_size: Size) -> DualEncoder:
         """Raises what the two towers raise."""
-        assert isinstance(self.vision, VisionSpec | VisionLanguageSpec)
         text = self.text.build()
         freeze(text, self.freeze)
         vision = self.vision.build(image_size)

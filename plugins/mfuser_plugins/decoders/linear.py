@@ -41,9 +41,7 @@ class Linear(Decoder):
 class LinearSpec(DecoderSpec, name="linear"):
     """A linear probe on the feature pyramid, trained with cross-entropy. Takes no text."""
 
-    def build(
-        self, channels: tuple[int, ...], num_classes: int, text_dim: int | None
-    ) -> Linear:
+    def build(self, channels: tuple[int, ...], num_classes: int, text_dim: int | None) -> Linear:
         return Linear(channels, num_classes)
 
 
