@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+
 import cv2
 import numpy as np
 import pytest
@@ -180,6 +182,28 @@ def test_photometric_contrast_and_order_against_the_formula() -> None:
         want = np.clip(want * (contrast if contrast_on else 1), 0, 255)
         out = photometric_distortion(grey, rng(seed))[0, :, 0]
         assert np.abs(out - want).max() <= 1.3  # rounded once or twice, at contrast 1.5 at most
+
+
+def test_photometric_hue_and_saturation_against_the_formula() -> None:
+    """Reds around hue 0, where the hue wraps: replay the draws, without the other two."""
+    colours = np.array([[[200, 90, 80], [200, 80, 90], [60, 160, 110]]], np.uint8)
+    checked = 0
+    for seed in range(400):
+        generator = rng(seed)
+        brightness_on, contrast_on, saturation_on, hue_on, _ = generator.random(5) < 0.5
+        if brightness_on or contrast_on:
+            continue
+        generator.uniform(-32, 32)
+        saturation = generator.uniform(0.5, 1.5, 2)[1] ** int(saturation_on)
+        hue = int(generator.integers(-18, 19)) * int(hue_on)
+        out = photometric_distortion(colours, rng(seed))
+        for rgb, seen in zip(colours[0] / 255, out[0], strict=True):
+            h, s, v = colorsys.rgb_to_hsv(*rgb)
+            want = colorsys.hsv_to_rgb((h + hue / 180) % 1, min(s * saturation, 1), v)
+            # Hue is rounded to 2 degrees; 60 are the whole range, at most 200 levels here.
+            assert np.abs(np.array(want) * 255 - seen).max() <= 5
+        checked += bool(saturation_on and hue_on)
+    assert checked > 10
 
 
 def test_too_small_and_unequal_images_are_refused() -> None:
