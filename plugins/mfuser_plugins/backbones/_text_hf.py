@@ -18,6 +18,65 @@ if TYPE_CHECKING:
     from mfuser_plugins.backbones._text import ClipText
 
 
+class Tokenizer:
+    """A tokenizer in Hugging Face's layout, or CLIP's ("simple"), loaded when first used.
+
+    Raises WeightsError on first use if it is absent.
+    """
+
+    def __init__(self, source: str, vocabulary: int) -> None:
+        self.source, self.vocabulary = source, vocabulary
+        self._loaded: Any = None
+
+    def _tokenizer(self) -> Any:
+        if self._loaded is None:
+            auto = transformers("a tokenizer").AutoTokenizer
+            try:
+                self._loaded = auto.from_pretrained(self.source, local_files_only=True)
+            except Exception as error:
+                cause = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+                raise WeightsError(
+                    f"'{self.source}' has no usable tokenizer ({cause}): save one there with "
+                    f"tokenizer.save_pretrained, or run `hf download {self.source}` where there "
+                    "is a network"
+                ) from error
+        return self._loaded
+
+    @property
+    def pad(self) -> int:
+        """The id that fills unused slots."""
+        if self.source == "simple":
+            return 0
+        pad = self._tokenizer().pad_token_id
+        return 0 if pad is None else int(pad)
+
+    def __call__(self, names: list[str], slots: int) -> Tensor:
+        """Names -> ids (K, slots). Raises MFuserError if a name does not fit."""
+        if self.source == "simple":
+            from open_clip.tokenizer import SimpleTokenizer
+
+            from mfuser_plugins.backbones._text import tokenize
+
+            return tokenize(SimpleTokenizer(), names, slots, self.vocabulary)
+        rows = [self._tokenizer()(name).input_ids for name in names]
+        longest = max(range(len(rows)), key=lambda i: len(rows[i]), default=None)
+        if longest is not None and len(rows[longest]) > slots:
+            raise MFuserError(
+                f"the class name '{names[longest]}' takes {len(rows[longest])} tokens, start and "
+                f"end included, and there are {slots} slots; set prompt.slots = "
+                f"{len(rows[longest])} or more"
+            )
+        ids = torch.full((len(rows), slots), self.pad, dtype=torch.long)
+        for row, tokens in zip(ids, rows, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        if len(rows) and int(ids.max()) >= self.vocabulary:
+            raise MFuserError(
+                f"the tokenizer '{self.source}' gives id {int(ids.max())}, and the text encoder "
+                f"knows {self.vocabulary} tokens: they do not belong together"
+            )
+        return ids
+
+
 class TextEncoder(nn.Module):
     """A text tower (`model`): token width `width`, output width `out_dim`."""
 
@@ -44,27 +103,16 @@ class HuggingFaceText(TextEncoder):
         with quiet():
             model, config = load_pretrained(source, "AutoModel")
             self.model = model.get_encoder() if config.is_encoder_decoder else model
-            try:
-                self.tokenizer = transformers("a text encoder").AutoTokenizer.from_pretrained(
-                    source, local_files_only=True
-                )
-            except Exception as error:
-                raise WeightsError(
-                    f"the text encoder '{source}' has no usable tokenizer beside it "
-                    f"({type(error).__name__}: {' '.join(str(error).split())[:120]}); save it "
-                    "there with tokenizer.save_pretrained"
-                ) from error
         if "inputs_embeds" not in inspect.signature(self.model.forward).parameters:
             raise MFuserError(
                 f"the text encoder '{source}' ({type(self.model).__name__}) takes no embedded "
                 "tokens, so no prompt context can be injected; use an encoder such as BERT, MiniLM "
                 'or T5, and name = "transformers" or "open_clip" for CLIP and SigLIP'
             )
-        self.source = source
         self.pooling = pooling
-        # Tokenizers without padding (GPT) have none to mask either.
-        self.pad: int | None = self.tokenizer.pad_token_id
-        self.width = int(self._table().weight.shape[1])
+        table = self._table().weight
+        self.tokenizer = Tokenizer(source, len(table))
+        self.width = int(table.shape[1])
         self.out_dim = int(getattr(config, "hidden_size", None) or self.width)
         self.positions = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
 
@@ -73,25 +121,14 @@ class HuggingFaceText(TextEncoder):
         return model.get_input_embeddings()
 
     def tokenize(self, names: list[str], slots: int) -> Tensor:
-        rows = [self.tokenizer(name).input_ids for name in names]
-        longest = max(range(len(rows)), key=lambda i: len(rows[i]), default=None)
-        if longest is not None and len(rows[longest]) > slots:
-            raise MFuserError(
-                f"the class name '{names[longest]}' takes {len(rows[longest])} tokens, start and "
-                f"end included, and there are {slots} slots; set prompt.slots = "
-                f"{len(rows[longest])} or more"
-            )
-        ids = torch.full((len(rows), slots), self.pad or 0, dtype=torch.long)
-        for row, tokens in zip(ids, rows, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        return ids
+        return self.tokenizer(names, slots)
 
     def encode(self, ids: Tensor, context: Tensor | None) -> Tensor:
         from mfuser_plugins.backbones._text import check_context, inject
 
         check_context(context, self.width, ids.shape[1], self.positions)
         tokens, n = inject(self._table()(ids), context)
-        mask = torch.ones_like(ids) if self.pad is None else (ids != self.pad).long()
+        mask = (ids != self.tokenizer.pad).long()
         mask = torch.cat([mask[:, :1], mask.new_ones(len(ids), n), mask[:, 1:]], dim=1)
         out: Tensor = self.model(inputs_embeds=tokens, attention_mask=mask).last_hidden_state
         if self.pooling == "cls":

@@ -1,0 +1,174 @@
+"""Models of Hugging Face's transformers: DINOv2, DINOv3, ViT, DeiT, CLIP, SigLIP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import PositiveInt
+
+from mfuser import MFuserError, VisionLanguageSpec, VisionSpec, WeightsError, hookimpl
+from mfuser.errors import suggest
+from mfuser.specs import BackboneSpec, Size
+from mfuser_plugins.backbones._resample import PatchResample, Resampling
+from mfuser_plugins.backbones._stepping import Stepped, freeze
+from mfuser_plugins.backbones._weights import RANDOM
+
+if TYPE_CHECKING:
+    from mfuser_plugins.backbones._hf import HuggingFaceBackbone
+    from mfuser_plugins.backbones._hf_pair import PairBackbone
+
+Statistics = tuple[float, float, float]
+
+
+class HuggingFaceVisionSpec(VisionSpec, name="transformers"):
+    """A vision transformer of transformers: DINOv2 (with registers), DINOv3, ViT, MSN, DeiT,
+    I-JEPA, or the image tower of CLIP or SigLIP.
+
+    model: a folder made by save_pretrained, a name of the Hugging Face hub, or "random".
+    config: of model = "random": {model_type = "dinov2", hidden_size = 96, …}.
+    depth: keep the first blocks only.
+    patch_resample: how the patch kernel is resampled: like an image, or "pinv" (FlexiViT).
+    mean, std: image statistics; None: those of the model's preprocessor_config.json.
+    """
+
+    model: str
+    config: dict[str, Any] = {}
+    depth: PositiveInt | None = None
+    patch_resample: PatchResample = "bicubic"
+    mean: Statistics | None = None
+    std: Statistics | None = None
+
+    def build(self, image_size: Size) -> HuggingFaceBackbone:
+        """Raises WeightsError for weights that are missing or do not fit, MFuserError otherwise."""
+        from mfuser_plugins.backbones._hf import HuggingFaceBackbone, HuggingFaceStepper
+        from mfuser_plugins.backbones._hf_pair import PAIRS
+
+        model = load(self.model, self.config)
+        if model.config.model_type in PAIRS:
+            model = model.vision_model
+        stepper = HuggingFaceStepper(model, Resampling(patch=self.patch_resample))
+        if self.depth is not None:
+            if self.depth > stepper.depth:
+                raise MFuserError(
+                    f"depth = {self.depth}: '{self.model}' has {stepper.depth} blocks"
+                )
+            del stepper.layers[self.depth :]
+            stepper.depth = self.depth
+        backbone = HuggingFaceBackbone(model, stepper)
+        _prepare(backbone, self, image_size, self.mean, self.std, self.model)
+        return backbone
+
+
+class HuggingFacePairSpec(VisionLanguageSpec, name="transformers"):
+    """CLIP or SigLIP of transformers.
+
+    model: a folder made by save_pretrained, a name of the Hugging Face hub, or "random".
+    config: of model = "random": {model_type = "clip", projection_dim = 64, vision_config = {…},
+        text_config = {…}}.
+    tokenizer: a folder or hub name, or "simple" for CLIP's, which ships with open_clip; None: the
+        model's own.
+    patch_resample: how the patch kernel is resampled: like an image, or "pinv" (FlexiViT).
+    mean, std: image statistics; None: those of the model's preprocessor_config.json.
+    """
+
+    model: str
+    config: dict[str, Any] = {}
+    tokenizer: str | None = None
+    patch_resample: PatchResample = "bicubic"
+    mean: Statistics | None = None
+    std: Statistics | None = None
+
+    def build(self, image_size: Size) -> PairBackbone:
+        """Raises WeightsError for weights that are missing or do not fit, MFuserError otherwise."""
+        from mfuser_plugins.backbones._hf import HuggingFaceStepper
+        from mfuser_plugins.backbones._hf_pair import PAIRS
+        from mfuser_plugins.backbones._text_hf import Tokenizer
+
+        model = load(self.model, self.config)
+        family = PAIRS.get(model.config.model_type)
+        if family is None:
+            raise MFuserError(
+                f"'{self.model}' is of type '{model.config.model_type}', which has no text tower "
+                f"that is supported here (there is: {', '.join(PAIRS)}); as a VFM it may serve, "
+                'and with a text encoder of its own as vision of name = "dual_encoder"'
+            )
+        stepper = HuggingFaceStepper(model.vision_model, Resampling(patch=self.patch_resample))
+        source = self.tokenizer or ("simple" if self.model == RANDOM else self.model)
+        vocabulary = int(model.config.text_config.vocab_size)
+        backbone = family(model, stepper, Tokenizer(source, vocabulary))
+        _prepare(backbone, self, image_size, self.mean, self.std, self.model)
+        if backbone.alignment == "softmax":
+            # The alignment loss of softmax models brings its own temperature.
+            model.logit_scale.requires_grad_(False)
+        return backbone
+
+
+def load(source: str, config: dict[str, Any]) -> Any:
+    """A model with its weights, or a random one of a configuration."""
+    from mfuser_plugins.backbones._hub import load_pretrained, quiet, transformers
+
+    package = transformers(f"transformers model '{source}'")
+    with quiet():
+        if source != RANDOM:
+            if config:
+                raise MFuserError(f"'config' is for model = \"{RANDOM}\"; '{source}' has its own")
+            return load_pretrained(source, "AutoModel")[0]
+        options = dict(config)
+        kind = options.pop("model_type", None)
+        if kind is None:
+            raise MFuserError(f'model = "{RANDOM}" needs config = {{model_type = "…", …}}')
+        try:
+            made = package.AutoConfig.for_model(kind, **options)
+            return package.AutoModel.from_config(made)
+        except Exception as error:
+            from mfuser_plugins.backbones._hf import LAYOUTS
+
+            known = suggest(str(kind), [*LAYOUTS, "clip", "siglip"])
+            raise MFuserError(
+                f"transformers cannot build config = {config}: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}{known}"
+            ) from error
+
+
+def _prepare(
+    backbone: Stepped,
+    spec: BackboneSpec,
+    image_size: Size,
+    mean: Statistics | None,
+    std: Statistics | None,
+    source: str,
+) -> None:
+    freeze(backbone, spec.freeze)
+    backbone.resize(image_size, spec.patch_size)
+    if mean is None or std is None:
+        own = _statistics(source)
+        mean, std = mean or own[0], std or own[1]
+    backbone.set_statistics(mean, std)
+
+
+def _statistics(source: str) -> tuple[Statistics, Statistics]:
+    if source == RANDOM:
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    name = "preprocessor_config.json"
+    try:
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            file = folder / name
+        else:
+            from mfuser_plugins.backbones._weights import hub_file
+
+            file = hub_file(source, [name], f"'{source}'")
+        content = json.loads(file.read_text())
+        return tuple(content["image_mean"]), tuple(content["image_std"])
+    except (OSError, ValueError, KeyError, WeightsError) as error:
+        raise WeightsError(
+            f"'{source}' has no {name} with image_mean and image_std, and statistics are never "
+            "guessed: give mean = […], std = […]"
+        ) from error
+
+
+@hookimpl
+def mfuser_components() -> list[type[BackboneSpec]]:
+    return [HuggingFaceVisionSpec, HuggingFacePairSpec]
