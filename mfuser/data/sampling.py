@@ -26,6 +26,10 @@ FORMAT = 1
 """Version of the cached statistics."""
 
 
+_ORDER = 0x6F726465
+"""Keeps an epoch's order apart from the sample of the same number."""
+
+
 def sample_rng(*key: int) -> np.random.Generator:
     """The generator of one sample, from non-negative integers such as (seed, step, slot)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
@@ -230,7 +234,7 @@ class ShuffledSampler:
         epoch, place = divmod(position, self.size)
         order = self._orders.get((seed, epoch))
         if order is None:
-            order = sample_rng(seed, epoch).permutation(self.size)
+            order = sample_rng(seed, epoch, _ORDER).permutation(self.size)
             # Processes of one run are at most an epoch apart: two orders are enough.
             while len(self._orders) > 1:
                 self._orders.pop(next(iter(self._orders)))
