@@ -14,7 +14,7 @@ from mfuser.errors import MFuserError
 from mfuser.interfaces import FusionAdapter, VisionBackbone, VisionLanguageBackbone
 from mfuser.model import DGSSModel, Prompt
 from mfuser.pairing import PairingSpec
-from mfuser.pyramid import Pyramid
+from mfuser.pyramid import STRIDES, Pyramid
 
 if TYPE_CHECKING:
     from mfuser.registry import Registry
@@ -88,12 +88,13 @@ def _assemble(spec: PairingSpec, tokens: bool = True) -> DGSSModel:
         project_vfm=_projection(spec, vfm, vlm),
         vfm_norm=spec.merge.vfm_norm,
     )
-    if min(encoder.grid) < 2:
+    if min(spec.image_size) < STRIDES[-1]:
         raise MFuserError(
-            f"image_size {spec.image_size} leaves a patch grid of {encoder.grid}; the pyramid "
-            "needs at least 2x2 patches"
+            f"image_size {spec.image_size} is below {STRIDES[-1]} pixels, the pyramid's coarsest "
+            "stride; enlarge it"
         )
-    pyramid = Pyramid(encoder.tap_channels, spec.pyramid.width)
+    patch = spec.image_size[0] / encoder.grid[0]
+    pyramid = Pyramid(encoder.tap_channels, spec.pyramid.width, patch)
     text_dim = vlm.text_dim if vlm is not None else None
     decoder = spec.decoder.build(pyramid.channels, len(spec.classes), text_dim)
     enhancer = spec.enhancer.build(text_dim or 0, len(spec.classes))

@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
+
+STRIDES = (4, 8, 16, 32)
 
 
 class Pyramid(nn.Module):
-    """x4, x2, x1 and /2, after ViT-Det's simple pyramid (Li et al. 2022), as released.
+    """x4, x2, x1 and /2 of a grid of 16-pixel patches, after ViTDet's simple pyramid (Li et al.
+    2022), as released; other patch sizes get the powers of two nearest to the same strides.
 
-    With a patch size of 16 these are strides 4, 8, 16 and 32; other patch sizes shift them all.
+    With patches of 14 pixels the factors are those of 16, and the strides 3.5, 7, 14, 28.
     """
 
-    def __init__(self, channels: int, width: int | None = None) -> None:
+    def __init__(self, channels: int, width: int | None = None, patch: float = 16) -> None:
         super().__init__()
         out = width or channels
         self.project = nn.ModuleList(
-            [nn.Conv2d(channels, out, 1) if width else nn.Identity() for _ in range(4)]
+            [nn.Conv2d(channels, out, 1) if width else nn.Identity() for _ in STRIDES]
         )
-        self.fpn1 = nn.Sequential(
-            nn.ConvTranspose2d(out, out, 2, stride=2),
-            nn.BatchNorm2d(out),
-            nn.GELU(),
-            nn.ConvTranspose2d(out, out, 2, stride=2),
+        first = round(math.log2(patch / STRIDES[0]))
+        self.fpn1, self.fpn2, self.fpn3, self.fpn4 = (
+            _rescale(out, first - level) for level in range(len(STRIDES))
         )
-        self.fpn2 = nn.Sequential(nn.ConvTranspose2d(out, out, 2, stride=2))
-        self.fpn3 = nn.Identity()
-        self.fpn4 = nn.MaxPool2d(2, stride=2)
-        self.channels = (out,) * 4
+        self.channels = (out,) * len(STRIDES)
 
     def forward(self, taps: list[Tensor]) -> list[Tensor]:
-        """Four (B, D, h, w) -> (B, D', 4h, 4w), (B, D', 2h, 2w), (B, D', h, w), (B, D', h/2, w/2)."""
+        """Four (B, D, h, w) -> the same at strides 4, 8, 16, 32, each (B, D', ., .)."""
         levels = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
         return [
             level(project(tap))
             for tap, project, level in zip(taps, self.project, levels, strict=True)
         ]
+
+
+def _rescale(width: int, doublings: int) -> nn.Module:
+    """Up by transposed convolutions with normalisation between them, down by max-pooling."""
+    if doublings == 0:
+        return nn.Identity()
+    if doublings < 0:
+        return nn.MaxPool2d(2**-doublings)
+    steps: list[nn.Module] = [nn.ConvTranspose2d(width, width, 2, stride=2)]
+    for _ in range(doublings - 1):
+        steps += [
+            nn.BatchNorm2d(width),
+            nn.GELU(),
+            nn.ConvTranspose2d(width, width, 2, stride=2),
+        ]
+    return nn.Sequential(*steps)
