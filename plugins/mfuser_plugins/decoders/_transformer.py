@@ -52,11 +52,12 @@ def sine_positions(shape: tuple[int, int], width: int, like: Tensor) -> Tensor:
 
     Positions run from one step to 2 pi over each axis (DETR, arXiv 2005.12872, appendix A.4).
     """
-    steps = torch.arange(width // 4, device=like.device, dtype=torch.float32)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    steps = torch.arange(width // 4, device=like.device, dtype=dtype)
     wavelengths = 10_000 ** (4 * steps / width)
 
     def axis(length: int) -> Tensor:
-        places = torch.arange(1, length + 1, device=like.device, dtype=torch.float32)
+        places = torch.arange(1, length + 1, device=like.device, dtype=dtype)
         angles = (places / (length + 1e-6) * 2 * math.pi)[:, None] / wavelengths
         return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)  # (length, width / 2)
 

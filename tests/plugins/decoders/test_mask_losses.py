@@ -126,6 +126,7 @@ def test_points_gather_at_the_border() -> None:
     # Of 1,200 uniform points the 300 nearest lie within 0.125 of the border, 0.0625 on average;
     # some of the upper and lower edge, where logits fade, come from farther. The rest: 0.25.
     assert distance[:300].mean() < 0.08 and distance[300:].mean() > 0.2
+    assert 0.4 < points[0, 300:].mean() < 0.6 and len(points[0].unique(dim=0)) == 400
     torch.manual_seed(0)
     assert torch.equal(points, losses.draw(ramp))
 

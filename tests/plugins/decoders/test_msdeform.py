@@ -115,5 +115,5 @@ def test_sine_positions_by_hand() -> None:
     want = []
     for angle in (y, y / 100, x, x / 100):
         want += [math.sin(angle), math.cos(angle)]
-    # Angles are float32, and 1e-6 is added to each length.
+    # 1e-6 is added to each length.
     assert torch.allclose(positions[8], torch.tensor(want, dtype=torch.float64), atol=1e-5)
