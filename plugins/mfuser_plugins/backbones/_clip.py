@@ -109,7 +109,8 @@ class ClipBackbone(Stepped, VisionLanguageBackbone):
 
     def logit_scale_bias(self) -> tuple[Tensor, Tensor | None]:
         model: Any = self.model
-        return model.logit_scale.exp(), model.logit_bias
+        bias = model.logit_bias
+        return model.logit_scale.exp().reshape(()), None if bias is None else bias.reshape(())
 
 
 class TimmClipBackbone(ClipBackbone):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -69,7 +70,10 @@ class TimmStepper(Stepper):
         super().resize(size, patch_size)
 
     def _resize(self, size: Size, patch_size: Size) -> None:
-        self.model.set_input_size(img_size=size, patch_size=patch_size if self.plain else None)
+        with warnings.catch_warnings():
+            # timm's resampling of bias tables indexes in a way that PyTorch warns of.
+            warnings.filterwarnings("ignore", module="timm.layers.interpolate")
+            self.model.set_input_size(img_size=size, patch_size=patch_size if self.plain else None)
 
     def _fill(self, source: Tensors, source_grid: Size) -> None:
         # set_input_size knows one convention only: antialiased bicubic, pseudo-inverse.

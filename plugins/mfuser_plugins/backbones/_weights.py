@@ -70,7 +70,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             "it is a TorchScript archive, which is a program; use the converted weights of the "
             'same name (weights = "openai" for OpenAI\'s CLIP) or save its tensors as .safetensors'
         )
-    if isinstance(error, pickle.UnpicklingError) and "Unsupported" in text:
+    if isinstance(error, pickle.UnpicklingError) and "unsupported global" in text.lower():
         return (
             "it holds more than tensors, and nothing in it is executed; save its tensors as "
             ".safetensors where you trust the file"
