@@ -76,7 +76,7 @@ def evaluate(
     stride = stride or recipe.stride
     limit = limit or recipe.test_images
     datasets = {domain.name: domain.build(registry, "val") for domain in chosen}
-    shared = {n: _shared_classes(model, run, n, d) for n, d in datasets.items()}
+    shared = {n: _scored_classes(model, run, n, d) for n, d in datasets.items()}
     rows = {"trained": model}
     if baselines:
         rows["untrained"] = build_model(model.spec, seed=run.seed)
@@ -198,10 +198,10 @@ def _same_size(
         yield batch
 
 
-def _shared_classes(model: DGSSModel, run: RunSpec, name: str, dataset: Dataset) -> tuple[int, ...]:
-    """The classes that both the source and this target label; only these are scored."""
+def _scored_classes(model: DGSSModel, run: RunSpec, name: str, dataset: Dataset) -> tuple[int, ...]:
+    """The classes that are scored: all that this target labels, or those the source labels too."""
     shared = ClassMap(dataset, model.classes).shared
-    if run.source_classes:
+    if run.recipe["scored"] == "shared":
         shared = tuple(k for k in shared if model.classes[k] in run.source_classes)
     if not shared:
         raise MFuserError(f"target '{name}' shares no class with the source '{run.source.name}'")

@@ -49,7 +49,8 @@ class RecipeSpec(Options):
     checkpointing: recompute activations in the backward pass: less memory, a third more time.
     save_every: steps between checkpoints. source, targets: used where the command names none.
     stride: of the sliding window; None: two thirds of the window. test_images: score only the
-        first so many images of each target.
+        first so many images of each target. scored: every class that a target labels (as published
+        figures are, SYNTHIA's too, which lacks three), or only those it shares with the source.
     on_bad_image: "stop", or "skip" an unreadable image and say so.
     baselines: the report after training also scores the untrained model.
     """
@@ -77,6 +78,7 @@ class RecipeSpec(Options):
     targets: Names = ()
     stride: ImageSize | None = None
     test_images: PositiveInt | None = None
+    scored: Literal["target", "shared"] = "target"
     on_bad_image: Literal["stop", "skip"] = "stop"
     baselines: bool = False
 

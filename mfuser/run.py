@@ -77,7 +77,7 @@ class RunSpec(Options):
     most_frequent: str | None = None
     """The class that covers most of the source: the baseline of the report."""
     source_classes: tuple[str, ...] = ()
-    """The classes that the source labels: only these are scored on a target."""
+    """The classes that the source labels."""
 
     @staticmethod
     def of(

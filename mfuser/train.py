@@ -89,10 +89,10 @@ def train(
         if accelerator.is_main_process:
             run = open_folder(folder, run, resume)
         accelerator.wait_for_everyone()
-        statistics = _statistics(source, recipe, folder, console, accelerator)
+        statistics = class_map.statistics(_statistics(source, recipe, console, accelerator))
         run = run.model_copy(
             update={
-                "most_frequent": source.classes[int(statistics.pixels.sum(0).argmax())],
+                "most_frequent": spec.classes[int(statistics.pixels.sum(0).argmax())],
                 "source_classes": tuple(spec.classes[k] for k in class_map.shared),
             }
         )
@@ -284,7 +284,6 @@ def parameter_groups(model: DGSSModel, recipe: RecipeSpec) -> list[dict[str, obj
 def _statistics(
     source: Dataset,
     recipe: RecipeSpec,
-    folder: Path,
     console: Console,
     accelerator: Accelerator,
 ) -> ClassStatistics:
@@ -298,6 +297,7 @@ def _statistics(
             source,
             cache,
             lambda done, total: task.advance(done - task.done),
+            workers=min(8, os.cpu_count() or 1),
             skip_unreadable=skip,
         )
 

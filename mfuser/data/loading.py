@@ -12,7 +12,12 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from mfuser.data.images import UnreadableImage
-from mfuser.data.sampling import RareClassSampler, ShuffledSampler, sample_rng
+from mfuser.data.sampling import (
+    ClassStatistics,
+    RareClassSampler,
+    ShuffledSampler,
+    sample_rng,
+)
 from mfuser.data.transforms import Augmentation
 from mfuser.errors import DataError
 from mfuser.interfaces import IGNORE, Dataset
@@ -34,12 +39,21 @@ class ClassMap:
             )
         self.shared = tuple(sorted(known.values()))
         """The model's class ids that the dataset labels."""
+        self._size = len(classes)
         self._table = np.full(256, IGNORE, np.int64)
         for theirs, ours in known.items():
             self._table[theirs] = ours
 
     def __call__(self, label: np.ndarray) -> np.ndarray:
         return self._table[label]
+
+    def statistics(self, theirs: ClassStatistics) -> ClassStatistics:
+        """Class counts of the dataset, in the model's classes; those it lacks are left out."""
+        pixels = np.zeros((len(theirs.pixels), self._size), np.int64)
+        for column, ours in enumerate(self._table[: theirs.pixels.shape[1]]):
+            if ours != IGNORE:
+                pixels[:, ours] = theirs.pixels[:, column]
+        return ClassStatistics(pixels, theirs.unreadable)
 
 
 @dataclass

@@ -40,6 +40,7 @@ class CamvidSpec(DatasetSpec, name="camvid"):
     sequences: only these, e.g. ["0016E5", "0006R0"] or "0016E5+0006R0"; none means all. 0016E5
         and 0006R0 are by day, Seq05VD is another day in other streets, 0001TP at dusk.
     split: "val" holds every frame that is not for training (CamVid's val and test).
+    all_frames: whatever the split; for studies that divide by sequence.
     Scored over the 11 classes that it shares with Cityscapes.
     """
 
@@ -48,6 +49,8 @@ class CamvidSpec(DatasetSpec, name="camvid"):
     sequences: Annotated[list[str], Field(min_length=1), BeforeValidator(_split_names)] | None = (
         None
     )
+
+    all_frames: bool = False
 
     def build(self, root: Path | None, split: str) -> Dataset:
         root = require_root(self, root)
@@ -60,7 +63,8 @@ class CamvidSpec(DatasetSpec, name="camvid"):
         pairs = [
             pair
             for sequence, part, pair in frames
-            if (part == "train") == train and sequence in (self.sequences or present)
+            if (self.all_frames or (part == "train") == train)
+            and sequence in (self.sequences or present)
         ]
         if not pairs:
             parts = sorted({p for s, p, _ in frames if s in (self.sequences or present)})
