@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
@@ -13,6 +13,10 @@ from pydantic import NonNegativeInt, PositiveInt
 from mfuser import Dataset, DatasetSpec, Sample, hookimpl
 from mfuser.classes import CITYSCAPES
 from mfuser.specs import ImageSize
+
+if TYPE_CHECKING:
+    from mfuser_plugins.datasets._streets.geometry import Scene
+    from mfuser_plugins.datasets._streets.styles import DomainName
 
 COUNT = {"train": 2000, "val": 100}
 VERSION = 1
@@ -76,9 +80,8 @@ class Streets(Dataset):
 
     def fingerprint(self) -> str:
         height, width = self.size
-        return (
-            f"streets-{VERSION}:{self.domain}:{self.split}:{self.seed}:{self.count}:{height}x{width}"
-        )
+        scenes = f"{self.domain}:{self.split}:{self.seed}:{self.count}"
+        return f"streets-{VERSION}:{scenes}:{height}x{width}"
 
     def _index(self, index: int) -> int:
         if not -self.count <= index < self.count:
@@ -89,7 +92,7 @@ class Streets(Dataset):
         split = list(COUNT).index(self.split)
         return np.random.default_rng([self.seed, split, stream, self._index(index)])
 
-    def _scene(self, index: int):  # type: ignore[no-untyped-def]
+    def _scene(self, index: int) -> tuple[Scene, DomainName]:
         from mfuser_plugins.datasets._streets.layout import draw_scene
         from mfuser_plugins.datasets._streets.styles import DOMAIN, SHIFTED
 

@@ -8,9 +8,9 @@ depth of every pixel is exact: 1 / z is linear in the image.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import cv2
 import numpy as np
@@ -26,7 +26,13 @@ NEAR = 0.4
 """Metres; what is closer is cut off."""
 FAR = 400.0
 
-_CIRCLE = [(math.cos(t * math.pi / 8), math.sin(t * math.pi / 8)) for t in range(16)]
+CIRCLE = np.exp(2j * np.pi * np.arange(16) / 16)
+_ROUND = [(float(c.real), float(c.imag)) for c in CIRCLE]
+_HALF = [complex(c) for c in CIRCLE[4:13:2]]
+
+Draw: TypeAlias = "Sequence[float] | np.ndarray"
+"""Three numbers in [0, 1] that pick an object's colour."""
+MIDDLE = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -95,16 +101,25 @@ class Painter:
     def scene(self) -> Scene:
         table = np.array(self._parts, np.float32)
         return Scene(
-            self.camera, self.supersample, self.ids, table[:, 0].astype(np.int64), table[:, 1:4],
-            table[:, 4:7], table[:, 7:10], table[:, 10], self.shadow, self.contact, self.sun,
-        )  # fmt: skip
+            self.camera,
+            self.supersample,
+            self.ids,
+            table[:, 0].astype(np.int64),
+            table[:, 1:4],
+            table[:, 4:7],
+            table[:, 7:10],
+            table[:, 10],
+            self.shadow,
+            self.contact,
+            self.sun,
+        )
 
     def part(
         self,
         material: str,
         point: Point,
         normal: Vector = FACING,
-        draw: Sequence[float] = (0.5, 0.5, 0.5),
+        draw: Draw = MIDDLE,
         tone: float = 1.0,
     ) -> int:
         """A new part on the plane through `point`; `normal` (unit) points to its visible side."""
@@ -120,9 +135,11 @@ class Painter:
 
     def faces_camera(self, point: Point, normal: Vector) -> bool:
         return (
-            normal[0] * point[0] + normal[1] * (point[1] - self.camera.height)
-            + normal[2] * point[2] < 0
-        )  # fmt: skip
+            normal[0] * point[0]
+            + normal[1] * (point[1] - self.camera.height)
+            + normal[2] * point[2]
+            < 0
+        )
 
     def pixel(self, point: Point) -> tuple[float, float]:
         """Where a point in front of the camera lands in the map, (column, row)."""
@@ -134,13 +151,13 @@ class Painter:
 
         `scale`: of the target image, relative to the map.
         """
-        if any(p[2] < NEAR for p in points):
+        if min(p[2] for p in points) < NEAR:
             points = _clip_near(points)
             if len(points) < 3:
                 return None
         f, cx, cy, h = self._f * scale, self._cx * scale, self._cy * scale, self.camera.height
-        return np.array(
-            [(round(cx + f * x / z), round(cy + f * (h - y) / z)) for x, y, z in points], np.int32
+        return np.array([(cx + f * x / z, cy + f * (h - y) / z) for x, y, z in points]).astype(
+            np.int32
         )
 
     def polygon(self, part: int, points: Sequence[Point]) -> None:
@@ -148,9 +165,20 @@ class Painter:
         if outline is not None:
             cv2.fillPoly(self.ids, [outline], part)
 
-    def polygons(self, part: int, many: Iterable[Sequence[Point]]) -> None:
-        """Polygons that do not overlap."""
-        outlines = [o for o in map(self.outline, many) if o is not None]
+    def polygons(self, part: int, many: Sequence[Sequence[Point]] | np.ndarray) -> None:
+        """Polygons (n, corners, 3) that do not overlap, all with as many corners."""
+        if len(many) == 0:
+            return
+        points = np.asarray(many, np.float64)
+        z = points[..., 2]
+        if z.min() < NEAR:
+            outlines = [o for o in map(self.outline, points.tolist()) if o is not None]
+        else:
+            scale = self._f / z
+            pixels = np.empty((*z.shape, 2), np.int32)
+            pixels[..., 0] = self._cx + scale * points[..., 0]
+            pixels[..., 1] = self._cy + scale * (self.camera.height - points[..., 1])
+            outlines = list(pixels)
         if outlines:
             cv2.fillPoly(self.ids, outlines, part)
 
@@ -159,47 +187,48 @@ class Painter:
         material: str,
         points: Sequence[Point],
         normal: Vector,
-        draw: Sequence[float] = (0.5, 0.5, 0.5),
+        draw: Draw = MIDDLE,
         tone: float = 1.0,
     ) -> None:
         """One polygon with its own part."""
         self.polygon(self.part(material, points[0], normal, draw, tone), points)
 
-    def blob(self, part: int, centre: Point, radius: float, shape: Sequence[float]) -> None:
-        """A round outline facing the camera; `shape`: the radius in each direction, relative."""
-        x, y = self.pixel(centre)
-        r = self._f / centre[2] * radius
-        n = len(shape)
-        step = 2 * math.pi / n
-        outline = [
-            (round(x + r * s * math.cos(i * step)), round(y - r * s * math.sin(i * step)))
-            for i, s in enumerate(shape)
-        ]
-        cv2.fillPoly(self.ids, [np.array(outline, np.int32)], part)
+    def blobs(
+        self, parts: Sequence[int], x: np.ndarray, y: np.ndarray, z: float, outlines: np.ndarray
+    ) -> None:
+        """Outlines (n, corners) facing the camera at x, y (n,), each over the ones before it.
+
+        Complex metres about the centre: real right, imaginary down.
+        """
+        s = self._f / z
+        centres = (self._cx + s * x) + 1j * (self._cy + s * (self.camera.height - y))
+        pixels = (outlines * s + centres[:, None]).view(np.float64).astype(np.int32)
+        for part, outline in zip(parts, pixels.reshape(len(parts), -1, 2), strict=True):
+            cv2.fillPoly(self.ids, [outline], part)
 
     def disc(self, part: int, centre: Point, radius: float, squeeze: float = 1.0) -> None:
         """A disc facing the camera; `squeeze`: its width over its height."""
         x, y = self.pixel(centre)
         r = self._f / centre[2] * radius
-        outline = [(round(x + r * squeeze * c), round(y + r * s)) for c, s in _CIRCLE]
-        cv2.fillPoly(self.ids, [np.array(outline, np.int32)], part)
+        self._fill(part, CIRCLE.real * (r * squeeze) + CIRCLE.imag * (r * 1j) + complex(x, y))
 
     def limb(self, part: int, start: Point, end: Point, r0: float, r1: float) -> None:
         """A rounded, tapering stick between two points, radii in metres."""
-        x0, y0 = self.pixel(start)
-        x1, y1 = self.pixel(end)
-        r0, r1 = r0 * self._f / start[2], r1 * self._f / end[2]
-        length = math.hypot(x1 - x0, y1 - y0) or 1.0
-        ux, uy = (x1 - x0) / length, (y1 - y0) / length
-        outline = []
-        for c, s in _CIRCLE[4:13:2]:  # the half circle behind the start, then the one ahead
-            outline.append((round(x0 + r0 * (c * ux - s * uy)), round(y0 + r0 * (c * uy + s * ux))))
-        for c, s in _CIRCLE[4:13:2]:
-            outline.append((round(x1 - r1 * (c * ux - s * uy)), round(y1 - r1 * (c * uy + s * ux))))
-        cv2.fillPoly(self.ids, [np.array(outline, np.int32)], part)
+        a, b = complex(*self.pixel(start)), complex(*self.pixel(end))
+        along = b - a
+        length = abs(along)
+        unit = along / length if length else 1.0
+        back = unit * (r0 * self._f / start[2])  # half a circle behind the start, one ahead
+        ahead = unit * (r1 * self._f / end[2])
+        self._fill(part, np.array([a + back * c for c in _HALF] + [b - ahead * c for c in _HALF]))
+
+    def _fill(self, part: int, outline: np.ndarray) -> None:
+        """`outline`: complex pixels (n,)."""
+        pixels = outline.view(np.float64).astype(np.int32).reshape(-1, 2)
+        cv2.fillPoly(self.ids, [pixels], part)
 
     def cast_shadow(self, footprint: Sequence[tuple[float, float]], top: float) -> None:
-        """The ground that a block over `footprint` (x, z), `top` metres high, hides from the sun."""
+        """The ground that a block over `footprint` (x, z), `top` metres high, shades."""
         sx, sy, sz = self.sun
         dx, dz = -sx / sy * top, -sz / sy * top
         points = [*footprint, *((x + dx, z + dz) for x, z in footprint)]
@@ -210,7 +239,7 @@ class Painter:
         """The shadow of a ball."""
         sx, sy, sz = self.sun
         x, z = x - sx / sy * y, z - sz / sy * y
-        self._mask(self.shadow, [(x + radius * c, 0.0, z + radius * s) for c, s in _CIRCLE])
+        self._mask(self.shadow, [(x + radius * c, 0.0, z + radius * s) for c, s in _ROUND])
 
     def touch(self, footprint: Sequence[tuple[float, float]]) -> None:
         """The dark where something stands."""

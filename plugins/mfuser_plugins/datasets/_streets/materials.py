@@ -112,11 +112,11 @@ _add("sign_yellow", "traffic sign", "f5c518", "c2a347", 0, 0.03, Glow.FAINT)
 _add("sign_green", "traffic sign", "12844a", "3d7358", 0, 0.03, Glow.FAINT)
 _add("sign_white", "traffic sign", "f5f5f0", "cfd0cc", 0, 0.02, Glow.FAINT)
 _add("sign_black", "traffic sign", "23252a", "2c2e31", 0, 0.02)
-_add("leaf", "vegetation", "3f8f34 4a9a3a 367f38 5aa143", "55663a 5f6d43 4a5a3a 6d7346", 0.42, 0.05)
-_add("needle", "vegetation", "2c6b3f 2a5f3a", "3d4f3a 46563f", 0.42, 0.04)
+_add("leaf", "vegetation", "3f8f34 4a9a3a 367f38 5aa143", "5d7340 687a48 526a42 78804a", 0.42, 0.05)
+_add("needle", "vegetation", "2c6b3f 2a5f3a", "455d41 4e6346", 0.42, 0.04)
 _add("flower", "vegetation", "d8577a e8c23f", "98655f a18f57", 0.4, 0.05)
 _add("bark", "vegetation", "6f4e33 7d5c3f", "5d5045 6b5f53", 0.25, 0.05)
-_add("grass", "terrain", "7cc04a 86c554 74b548", "858a56 8f8f60 797f52", 0.3, 0.04)
+_add("grass", "terrain", "7cc04a 86c554 74b548", "87935a 929763 7b8755", 0.3, 0.04)
 _add("soil", "terrain", "b39a5f a8905c", "918467 857a62", 0.3, 0.04)
 for _who in ("person", "rider"):
     _add(f"{_who}_skin", _who, "e0ac82 c68a5d 8d5a3a f0c8a0", "b58c70 9a7155 6b4a38 c7a68c", 0)
@@ -141,13 +141,23 @@ for _who in ("car", "truck", "bus", "train"):
     _add(f"{_who}_tail", _who, "d3201f", "9d2b2a", 0, 0, Glow.OWN)
     _add(f"{_who}_plate", _who, "f0eee2", "c2c0b6", 0, 0.02)
 _add("car_paint", "car", _PAINTS, _PAINTS_MUTED, 0.02, 0.06)
-_add("truck_paint", "truck", "c8322a f4f2ec 2b62b5 e9a622 3d8f52", "7a4440 c3c2bd 42546d 918057", 0.03)
-_add("truck_cargo", "truck", "e9e6dc d7dadd 9fb4c4 e0c48a", "b5b3ac a3a6a8 878d92 a39a85", 0.07, 0.06)
+_add(
+    "truck_paint",
+    "truck",
+    "c8322a f4f2ec 2b62b5 e9a622 3d8f52",
+    "7a4440 c3c2bd 42546d 918057",
+    0.03,
+)
+_add(
+    "truck_cargo", "truck", "e9e6dc d7dadd 9fb4c4 e0c48a", "b5b3ac a3a6a8 878d92 a39a85", 0.07, 0.06
+)
 _add("bus_paint", "bus", "e9b118 d83a2b 2f7fc9 3aa867", "a08a4b 85504a 53697d 5d7767", 0.03, 0.05)
 _add("bus_band", "bus", "f4f1e6 27303a", "bcbab2 33373b", 0.02, 0.03)
 _add("bus_glass", "bus", _GLASS, _GLASS_MUTED, 0.02, 0.03, Glow.WINDOW)
 _add("train_paint", "train", "e6e3da d9dde0 cfd8c2", "b3b1aa a6a9ab a3a89b", 0.03, 0.04)
-_add("train_band", "train", "b8232f 1f7a4f 23519c d98a1f", "74393d 45604f 405069 8d7145", 0.02, 0.05)
+_add(
+    "train_band", "train", "b8232f 1f7a4f 23519c d98a1f", "74393d 45604f 405069 8d7145", 0.02, 0.05
+)
 _add("train_glass", "train", _GLASS, _GLASS_MUTED, 0.02, 0.03, Glow.WINDOW)
 _add("moto_paint", "motorcycle", "c9261f 1f4fb0 e59a1a 23262b", "6d3533 3a4a63 85703f 2b2d30", 0.03)
 _add("moto_dark", "motorcycle", "1b1c20 2b2d33", "202123 2d2e30", 0.05, 0.03)

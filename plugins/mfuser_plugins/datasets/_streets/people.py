@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
-from mfuser_plugins.datasets._streets.geometry import Painter, Point, Thing
+from mfuser_plugins.datasets._streets.geometry import Draw, Painter, Point, Thing
 from mfuser_plugins.datasets._streets.vehicles import Pose
 
 _RING = [(math.cos(t * math.pi / 8), math.sin(t * math.pi / 8)) for t in range(16)]
@@ -23,8 +22,19 @@ def person(rng: np.random.Generator, x: float, z: float) -> Thing:
     skirt, bag, long_hair = rng.random(3) < (0.2, 0.35, 0.4)
 
     def paint(p: Painter) -> None:
-        _body(p, "person", (x, 0.0, z), height, turn, stride, build, draws,
-              skirt=bool(skirt), bag=bool(bag), long_hair=bool(long_hair))  # fmt: skip
+        _body(
+            p,
+            "person",
+            (x, 0.0, z),
+            height,
+            turn,
+            stride,
+            build,
+            draws,
+            skirt=bool(skirt),
+            bag=bool(bag),
+            long_hair=bool(long_hair),
+        )
 
     def shade(p: Painter) -> None:
         p.cast_shadow([(x - 0.2, z), (x + 0.2, z)], height)
@@ -34,9 +44,19 @@ def person(rng: np.random.Generator, x: float, z: float) -> Thing:
 
 
 def _body(
-    p: Painter, who: str, foot: Point, height: float, turn: float, stride: float, build: float,
-    draws: np.ndarray, *, skirt: bool, bag: bool, long_hair: bool,
-) -> None:  # fmt: skip
+    p: Painter,
+    who: str,
+    foot: Point,
+    height: float,
+    turn: float,
+    stride: float,
+    build: float,
+    draws: np.ndarray,
+    *,
+    skirt: bool,
+    bag: bool,
+    long_hair: bool,
+) -> None:
     """A figure at `foot`; `turn` 0 faces right, pi / 2 away from the camera."""
     x0, y0, z = foot
     across, along = abs(math.sin(turn)), math.cos(turn)
@@ -60,8 +80,15 @@ def _body(
         p.limb(part, knee, ankle, 0.075 * w * h, 0.05 * w * h)
         p.limb(shoe, ankle, at(step + 0.14, 0.05, side), 0.05 * h, 0.045 * h)
     if skirt:
-        p.polygon(top, [at(-0.2 * w, 0.5, -0.16), at(-0.12 * w, 1.0, -0.08), at(0.12 * w, 1.0, 0.08),
-                        at(0.2 * w, 0.5, 0.16)])  # fmt: skip
+        p.polygon(
+            top,
+            [
+                at(-0.2 * w, 0.5, -0.16),
+                at(-0.12 * w, 1.0, -0.08),
+                at(0.12 * w, 1.0, 0.08),
+                at(0.2 * w, 0.5, 0.16),
+            ],
+        )
     p.limb(far_arm, at(0, 1.38, 0.2 * w), at(0.8 * stride, 0.85, 0.24 * w), 0.06 * h, 0.045 * h)
     p.limb(top, at(0, 0.95, 0), at(0.02, 1.3, 0), 0.15 * w * h, 0.15 * w * h)
     p.limb(top, at(0, 1.36, -0.13 * w), at(0, 1.36, 0.13 * w), 0.09 * w * h, 0.09 * w * h)
@@ -69,15 +96,27 @@ def _body(
         sack = p.part(f"{who}_bag", foot, draw=bag_draw)
         p.limb(sack, at(-0.2 * w, 1.05, 0), at(-0.19 * w, 1.3, 0), 0.11 * h, 0.1 * h)
     p.limb(top, at(0, 1.38, -0.2 * w), at(-0.8 * stride, 1.1, -0.24 * w), 0.06 * h, 0.05 * h)
-    p.limb(skin, at(-0.8 * stride, 1.1, -0.24 * w), at(-0.3 * stride, 0.85, -0.24 * w), 0.05 * h,
-           0.045 * h)  # fmt: skip
+    p.limb(
+        skin,
+        at(-0.8 * stride, 1.1, -0.24 * w),
+        at(-0.3 * stride, 0.85, -0.24 * w),
+        0.05 * h,
+        0.045 * h,
+    )
     _head(p, who, at(0.03, 1.62, 0), h, along, math.sin(turn), skin, skin_draw, long_hair)
 
 
 def _head(
-    p: Painter, who: str, centre: Point, h: float, along: float, away: float, skin: int,
-    draw: Sequence[float], long_hair: bool,
-) -> None:  # fmt: skip
+    p: Painter,
+    who: str,
+    centre: Point,
+    h: float,
+    along: float,
+    away: float,
+    skin: int,
+    draw: Draw,
+    long_hair: bool,
+) -> None:
     x, y, z = centre
     p.limb(skin, (x, y - 0.22 * h, z), centre, 0.055 * h, 0.06 * h)
     hair = p.part("helmet" if who == "rider" else f"{who}_hair", centre, draw=draw[::-1])
@@ -89,14 +128,23 @@ def _head(
     p.disc(hair, (x - 0.03 * along * h, y + 0.035 * h, z), 0.125 * h, 0.92)
     p.disc(skin, (x + 0.03 * along * h, y - 0.015 * h, z), 0.1 * h, 0.82)
     if who == "rider":
-        p.limb(hair, (x - 0.07 * h, y + 0.07 * h, z), (x + 0.07 * h, y + 0.07 * h, z), 0.065 * h,
-               0.065 * h)  # fmt: skip
+        p.limb(
+            hair,
+            (x - 0.07 * h, y + 0.07 * h, z),
+            (x + 0.07 * h, y + 0.07 * h, z),
+            0.065 * h,
+            0.065 * h,
+        )
 
 
 def two_wheeler(
-    rng: np.random.Generator, kind: str, x: float, z: float, heading: tuple[float, float],
+    rng: np.random.Generator,
+    kind: str,
+    x: float,
+    z: float,
+    heading: tuple[float, float],
     ridden: bool,
-) -> Thing:  # fmt: skip
+) -> Thing:
     """A "bicycle" or "motorcycle"."""
     draws = rng.random((4, 3))
     frame = rng.random(3)
@@ -114,8 +162,10 @@ def two_wheeler(
             p.disc(p.part("moto_head", pose.at(1.9, 0.95, 0)), pose.at(1.9, 0.95, 0), 0.11)
 
     half = length / 2
-    ends = (x - heading[0] * half, z - heading[1] * half), (x + heading[0] * half,
-                                                             z + heading[1] * half)  # fmt: skip
+    ends = (
+        (x - heading[0] * half, z - heading[1] * half),
+        (x + heading[0] * half, z + heading[1] * half),
+    )
     (xa, za), (xb, zb) = ends
 
     def shade(p: Painter) -> None:
@@ -137,8 +187,13 @@ def _wheel(
         ring_inner = [pose.at(along + inner * c, radius + inner * s, 0) for c, s in _RING]
         p.polygons(part, [ring, ring_inner])  # even-odd filling leaves the hole
         for c, s in _RING[:8:2]:
-            p.limb(part, pose.at(along - inner * c, radius - inner * s, 0),
-                   pose.at(along + inner * c, radius + inner * s, 0), 0.012, 0.012)  # fmt: skip
+            p.limb(
+                part,
+                pose.at(along - inner * c, radius - inner * s, 0),
+                pose.at(along + inner * c, radius + inner * s, 0),
+                0.012,
+                0.012,
+            )
     else:
         p.polygon(part, ring)
     if abs(pose.heading[0]) < 0.75:
@@ -152,8 +207,14 @@ def _bicycle(p: Painter, pose: Pose, draw: np.ndarray) -> None:
     pedals, seat, head = pose.at(0.78, 0.32, 0), pose.at(0.62, 0.86, 0), pose.at(1.22, 0.85, 0)
     for along in (0.36, 1.4) if pose.heading[1] < 0 else (1.4, 0.36):
         _wheel(p, dark, pose, along, 0.36, 0.24, 0.055)
-    for a, b in ((rear, seat), (rear, pedals), (pedals, seat), (seat, head), (pedals, head),
-                 (head, front)):  # fmt: skip
+    for a, b in (
+        (rear, seat),
+        (rear, pedals),
+        (pedals, seat),
+        (seat, head),
+        (pedals, head),
+        (head, front),
+    ):
         p.limb(frame, a, b, 0.042, 0.042)
     p.limb(dark, pose.at(0.48, 0.95, 0), pose.at(0.76, 0.95, 0), 0.055, 0.045)
     p.limb(dark, pose.at(1.18, 1.02, -0.28), pose.at(1.18, 1.02, 0.28), 0.035, 0.035)
@@ -207,5 +268,14 @@ def _rider(p: Painter, pose: Pose, kind: str, draws: np.ndarray) -> None:
         p.limb(sack, pose.at(0.55, up + 0.2, 0), pose.at(0.72, up + 0.45, 0), 0.12, 0.11)
     p.limb(top, pose.at(0.9, up + 0.45, -0.18), pose.at(grip - 0.15, 1.12, -0.25), 0.06, 0.055)
     p.limb(skin, pose.at(grip - 0.15, 1.12, -0.25), pose.at(grip, 1.08, -0.25), 0.05, 0.05)
-    _head(p, "rider", pose.at(1.0, up + 0.76, 0), 1.0, pose.heading[0], pose.heading[1], skin,
-          skin_draw, False)  # fmt: skip
+    _head(
+        p,
+        "rider",
+        pose.at(1.0, up + 0.76, 0),
+        1.0,
+        pose.heading[0],
+        pose.heading[1],
+        skin,
+        skin_draw,
+        False,
+    )

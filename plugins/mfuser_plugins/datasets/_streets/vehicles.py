@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mfuser_plugins.datasets._streets.geometry import Painter, Point, Thing, Vector
+from mfuser_plugins.datasets._streets.geometry import Draw, Painter, Point, Thing, Vector
 
 Profile = tuple[tuple[float, float], ...]
 """(along, up) in metres, clockwise from the lower rear: along grows to the front."""
@@ -167,15 +166,21 @@ class Pose:
         return self.heading[0] * along / n, up / n, self.heading[1] * along / n
 
 
-def _extrude(p: Painter, model: Model, pose: Pose, draw: Sequence[float]) -> None:
+def _extrude(p: Painter, model: Model, pose: Pose, draw: Draw) -> None:
     kind, half = model.kind, model.width / 2
     tyre = p.part(f"{kind}_tyre", pose.at(0, 0.3, 0))
     for along, radius in model.wheels:
         for side in (-1.0, 1.0):
             b = side * (half - 0.15)
-            corners = [pose.at(along + s * radius * 0.6, y, b + t)
-                       for s, y, t in ((-1, 0, -0.12), (-1, 2 * radius, -0.12),
-                                       (1, 2 * radius, 0.12), (1, 0, 0.12))]  # fmt: skip
+            corners = [
+                pose.at(along + s * radius * 0.6, y, b + t)
+                for s, y, t in (
+                    (-1, 0, -0.12),
+                    (-1, 2 * radius, -0.12),
+                    (1, 2 * radius, 0.12),
+                    (1, 0, 0.12),
+                )
+            ]
             p.polygon(tyre, corners)
     edges = []
     for i, (start, end) in enumerate(zip(model.profile, model.profile[1:], strict=False)):
@@ -184,8 +189,12 @@ def _extrude(p: Painter, model: Model, pose: Pose, draw: Sequence[float]) -> Non
         if p.faces_camera(middle, normal):
             edges.append((-math.hypot(middle[0], middle[2]), i, start, end, normal))
     for _, i, start, end, normal in sorted(edges):
-        quad = [pose.at(*start, -half), pose.at(*end, -half), pose.at(*end, half),
-                pose.at(*start, half)]  # fmt: skip
+        quad = [
+            pose.at(*start, -half),
+            pose.at(*end, -half),
+            pose.at(*end, half),
+            pose.at(*start, half),
+        ]
         p.face(f"{kind}_{model.body}", quad, normal, draw)
         if i in model.glazed:
             _glaze(p, model, pose, start, end, normal)
@@ -198,26 +207,35 @@ def _extrude(p: Painter, model: Model, pose: Pose, draw: Sequence[float]) -> Non
             _side(p, model, pose, draw, side * half, normal)
 
 
-def _side(
-    p: Painter, model: Model, pose: Pose, draw: Sequence[float], b: float, normal: Vector
-) -> None:
+def _side(p: Painter, model: Model, pose: Pose, draw: Draw, b: float, normal: Vector) -> None:
     body = [pose.at(a, y, b) for a, y in model.profile]
     p.face(f"{model.kind}_{model.body}", body, normal, draw)
     for material, shapes in model.side:
         part = p.part(f"{model.kind}_{material}", body[0], normal, draw)
-        p.polygons(part, [[pose.at(a, y, b) for a, y in shape] for shape in shapes])
+        for shape in shapes:
+            p.polygon(part, [pose.at(a, y, b) for a, y in shape])
     tyre = p.part(f"{model.kind}_tyre", body[0], normal)
     rim = p.part(f"{model.kind}_rim", body[0], normal)
     for along, radius in model.wheels:
         for part, r in ((tyre, radius * 1.12), (rim, radius * 0.58)):
-            p.polygon(part, [pose.at(along + r * c, radius + r * s, b) for c, s in _WHEEL
-                             if radius + r * s > -0.05])  # fmt: skip
+            p.polygon(
+                part,
+                [
+                    pose.at(along + r * c, radius + r * s, b)
+                    for c, s in _WHEEL
+                    if radius + r * s > -0.05
+                ],
+            )
 
 
 def _glaze(
-    p: Painter, model: Model, pose: Pose, start: Point | tuple[float, float],
-    end: Point | tuple[float, float], normal: Vector,
-) -> None:  # fmt: skip
+    p: Painter,
+    model: Model,
+    pose: Pose,
+    start: Point | tuple[float, float],
+    end: Point | tuple[float, float],
+    normal: Vector,
+) -> None:
     """A pane inside an edge. Upright ones are glazed above the waist only."""
     (a0, y0), (a1, y1) = start[:2], end[:2]
     rise = abs(y1 - y0)
@@ -227,8 +245,12 @@ def _glaze(
     half = model.width / 2 - 0.14
     lower = a0 + low * (a1 - a0), y0 + low * (y1 - y0)
     upper = a0 + high * (a1 - a0), y0 + high * (y1 - y0)
-    quad = [pose.at(*lower, -half), pose.at(*upper, -half), pose.at(*upper, half),
-            pose.at(*lower, half)]  # fmt: skip
+    quad = [
+        pose.at(*lower, -half),
+        pose.at(*upper, -half),
+        pose.at(*upper, half),
+        pose.at(*lower, half),
+    ]
     p.face(f"{model.kind}_glass", quad, normal)
 
 
@@ -237,22 +259,56 @@ def _ends(p: Painter, model: Model, pose: Pose, front: bool, normal: Vector) -> 
     kind, half, y = model.kind, model.width / 2, model.lamps
     a = model.length + 0.01 if front else min(model.profile[0][0], model.profile[1][0]) - 0.01
     lamp = p.part(f"{kind}_{'head' if front else 'tail'}", pose.at(a, y, 0), normal)
-    size, wide = (0.09, 0.2) if kind == "car" else (0.13, 0.2)
+    size, wide = (0.085, 0.17) if kind == "car" else (0.13, 0.18)
     quads = []
     for side in (-1.0, 1.0):
         outer, inner = side * (half - 0.08), side * (half - 0.08 - 2 * wide)
-        quads.append([pose.at(a, y - size, outer), pose.at(a, y + size, outer),
-                      pose.at(a, y + size, inner), pose.at(a, y - size, inner)])  # fmt: skip
+        quads.append(
+            [
+                pose.at(a, y - size, outer),
+                pose.at(a, y + size, outer),
+                pose.at(a, y + size, inner),
+                pose.at(a, y - size, inner),
+            ]
+        )
     bottom = model.profile[0][1]
     if bottom < 0.6:
         trim = p.part(f"{kind}_trim", pose.at(a, 0.4, 0), normal)
-        p.polygon(trim, [pose.at(a, bottom - 0.08, -half), pose.at(a, bottom + 0.1, -half),
-                         pose.at(a, bottom + 0.1, half), pose.at(a, bottom - 0.08, half)])  # fmt: skip
+        p.polygon(
+            trim,
+            [
+                pose.at(a, bottom - 0.08, -half),
+                pose.at(a, bottom + 0.1, -half),
+                pose.at(a, bottom + 0.1, half),
+                pose.at(a, bottom - 0.08, half),
+            ],
+        )
+    if front:
+        grille = p.part(f"{kind}_trim", pose.at(a, y, 0), normal)
+        inner = half - 0.12 - 2 * wide
+        p.polygon(
+            grille,
+            [
+                pose.at(a, y - size, -inner),
+                pose.at(a, y + 0.6 * size, -inner),
+                pose.at(a, y + 0.6 * size, inner),
+                pose.at(a, y - size, inner),
+            ],
+        )
     if kind != "train":
         plate = p.part(f"{kind}_plate", pose.at(a, 0.55, 0), normal)
-        p.polygon(plate, [pose.at(a, y0, b) for y0, b in
-                          ((y - 0.2, -0.25), (y - 0.08, -0.25), (y - 0.08, 0.25), (y - 0.2, 0.25))
-                          ])  # fmt: skip
+        p.polygon(
+            plate,
+            [
+                pose.at(a, y0, b)
+                for y0, b in (
+                    (y - 0.24, -0.25),
+                    (y - 0.12, -0.25),
+                    (y - 0.12, 0.25),
+                    (y - 0.24, 0.25),
+                )
+            ],
+        )
     p.polygons(lamp, quads)
 
 
@@ -272,8 +328,10 @@ def vehicle(
     length, width = max(m.length for m in models), max(m.width for m in models)
     top = max(y for m in models for _, y in m.profile)
     pose = Pose(x, z, heading, length)
-    corners = [pose.at(a, 0, b) for a, b in
-               ((0, -width / 2), (length, -width / 2), (length, width / 2), (0, width / 2))]  # fmt: skip
+    corners = [
+        pose.at(a, 0, b)
+        for a, b in ((0, -width / 2), (length, -width / 2), (length, width / 2), (0, width / 2))
+    ]
     footprint = [(c[0], c[2]) for c in corners]
 
     def paint(p: Painter) -> None:
@@ -292,4 +350,3 @@ def _distance(pose: Pose, model: Model) -> float:
     middle = (min(a for a, _ in model.profile) + model.length) / 2
     x, _, z = pose.at(middle, 0, 0)
     return math.hypot(x, z)
-
