@@ -44,9 +44,13 @@ def indexed(label: np.ndarray, table: np.ndarray) -> Image.Image:
 
 
 def panels(
-    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], width: int = 384
+    rows: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[str],
+    width: int = 384,
+    names: Sequence[str] = (),
 ) -> Image.Image:
-    """Rows of pictures (uint8, HWC) under column titles, each scaled to `width`."""
+    """Rows of pictures (uint8, HWC) under column titles, each scaled to `width`; `names` of rows
+    are written into their first picture."""
     gap, head = 4, 18
     tiles = [[_scaled(p, width) for p in row] for row in rows]
     columns = max(len(row) for row in tiles)
@@ -56,10 +60,25 @@ def panels(
     for column, title in enumerate(titles):
         pen.text((column * (width + gap) + 2, 3), title, fill="black")
     y = head
-    for row in tiles:
+    for i, row in enumerate(tiles):
         for column, tile in enumerate(row):
             sheet.paste(tile, (column * (width + gap), y))
+        if i < len(names):
+            box = pen.textbbox((4, y + 3), names[i])
+            pen.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill="black")
+            pen.text((4, y + 3), names[i], fill="white")
         y += max(t.height for t in row) + gap
+    return sheet
+
+
+def stacked(*sheets: Image.Image) -> Image.Image:
+    """Pictures below each other."""
+    width = max(s.width for s in sheets)
+    sheet = Image.new("RGB", (width, sum(s.height for s in sheets)), "white")
+    y = 0
+    for part in sheets:
+        sheet.paste(part, (0, y))
+        y += part.height
     return sheet
 
 

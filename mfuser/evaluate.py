@@ -81,6 +81,7 @@ def evaluate(
     if baselines:
         rows["untrained"] = build_model(model.spec, seed=run.seed)
     results: dict[str, dict[str, DomainResult]] = {}
+    overview: dict[str, list[list[np.ndarray]]] = {}
     for row, candidate in rows.items():
         candidate.to(accelerator.device)
         results[row] = {}
@@ -99,8 +100,12 @@ def evaluate(
                 console=console,
             )
             if pictures is not None and row == "trained" and accelerator.is_main_process:
-                save_panels(pictures / f"{name.replace(':', '-')}.png", model.classes, measured)
+                file = f"{name.replace(':', '-')}.png"
+                save_panels(pictures / file, model.classes, {name: measured.pictures})
+                overview[name] = measured.pictures[:1]
             results[row][name] = _result(model.classes, measured, name == run.source.name, run)
+    if pictures is not None and accelerator.is_main_process:
+        save_panels(pictures / "overview.png", model.classes, overview)
     accelerator.end_training()
     return Report.of(
         model,
@@ -238,11 +243,17 @@ def _panel(
     ]
 
 
-def save_panels(path: Path, classes: tuple[str, ...], measured: Measured) -> None:
-    """Image, truth, overlay and prediction (void as in the truth), row by row."""
-    if not measured.pictures:
+COLUMNS = ("image", "truth", "prediction over image", "prediction")
+
+
+def save_panels(
+    path: Path, classes: tuple[str, ...], drawn: dict[str, list[list[np.ndarray]]]
+) -> None:
+    """Image, truth, overlay and prediction (void as in the truth), row by row, with a legend."""
+    rows = [row for domain in drawn.values() for row in domain]
+    if not rows:
         return
+    names = [name for name, domain in drawn.items() for _ in domain]
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw.panels(measured.pictures, ("image", "truth", "prediction over image", "prediction")).save(
-        path
-    )
+    sheet = draw.panels(rows, COLUMNS, names=names)
+    draw.stacked(sheet, draw.legend(classes, draw.palette(classes), sheet.width)).save(path)
