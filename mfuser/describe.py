@@ -120,7 +120,7 @@ def render(name: str, facts: dict[str, Any]) -> list[Table | str]:
         "GFLOPs: 2 x multiply-adds of one image, forward; the scan's own are counted with fusion "
         "and enhancer"
         if facts["gflops"] is not None
-        else "GFLOPs: not available, an operation of this pairing cannot be laid out without values",
+        else "GFLOPs: not available, some operation here cannot be laid out without values",
     ]
     return [encoders, parts, *lines]
 

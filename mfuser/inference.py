@@ -41,7 +41,7 @@ def sliding_window(
     if height < window[0] or width < window[1]:
         raise MFuserError(
             f"an image of {height}x{width} pixels is smaller than the window of "
-            f"{window[0]}x{window[1]}; enlarge it first (--scale), or train with a smaller image_size"
+            f"{window[0]}x{window[1]}; enlarge it (--scale), or train with a smaller image_size"
         )
     if (height, width) == tuple(window):
         return scores(images)

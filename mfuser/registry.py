@@ -362,6 +362,7 @@ def _inner_model(owner: type[BaseModel] | None, field: str) -> type[BaseModel] |
 def missing_root(dataset: str) -> DataError:
     """The error for a dataset whose folder nobody has named."""
     return DataError(
-        f"nothing says where '{dataset}' lies: give --data-root {dataset}=FOLDER, set MFUSER_DATA "
-        f"to the folder that holds '{dataset}/', or write [data] {dataset} = \"FOLDER\" in a registry"
+        f"nothing says where '{dataset}' lies: give --data-root {dataset}=FOLDER, set "
+        f"MFUSER_DATA to the folder that holds '{dataset}/', or write [data] {dataset} = "
+        '"FOLDER" in a registry'
     )

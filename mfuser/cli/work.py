@@ -149,7 +149,7 @@ def evaluate(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Score RUN (a folder or a checkpoint) on several domains at once: IoU by class, mIoU, average."""
+    """Score RUN (a folder or a checkpoint) on several domains at once: IoU, mIoU, average."""
     registry = open_registry(registries, plugins, data_roots)
     check_device(device)
     from mfuser.console import Console
