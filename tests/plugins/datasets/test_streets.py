@@ -235,3 +235,19 @@ def test_what_hides_comes_after_what_is_hidden() -> None:
     assert order.index(3) < order.index(2) < order.index(1)
     assert sorted(order) == [0, 1, 2, 3]
     assert painters_order([]) == []
+
+
+def test_what_stands_beside_a_long_vehicle_is_behind_it() -> None:
+    """Whatever stands on the other side of the road, or further down it."""
+
+    def thing(x0: float, x1: float, z0: float, z1: float) -> Thing:
+        return Thing(x0, x1, z0, z1, lambda painter: None)
+
+    van, person = thing(1.5, 3.4, 5, 10), thing(4.3, 4.7, 7, 7.4)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        z = rng.uniform(2, 30, 12)
+        others = [thing(-5 - k, -4.5 - k, a, a + 0.5) for k, a in enumerate(z)]
+        things = [van, *others, person]
+        order = painters_order(things)
+        assert order.index(len(things) - 1) < order.index(0)

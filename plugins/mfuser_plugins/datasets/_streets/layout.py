@@ -53,8 +53,8 @@ def draw_scene(
     painter = Painter(camera, size, supersample, sun)
     lanes = int(rng.choice((1, 2, 2, 3)))
     street = Street(
-        left=-rng.uniform(2.0, 4.2) - (lanes > 1) * 1.6,
-        right=rng.uniform(2.0, 4.2) + (lanes > 2) * 2.4,
+        left=-rng.uniform(2.9, 4.4) - (lanes > 1) * 1.6,
+        right=rng.uniform(2.9, 4.4) + (lanes > 2) * 2.4,
         bend=rng.choice((-1.0, 1.0)) * rng.uniform(0, 1 / 450) if rng.random() < 0.65 else 0.0,
         walk_left=rng.uniform(1.8, 4.0) if rng.random() < 0.85 else 0.0,
         walk_right=rng.uniform(1.8, 4.0) if rng.random() < 0.85 else 0.0,

@@ -69,13 +69,13 @@ _GLASS, _GLASS_MUTED = "27384a 30465c", "22282d 39434a"
 _TYRE = "17181b 1d1f22"
 
 _add("sky", "sky", "6db1ea", "b9c4cc", 0, 0)
-_add("asphalt", "road", "5b5e66 565a63 60626a", "6b6a68 74726e 5c5d5f", 0.16, 0.03)
-_add("patch", "road", "4d5058 666971", "585857 7d7b77", 0.16, 0.04)
+_add("asphalt", "road", "5b5e66 565a63 60626a", "6f6f6d 787673 636466", 0.1, 0.03)
+_add("patch", "road", "4d5058 666971", "5c5c5b 807e7a", 0.1, 0.04)
 _add("marking", "road", "efeee6", "c9c7bd bdbab0", 0.12, 0.03)
 _add("yellow", "road", "eec23f", "b9a15f", 0.12, 0.03)
 _add("manhole rail", "road", "44464b 3f3c3a", "4a4744 55504b", 0.1, 0.03)
-_add("paving", "sidewalk", "b8a995 b3aca2 c2b29b", "8d8880 989187 85827f", 0.14, 0.03)
-_add("joint", "sidewalk", "a0937f 9d968c", "7a766f 85807a", 0.14, 0.03)
+_add("paving", "sidewalk", "b8a995 b3aca2 c2b29b", "958f86 a0998e 8b8885", 0.1, 0.03)
+_add("joint", "sidewalk", "a0937f 9d968c", "817c75 8b8680", 0.1, 0.03)
 _add("kerb", "sidewalk", "d8d2c6", "a9a6a0", 0.1, 0.03)
 _add(
     "facade",

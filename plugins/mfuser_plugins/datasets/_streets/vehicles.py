@@ -9,8 +9,10 @@ import numpy as np
 
 from mfuser_plugins.datasets._streets.geometry import Draw, Painter, Point, Thing, Vector
 
-Profile = tuple[tuple[float, float], ...]
-"""(along, up) in metres, clockwise from the lower rear: along grows to the front."""
+Corner = tuple[float, float]
+"""(along, up) in metres: along grows to the front."""
+Profile = tuple[Corner, ...]
+"""Clockwise from the lower rear."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,10 @@ class Pose:
         a = along - self.length / 2
         return self.x + hx * a + hz * across, up, self.z + hz * a - hx * across
 
+    def panel(self, start: Corner, end: Corner, b0: float, b1: float) -> list[Point]:
+        """The quad over an edge (along, up) - (along, up), between two places across."""
+        return [self.at(*start, b0), self.at(*end, b0), self.at(*end, b1), self.at(*start, b1)]
+
     def direction(self, along: float, up: float) -> Vector:
         n = math.hypot(along, up) or 1.0
         return self.heading[0] * along / n, up / n, self.heading[1] * along / n
@@ -189,12 +195,7 @@ def _extrude(p: Painter, model: Model, pose: Pose, draw: Draw) -> None:
         if p.faces_camera(middle, normal):
             edges.append((-math.hypot(middle[0], middle[2]), i, start, end, normal))
     for _, i, start, end, normal in sorted(edges):
-        quad = [
-            pose.at(*start, -half),
-            pose.at(*end, -half),
-            pose.at(*end, half),
-            pose.at(*start, half),
-        ]
+        quad = pose.panel(start, end, -half, half)
         p.face(f"{kind}_{model.body}", quad, normal, draw)
         if i in model.glazed:
             _glaze(p, model, pose, start, end, normal)
@@ -218,98 +219,46 @@ def _side(p: Painter, model: Model, pose: Pose, draw: Draw, b: float, normal: Ve
     rim = p.part(f"{model.kind}_rim", body[0], normal)
     for along, radius in model.wheels:
         for part, r in ((tyre, radius * 1.12), (rim, radius * 0.58)):
-            p.polygon(
-                part,
-                [
-                    pose.at(along + r * c, radius + r * s, b)
-                    for c, s in _WHEEL
-                    if radius + r * s > -0.05
-                ],
-            )
+            p.polygon(part, [pose.at(along + r * c, radius + r * s, b) for c, s in _WHEEL])
 
 
 def _glaze(
-    p: Painter,
-    model: Model,
-    pose: Pose,
-    start: Point | tuple[float, float],
-    end: Point | tuple[float, float],
-    normal: Vector,
+    p: Painter, model: Model, pose: Pose, start: Corner, end: Corner, normal: Vector
 ) -> None:
     """A pane inside an edge. Upright ones are glazed above the waist only."""
-    (a0, y0), (a1, y1) = start[:2], end[:2]
-    rise = abs(y1 - y0)
+    (a0, y0), (a1, y1) = start, end
     low, high = 0.1, 0.9
-    if rise > 1.5:
+    if abs(y1 - y0) > 1.5:
         low, high = (0.45, 0.92) if y1 > y0 else (0.08, 0.6)
     half = model.width / 2 - 0.14
     lower = a0 + low * (a1 - a0), y0 + low * (y1 - y0)
     upper = a0 + high * (a1 - a0), y0 + high * (y1 - y0)
-    quad = [
-        pose.at(*lower, -half),
-        pose.at(*upper, -half),
-        pose.at(*upper, half),
-        pose.at(*lower, half),
-    ]
-    p.face(f"{model.kind}_glass", quad, normal)
+    p.face(f"{model.kind}_glass", pose.panel(lower, upper, -half, half), normal)
 
 
 def _ends(p: Painter, model: Model, pose: Pose, front: bool, normal: Vector) -> None:
-    """Lights, number plate and bumper on the first or last edge."""
+    """Bumper, grille, lights and number plate on the first or last edge."""
     kind, half, y = model.kind, model.width / 2, model.lamps
     a = model.length + 0.01 if front else min(model.profile[0][0], model.profile[1][0]) - 0.01
-    lamp = p.part(f"{kind}_{'head' if front else 'tail'}", pose.at(a, y, 0), normal)
-    size, wide = (0.085, 0.17) if kind == "car" else (0.13, 0.18)
-    quads = []
-    for side in (-1.0, 1.0):
-        outer, inner = side * (half - 0.08), side * (half - 0.08 - 2 * wide)
-        quads.append(
-            [
-                pose.at(a, y - size, outer),
-                pose.at(a, y + size, outer),
-                pose.at(a, y + size, inner),
-                pose.at(a, y - size, inner),
-            ]
-        )
+    tall, wide = (0.085, 0.34) if kind == "car" else (0.13, 0.36)
     bottom = model.profile[0][1]
+    trim = p.part(f"{kind}_trim", pose.at(a, y, 0), normal)
+
+    def panel(part: int, y0: float, y1: float, b0: float, b1: float) -> None:
+        p.polygon(part, pose.panel((a, y0), (a, y1), b0, b1))
+
     if bottom < 0.6:
-        trim = p.part(f"{kind}_trim", pose.at(a, 0.4, 0), normal)
-        p.polygon(
-            trim,
-            [
-                pose.at(a, bottom - 0.08, -half),
-                pose.at(a, bottom + 0.1, -half),
-                pose.at(a, bottom + 0.1, half),
-                pose.at(a, bottom - 0.08, half),
-            ],
-        )
+        panel(trim, bottom - 0.08, bottom + 0.1, -half, half)
+    outer, inner = half - 0.08, half - 0.08 - wide
     if front:
-        grille = p.part(f"{kind}_trim", pose.at(a, y, 0), normal)
-        inner = half - 0.12 - 2 * wide
-        p.polygon(
-            grille,
-            [
-                pose.at(a, y - size, -inner),
-                pose.at(a, y + 0.6 * size, -inner),
-                pose.at(a, y + 0.6 * size, inner),
-                pose.at(a, y - size, inner),
-            ],
-        )
+        panel(trim, y - tall, y + 0.6 * tall, -inner, inner)
     if kind != "train":
-        plate = p.part(f"{kind}_plate", pose.at(a, 0.55, 0), normal)
-        p.polygon(
-            plate,
-            [
-                pose.at(a, y0, b)
-                for y0, b in (
-                    (y - 0.24, -0.25),
-                    (y - 0.12, -0.25),
-                    (y - 0.12, 0.25),
-                    (y - 0.24, 0.25),
-                )
-            ],
-        )
-    p.polygons(lamp, quads)
+        plate = p.part(f"{kind}_plate", pose.at(a, y, 0), normal)
+        panel(plate, y - 0.24, y - 0.12, -0.25, 0.25)
+    lamp = p.part(f"{kind}_{'head' if front else 'tail'}", pose.at(a, y, 0), normal)
+    for side in (-1.0, 1.0):
+        panel(trim, y - tall - 0.03, y + tall + 0.03, side * (outer + 0.03), side * (inner - 0.03))
+        panel(lamp, y - tall, y + tall, side * outer, side * inner)
 
 
 def vehicle(
