@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +16,16 @@ from mfuser_plugins.backbones._stepping import Size, Stepped, Stepper
 class Layout:
     """Where a model type keeps its parts. Names differ between types and between versions.
 
-    embed: what comes before the layers, beside `embeddings`. interpolate: whether `embeddings`
-    must be told to resample positions. rope: whether layers take rotary positions.
+    prefix: tokens before the patches, registers aside. pre_norm: a norm after `embeddings`.
+    interpolate: whether `embeddings` must be told to resample positions. rope: whether the layers
+    take rotary positions.
     """
 
     layers: str
     norm: str
     kernel: str
-    prefix: Callable[[Any], int]
+    prefix: int
+    registers: bool = False
     pre_norm: str | None = None
     interpolate: bool = False
     rope: bool = False
@@ -32,24 +33,24 @@ class Layout:
 
 PROJECTION = "embeddings.patch_embeddings.projection"
 LAYOUTS = {
-    "dinov2": Layout("encoder.layer", "layernorm", PROJECTION, lambda c: 1),
+    "dinov2": Layout("encoder.layer", "layernorm", PROJECTION, 1),
     "dinov2_with_registers": Layout(
-        "encoder.layer", "layernorm", PROJECTION, lambda c: 1 + c.num_register_tokens
+        "encoder.layer", "layernorm", PROJECTION, 1, registers=True
     ),
     "dinov3_vit": Layout(
         "model.layer", "norm", "embeddings.patch_embeddings",
-        lambda c: 1 + c.num_register_tokens, rope=True,
+        1, registers=True, rope=True,
     ),
-    "vit": Layout("layers", "layernorm", PROJECTION, lambda c: 1, interpolate=True),
-    "vit_msn": Layout("layers", "layernorm", PROJECTION, lambda c: 1, interpolate=True),
-    "deit": Layout("layers", "layernorm", PROJECTION, lambda c: 2, interpolate=True),
-    "ijepa": Layout("layers", "layernorm", PROJECTION, lambda c: 0, interpolate=True),
+    "vit": Layout("layers", "layernorm", PROJECTION, 1, interpolate=True),
+    "vit_msn": Layout("layers", "layernorm", PROJECTION, 1, interpolate=True),
+    "deit": Layout("layers", "layernorm", PROJECTION, 2, interpolate=True),
+    "ijepa": Layout("layers", "layernorm", PROJECTION, 0, interpolate=True),
     "clip_vision_model": Layout(
-        "encoder.layers", "post_layernorm", "embeddings.patch_embedding", lambda c: 1,
+        "encoder.layers", "post_layernorm", "embeddings.patch_embedding", 1,
         pre_norm="pre_layrnorm", interpolate=True,
     ),
     "siglip_vision_model": Layout(
-        "encoder.layers", "post_layernorm", "embeddings.patch_embedding", lambda c: 0,
+        "encoder.layers", "post_layernorm", "embeddings.patch_embedding", 0,
         interpolate=True,
     ),
 }  # fmt: skip
@@ -81,7 +82,8 @@ class HuggingFaceStepper(Stepper):
             ) from error
         self.embed_dim = int(config.hidden_size)
         self.depth = len(self.layers)
-        self.num_prefix_tokens = layout.prefix(config)
+        registers = config.num_register_tokens if layout.registers else 0
+        self.num_prefix_tokens = layout.prefix + registers
         size = config.image_size
         super().__init__(
             (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mfuser import WeightsError
+from mfuser_plugins.backbones._torchscript import read_torchscript
 
 RANDOM = "random"
 
@@ -43,8 +44,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Names -> tensors of a .safetensors, .pth, .pt or .bin file, on the CPU.
 
     Wrappers that official checkpoints use ({"state_dict": …}, "module." before every name, …) are
-    taken off. Raises WeightsError if the file is truncated, is no weights file, or holds anything
-    that would have to be executed.
+    taken off; TorchScript archives are read without their program. Raises WeightsError if the
+    file is truncated, is no weights file, or holds anything that would have to be executed.
     """
     try:
         if path.suffix == ".safetensors":
@@ -54,7 +55,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         else:
             # Published checkpoints keep their command line beside the weights.
             with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                try:
+                    content = torch.load(path, map_location="cpu", weights_only=True)
+                except RuntimeError as error:
+                    if "TorchScript" not in str(error):
+                        raise
+                    content = read_torchscript(path)
     except Exception as error:
         raise WeightsError(f"{path} cannot be read: {_why_unreadable(path, error)}") from error
     tensors = _unwrap(content)
@@ -65,11 +71,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _why_unreadable(path: Path, error: Exception) -> str:
     text = " ".join(str(error).split())
-    if "TorchScript" in text:
-        return (
-            "it is a TorchScript archive, which is a program; use the converted weights of the "
-            'same name (weights = "openai" for OpenAI\'s CLIP) or save its tensors as .safetensors'
-        )
     if isinstance(error, pickle.UnpicklingError) and "unsupported global" in text.lower():
         return (
             "it holds more than tensors, and nothing in it is executed; save its tensors as "

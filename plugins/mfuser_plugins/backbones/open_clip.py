@@ -77,7 +77,10 @@ class OpenClipSpec(VisionLanguageSpec, name="open_clip"):
         how = Resampling(self.interpolation, self.antialias, self.patch_resample)
         backbone = wrap(model, self.model, cfg["text_cfg"], how)
         if source is not None:
-            load(model, read_tensors(source), self.model, f"'{self.weights}'")
+            tensors = read_tensors(source)
+            if "input_resolution" in tensors and not cfg.get("quick_gelu"):
+                raise gelu_mismatch(self.model, self.weights, quick_gelu=False)
+            load(model, tensors, self.model, f"'{self.weights}'")
         freeze(model, self.freeze)
         if model.logit_bias is None:
             # The alignment loss of softmax models brings its own temperature.
@@ -107,18 +110,25 @@ def find_tag(model: str, tag: str, quick_gelu: bool) -> dict[str, Any]:
         known = open_clip.list_pretrained_tags_by_model(model)
         raise WeightsError(f"open_clip has no weights '{tag}' for '{model}'{suggest(tag, known)}")
     if bool(found.get("quick_gelu")) != quick_gelu:
-        trained, built = ("QuickGELU", "GELU") if not quick_gelu else ("GELU", "QuickGELU")
-        other = f"{model}-quickgelu" if not quick_gelu else model.removesuffix("-quickgelu")
-        fix = (
-            f'use model = "{other}"'
-            if other in open_clip.list_models()
-            else f"set options.quick_gelu = {'false' if quick_gelu else 'true'}"
-        )
-        raise WeightsError(
-            f"the weights '{tag}' of '{model}' were trained with {trained}, and the model is built "
-            f"with {built}: {fix}"
-        )
+        raise gelu_mismatch(model, tag, quick_gelu)
     return found
+
+
+def gelu_mismatch(model: str, weights: str, quick_gelu: bool) -> WeightsError:
+    """The weights were trained with the other activation than the model is built with."""
+    import open_clip
+
+    trained, built = ("GELU", "QuickGELU") if quick_gelu else ("QuickGELU", "GELU")
+    other = model.removesuffix("-quickgelu") if quick_gelu else f"{model}-quickgelu"
+    fix = (
+        f'use model = "{other}"'
+        if other in open_clip.list_models()
+        else f"set options.quick_gelu = {'false' if quick_gelu else 'true'}"
+    )
+    return WeightsError(
+        f"the weights '{weights}' of '{model}' were trained with {trained}, and the model is built "
+        f"with {built}: {fix}"
+    )
 
 
 def tag_file(what: str, tag: dict[str, Any]) -> Path:
@@ -154,11 +164,23 @@ def statistics(model: str, tag: dict[str, Any] | None) -> tuple[Statistics, Stat
 
 
 def load(model: Any, tensors: dict[str, Tensor], name: str, source: str) -> None:
-    """Tensors in open_clip's naming -> the model. Raises WeightsError on any misfit."""
+    """Tensors in open_clip's naming, or BAAI's for EVA-CLIP -> the model.
+
+    Raises WeightsError on any misfit.
+    """
     from open_clip.convert import convert_state_dict
     from open_clip.model import CLIP, convert_to_custom_text_state_dict
+    from open_clip.timm_model import TimmModel
 
     tensors = convert_state_dict(model, dict(tensors))
+    if "visual.pos_embed" in tensors and isinstance(model.visual, TimmModel):
+        # BAAI's EVA-CLIP files have the image tower where open_clip has a wrapper.
+        from mfuser_plugins.backbones._timm import stepper_class
+
+        convert = stepper_class(model.visual.trunk, name).convert
+        trunk = convert(tensors, model.visual.trunk)
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("visual.")}
+        tensors |= {f"visual.trunk.{k}": v for k, v in trunk.items()}
     if not isinstance(model, CLIP):
         tensors = convert_to_custom_text_state_dict(tensors)
     for scalar in ("logit_scale", "logit_bias"):

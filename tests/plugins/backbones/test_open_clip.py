@@ -269,6 +269,41 @@ def test_local_files(name: str, suffix: str, tmp_path: Path) -> None:
         OpenClipSpec(model=name, weights=str(path), options=other).build(size)
 
 
+def test_baai_names_of_eva_clip(tmp_path: Path) -> None:
+    source = build("EVA02-L-14-336", (336, 336))
+    names = [
+        ("visual.trunk.", "visual."), ("attn.norm.", "attn.inner_attn_ln."),
+        ("mlp.norm.", "mlp.ffn_ln."), ("fc1_g", "w1"), ("fc1_x", "w2"), ("fc2", "w3"),
+        ("q_proj.bias", "q_bias"), ("v_proj.bias", "v_bias"),
+    ]  # fmt: skip
+    state = {"visual.rope.freqs_cos": torch.zeros(576, 16)}
+    for key, value in source.model.state_dict().items():
+        for ours, theirs in names:
+            key = key.replace(ours, theirs) if key.startswith("visual.") else key
+        state[key] = value
+    assert "visual.blocks.0.mlp.w1.weight" in state and "visual.blocks.0.attn.q_bias" in state
+    torch.save(state, tmp_path / "EVA02_CLIP.pt")
+    spec = OpenClipSpec(
+        model="EVA02-L-14-336", weights=str(tmp_path / "EVA02_CLIP.pt"),
+        options=MODELS["EVA02-L-14-336"],
+    )  # fmt: skip
+    loaded = spec.build((336, 336)).model.state_dict()
+    for key, value in source.model.state_dict().items():
+        assert torch.equal(loaded[key], value), key
+
+
+def test_files_of_openai_need_quick_gelu(tmp_path: Path) -> None:
+    source = build("ViT-B-16", (224, 224))
+    state = {**source.model.state_dict(), "input_resolution": torch.tensor(224)}
+    torch.save(state, tmp_path / "ViT-B-16.pt")
+    options = {"weights": str(tmp_path / "ViT-B-16.pt"), "options": OWN}
+    with pytest.raises(WeightsError, match="QuickGELU.*ViT-B-16-quickgelu"):
+        OpenClipSpec(model="ViT-B-16", **options).build((224, 224))
+    loaded = OpenClipSpec(model="ViT-B-16-quickgelu", **options).build((224, 224))
+    table = loaded.model.get_parameter("visual.positional_embedding")
+    assert torch.equal(table, state["visual.positional_embedding"])
+
+
 @pytest.mark.parametrize(("spec", "message"), [
     ({"model": "ViT-B-17"}, "did you mean 'ViT-B-1"),
     ({"model": "ViT-B-16", "weights": "laion9b"}, "no weights 'laion9b'.*there is|did you mean"),

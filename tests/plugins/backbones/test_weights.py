@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfuser import WeightsError
+from mfuser_plugins.backbones._torchscript import read_torchscript
 from mfuser_plugins.backbones._weights import local_file, read_tensors
 from mfuser_plugins.backbones.timm import TimmSpec
 
@@ -81,6 +84,37 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     ):
         spec(tmp_path / "w.pth").build((224, 224))
     assert not (tmp_path / "executed").exists()
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+        self.table = nn.Parameter(torch.randn(4, 2).half())
+        self.shared = self.table[1:]
+        self.register_buffer("count", torch.tensor([1, 2]))
+        self.scale = 2.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.scale + self.count
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torchscript_archives_are_read_without_their_program(tmp_path: Path) -> None:
+    module = Scripted()
+    torch.jit.save(torch.jit.script(module), tmp_path / "w.pt")
+    tensors = read_tensors(tmp_path / "w.pt")
+    assert tensors.pop("shared").tolist() == module.table[1:].tolist()
+    assert tensors.keys() == module.state_dict().keys()
+    for key, value in module.state_dict().items():
+        assert tensors[key].dtype == value.dtype and torch.equal(tensors[key], value)
+
+
+def test_a_torchscript_archive_that_names_other_code(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        archive.writestr("w/data.pkl", pickle.dumps(os.getcwd))
+    with pytest.raises(pickle.UnpicklingError, match="unsupported global .*getcwd"):
+        read_torchscript(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {}, "text", {"state_dict": {"a": 1}}])
