@@ -76,7 +76,7 @@ def evaluate(
     stride = stride or recipe.stride
     limit = limit or recipe.test_images
     datasets = {domain.name: domain.build(registry, "val") for domain in chosen}
-    shared = {n: _scored_classes(model, run, n, d) for n, d in datasets.items()}
+    scored = {n: _scored_classes(model, run, recipe, n, d) for n, d in datasets.items()}
     rows = {"trained": model}
     if baselines:
         rows["untrained"] = build_model(model.spec, seed=run.seed)
@@ -90,7 +90,7 @@ def evaluate(
             measured = measure(
                 candidate,
                 dataset,
-                shared[name],
+                scored[name],
                 accelerator=accelerator,
                 stride=stride,
                 limit=limit,
@@ -203,10 +203,12 @@ def _same_size(
         yield batch
 
 
-def _scored_classes(model: DGSSModel, run: RunSpec, name: str, dataset: Dataset) -> tuple[int, ...]:
+def _scored_classes(
+    model: DGSSModel, run: RunSpec, recipe: RecipeSpec, name: str, dataset: Dataset
+) -> tuple[int, ...]:
     """The classes that are scored: all that this target labels, or those the source labels too."""
     shared = ClassMap(dataset, model.classes).shared
-    if run.recipe["scored"] == "shared":
+    if recipe.scored == "shared":
         shared = tuple(k for k in shared if model.classes[k] in run.source_classes)
     if not shared:
         raise MFuserError(f"target '{name}' shares no class with the source '{run.source.name}'")
