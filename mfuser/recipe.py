@@ -52,6 +52,7 @@ class RecipeSpec(Options):
         first so many images of each target. scored: every class that a target labels (as published
         figures are, SYNTHIA's too, which lacks three), or only those it shares with the source.
     on_bad_image: "stop", or "skip" an unreadable image and say so.
+    tensorboard: also write event files (needs the extra of that name).
     baselines: the report after training also scores the untrained model.
     """
 
@@ -80,6 +81,7 @@ class RecipeSpec(Options):
     test_images: PositiveInt | None = None
     scored: Literal["target", "shared"] = "target"
     on_bad_image: Literal["stop", "skip"] = "stop"
+    tensorboard: bool = False
     baselines: bool = False
 
     @model_validator(mode="after")

@@ -8,7 +8,6 @@ resumed run ends in the weights of one that never stopped.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -16,7 +15,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
 import numpy as np
 import torch
@@ -37,12 +35,12 @@ from mfuser.data.sampling import (
 from mfuser.data.transforms import Augmentation
 from mfuser.errors import MFuserError
 from mfuser.interfaces import Dataset
+from mfuser.log import EVERY, Log, summary_writer
 from mfuser.model import DGSSModel
 from mfuser.recipe import RecipeSpec
 from mfuser.registry import Registry
 from mfuser.run import RunSpec, open_folder
 
-LOG_EVERY = 10
 COUNTED = 200
 """Source labels read for the most frequent class where nothing needs them all."""
 
@@ -86,6 +84,8 @@ def train(
         model = build_model(spec, seed=run.seed)
         class_map = ClassMap(source, spec.classes)
         _check_crop(source, spec.image_size)
+        if recipe.tensorboard:
+            summary_writer()
         if accelerator.is_main_process:
             run = open_folder(folder, run, resume)
         accelerator.wait_for_everyone()
@@ -174,7 +174,9 @@ class Trainer:
         with (
             _interruptible() as interrupted,
             self.console.task("training", recipe.steps, start) as task,
-            self._log() as log,
+            Log(
+                self.folder, active=accelerator.is_main_process, tensorboard=recipe.tensorboard
+            ) as log,
         ):
             for step in range(start, recipe.steps):
                 begun = time.perf_counter()
@@ -188,16 +190,10 @@ class Trainer:
                         f"{self.folder} is from before"
                     )
                 task.advance(note=f"loss {loss:.3f}")
-                if log is not None and (step % LOG_EVERY == 0 or step + 1 == recipe.steps):
-                    line = {
-                        "step": step + 1,
-                        "loss": loss,
-                        "lr": self.optimiser.param_groups[0]["lr"],
-                        "seconds": round(time.perf_counter() - begun, 4),
-                        **losses,
-                    }
-                    log.write(json.dumps(line) + "\n")
-                    log.flush()
+                if step % EVERY == 0 or step + 1 == recipe.steps:
+                    seconds = round(time.perf_counter() - begun, 4)
+                    rate = self.optimiser.param_groups[0]["lr"]
+                    log.write(step + 1, {"loss": loss, "lr": rate, "seconds": seconds, **losses})
                 # Every process must leave in the same step.
                 stop = accelerator.reduce(
                     torch.tensor(float(interrupted[0]), device=accelerator.device), "sum"
@@ -251,14 +247,6 @@ class Trainer:
         checkpoints.write(self.folder / checkpoints.LAST, Checkpoint(state, optimiser, meta))
         if step == self.recipe.steps:
             checkpoints.write(self.folder / checkpoints.FINAL, Checkpoint(state, {}, meta))
-
-    @contextlib.contextmanager
-    def _log(self) -> Iterator[TextIO | None]:
-        if not self.accelerator.is_main_process:
-            yield None
-            return
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            yield file
 
 
 def parameter_groups(model: DGSSModel, recipe: RecipeSpec) -> list[dict[str, object]]:

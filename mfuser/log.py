@@ -1,0 +1,66 @@
+"""What a training run writes down: a JSON line per logged step, and TensorBoard if asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from mfuser.errors import CheckpointError, MissingExtraError
+
+EVERY = 10
+"""Steps between lines."""
+
+
+def summary_writer() -> Any:
+    """TensorBoard's writer. Raises MissingExtraError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError(
+            "tensorboard", "tensorboard", "the recipe's option tensorboard"
+        ) from error
+    return SummaryWriter
+
+
+class Log:
+    """`log.jsonl` in the run's folder, appended to; with `tensorboard`, also its event files.
+
+    active: False writes nothing (processes other than the first).
+    """
+
+    def __init__(self, folder: Path, *, active: bool = True, tensorboard: bool = False) -> None:
+        self.folder = folder
+        self.active = active
+        self._events: Any = None
+        self._file: TextIO | None = None
+        if active and tensorboard:
+            self._events = summary_writer()(str(folder / "tensorboard"))
+
+    def __enter__(self) -> Log:
+        if self.active:
+            try:
+                self._file = open(self.folder / "log.jsonl", "a", encoding="utf-8")
+            except OSError as error:
+                raise CheckpointError(f"{self.folder} cannot be written: {error}") from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
