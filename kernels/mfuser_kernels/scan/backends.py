@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import os
 from dataclasses import dataclass
 from types import ModuleType
@@ -34,7 +34,7 @@ class Backend:
     reason: str
 
 
-def module(name: str) -> ModuleType:
+def module(name: str, asked: str = "backend") -> ModuleType:
     """The module of a backend.
 
     Each has `unusable() -> str`, the reason why it cannot run on this machine, and
@@ -46,7 +46,7 @@ def module(name: str) -> ModuleType:
     if name not in MODULES:
         near = difflib.get_close_matches(name, MODULES, n=1)
         hint = f", did you mean {near[0]!r}" if near else ""
-        raise ScanError(f"unknown backend {name!r}{hint}; there are: auto, {', '.join(MODULES)}")
+        raise ScanError(f"{asked} is not known{hint}; there are: auto, {', '.join(MODULES)}")
     return importlib.import_module(MODULES[name])
 
 
@@ -59,19 +59,25 @@ def backends() -> list[Backend]:
     return found
 
 
-@torch.compiler.assume_constant_result
 def choose(backend: str, device: str, dtype: torch.dtype, initial_state: bool) -> str:
     """The backend that runs such inputs; ScanError if the one asked for cannot."""
+    asked = f"backend {backend!r}"
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT, "").strip() or "auto"
+        asked = f"{ENVIRONMENT}={backend!r}"
     if backend != "auto":
-        chosen = module(backend)
+        chosen = module(backend, asked)
         reason = chosen.unusable() or chosen.refuses(device, dtype, initial_state)
         if reason:
-            raise ScanError(f"backend {backend!r} cannot run this scan: {reason}")
+            raise ScanError(f"{asked} cannot run this scan: {reason}")
         return backend
     for name in AUTO:
         candidate = module(name)
         if not candidate.refuses(device, dtype, initial_state) and not candidate.unusable():
             return name
     return "chunked"
+
+
+# torch.compile takes the choice as a constant. This is all that torch.compiler's decorator
+# assume_constant_result does, but calling that here would import torch._dynamo, over a second.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -146,9 +146,7 @@ def scan_flops(batch: int, length: int, width: int, states: int, skip: bool, gat
 
 
 @register_flop_formula(torch.ops.mfuser.selective_scan)
-def _flops(
-    u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *_: Any, **__: Any
-) -> int:
+def _flops(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *_: Any, **__: Any) -> int:
     batch, length, width = u
     return scan_flops(batch, length, width, A[1], D is not None, z is not None)
 

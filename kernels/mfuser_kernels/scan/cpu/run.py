@@ -41,16 +41,15 @@ class Layout:
         self.share, self.width = padded(x)
         self.fill = self.share - x.width // x.groups
         self.dtype = torch.bfloat16 if x.u.dtype == torch.bfloat16 else torch.float32
-        constant = [m.dim() == 2 for m in (x.B, x.C)]
         A = x.A.detach().double()
-        grows = not x.delta_softplus or bool((A > 0).any())
         self.variant = Variant(
-            x.states,
-            self.dtype == torch.bfloat16,
-            x.delta_softplus,
-            x.z is not None,
-            *constant,
-            grows,
+            states=x.states,
+            bf16=self.dtype == torch.bfloat16,
+            softplus=x.delta_softplus,
+            gate=x.z is not None,
+            constant_B=x.B.dim() == 2,
+            constant_C=x.C.dim() == 2,
+            may_grow=not x.delta_softplus or bool((A > 0).any()),
         )
         self.fields: dict[str, int] = {
             "length": x.length,
@@ -117,7 +116,7 @@ class Layout:
         return made.clone() if made.data_ptr() == t.data_ptr() else made
 
     def run(self, direction: str, tasks: list[tuple[int, int, int, int]], scratch: int) -> None:
-        """Run (batch item, first block, last block, part) tasks, each thread with scratch floats."""
+        """Run tasks (batch item, first block, last, part), each thread with scratch floats."""
         kernel = compiler.function(direction, self.variant)
         size = len(kernels.FIELDS)
         table = (ctypes.c_int64 * size)(*(self.fields.get(name, 0) for name in kernels.FIELDS))
@@ -184,9 +183,9 @@ def backward(
     lay.hold(**sums)
     per_group, per_task = lay.share // BACKWARD_LANES, TASK_CHANNELS // BACKWARD_LANES
     tasks = [
-        (item, group * per_group + first, group * per_group + min(first + per_task, per_group), part)
+        (item, base + first, base + min(first + per_task, per_group), part)
         for item in range(x.batch)
-        for group in range(x.groups)
+        for base in range(0, per_group * x.groups, per_group)
         for part, first in enumerate(range(0, per_group, per_task))
     ]
     lay.run("backward", tasks, kernels.scratch_floats(x.states))

@@ -137,8 +137,8 @@ class Vector:
         def give(x: Value, level: int) -> None:
             waiting[level].append(x)
             if len(waiting[level]) == 2 and level < 4:
-                pair, waiting[level] = waiting[level], []
-                give(self._add_pairs(*pair, size=1 if level < 2 else 4), level + 1)
+                (x, y), waiting[level] = waiting[level], []
+                give(self._add_pairs(x, y, 1 if level < 2 else 4), level + 1)
 
         count = 0
         for count, x in enumerate(vectors, 1):  # noqa: B007

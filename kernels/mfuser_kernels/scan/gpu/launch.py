@@ -11,16 +11,20 @@ from torch import Tensor
 from mfuser_kernels.scan.gpu import kernels
 from mfuser_kernels.scan.inputs import ScanInputs
 
+# One warp; multiply-adds fused, which Triton 3.10 will no longer do unasked.
+WARP: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
 LOG2_E = 1.4426950408889634
 FORWARD_CHUNK = 96  # 28 chunks of L = 2,594: 896 warps for 2 x 512 channels
 BACKWARD_CHUNK = 48  # twice as many: its warps do more and wait longer
-TILE = 512  # states of one program, 16 for each thread of a warp
+# States of one program. Forward: 16 for each thread of a warp. Backward: half, since it holds
+# seven such tiles; with 512 sm_90 takes all 255 registers and spills, with 256 it takes 221.
+FORWARD_TILE, BACKWARD_TILE = 512, 256
 
 
-def tile(x: ScanInputs) -> dict[str, int]:
+def tile(x: ScanInputs, size: int) -> dict[str, int]:
     """N padded to a power of two, and the channels of one program."""
     states = triton.next_power_of_2(x.states)
-    return {"NP": states, "BLOCK_D": max(1, min(32, TILE // states))}
+    return {"NP": states, "BLOCK_D": max(1, min(32, size // states))}
 
 
 def saved_shape(x: ScanInputs) -> tuple[int, ...]:
@@ -31,8 +35,8 @@ def saved_shape(x: ScanInputs) -> tuple[int, ...]:
 class Launch:
     """One scan's tensors, contiguous, and what the kernels are compiled for."""
 
-    def __init__(self, x: ScanInputs) -> None:
-        self.x, self.tile = x, tile(x)
+    def __init__(self, x: ScanInputs, size: int) -> None:
+        self.x, self.tile = x, tile(x, size)
         self.u, self.delta = x.u.contiguous(), x.delta.contiguous()
         self.z = self.u if x.z is None else x.z.contiguous()
         self.A = (x.A.double() * LOG2_E).float().t().contiguous()
@@ -71,18 +75,18 @@ class Launch:
         block = min(32, triton.next_power_of_2(x.width))
         kernels.carry[(x.states, triton.cdiv(x.width, block), x.batch)](
             self.A, own, sums, starts, chunks, x.width, x.states,
-            K=min(32, triton.next_power_of_2(chunks)), BLOCK_D=block, REVERSE=reverse, num_warps=1,
+            K=min(32, triton.next_power_of_2(chunks)), BLOCK_D=block, REVERSE=reverse, **WARP,
         )  # fmt: skip
         return starts
 
 
 def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-    run = Launch(x)
+    run = Launch(x, FORWARD_TILE)
     chunks = triton.cdiv(x.length, FORWARD_CHUNK)
     own, sums = run.float(x.batch, chunks, x.states, x.width), run.float(x.batch, chunks, x.width)
     out = torch.empty_like(run.u)
     saved = run.float(*(saved_shape(x) if training else (0,)))
-    shape = {"T": FORWARD_CHUNK, **run.tile, **run.options, "num_warps": 1}
+    shape = {"T": FORWARD_CHUNK, **run.tile, **run.options, **WARP}
     if out.numel():
         kernels.chunk_ends[run.grid(chunks)](
             run.u, run.delta, run.A, run.B, run.bias, own, sums, *run.sizes,
@@ -101,11 +105,11 @@ def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
 def backward(
     x: ScanInputs, d_out: Tensor | None, d_last_state: Tensor | None, saved: Tensor
 ) -> list[Tensor | None]:
-    run = Launch(x)
+    run = Launch(x, BACKWARD_TILE)
     chunks = triton.cdiv(x.length, BACKWARD_CHUNK)
     own, sums = run.float(x.batch, chunks, x.states, x.width), run.float(x.batch, chunks, x.width)
     g = torch.zeros_like(run.u) if d_out is None else d_out.contiguous()
-    shape = {"T": BACKWARD_CHUNK, **run.tile, **run.options, **run.gate, "num_warps": 1}
+    shape = {"T": BACKWARD_CHUNK, **run.tile, **run.options, **run.gate, **WARP}
     kernels.chunk_ends_back[run.grid(chunks)](
         run.delta, run.A, run.C, run.z, run.bias, g, own, sums, *run.sizes,
         CONST_C=run.const["CONST_C"], **shape,
@@ -124,9 +128,7 @@ def backward(
         du, d_delta, dz, dA, dB, dC, dD, d_bias, *run.sizes, SAVE=kernels.SAVE_STEPS, **run.const,
         **shape,
     )  # fmt: skip
-    dB, dC = (
-        t.sum((0, 1)).t() if m.dim() == 2 else t.sum(0) for t, m in ((dB, x.B), (dC, x.C))
-    )
+    dB, dC = (t.sum((0, 1)).t() if m.dim() == 2 else t.sum(0) for t, m in ((dB, x.B), (dC, x.C)))
     return [
         du,
         d_delta,

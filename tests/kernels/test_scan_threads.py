@@ -1,0 +1,231 @@
+"""The CPU backend among threads, processes, interrupts and other people's cache folders."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("llvmlite", reason='llvmlite is not installed: pip install "mfuser[cpu]"')
+
+from mfuser_kernels import selective_scan
+from mfuser_kernels.scan.cpu import compiler, pool
+from mfuser_kernels.testing import run_scan, scan_inputs
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def same(x, y):
+    return all(torch.equal(x[name], y[name]) for name in x)
+
+
+def large(**options):
+    """Large enough that the pool is used."""
+    return scan_inputs(2, 300, 200, 16, **options)
+
+
+def test_the_number_of_threads_changes_nothing(threads):
+    found = []
+    for n in (1, 2, 4):
+        threads(n)
+        found.append(run_scan(large(), "cpu"))
+    assert same(found[0], found[1]) and same(found[0], found[2])
+
+
+def test_calls_from_several_python_threads(threads):
+    threads(2)
+    inputs = [large(seed=seed) for seed in range(4)]
+    expected = [run_scan(x, "cpu") for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        torch.set_num_threads(1 + i)  # pools of different sizes are wanted at once
+        for _ in range(5):
+            if not same(run_scan(inputs[i], "cpu"), expected[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert not wrong and not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_child(threads):
+    """As in a data-loader worker: forked after the parent has used its pool.
+
+    torch's own OpenMP loops would hang in the child, so it sets one thread, as data loaders do;
+    the scan is then given two again.
+    """
+    threads(2)
+    inputs = large()
+    expected = run_scan(inputs, "cpu")
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        if not same(run_scan(inputs, "cpu"), expected):
+            os._exit(3)
+        done: list[int] = []
+        pool.run(20, 2, lambda: done.append)
+        os._exit(0 if sorted(done) == list(range(20)) else 4)
+
+    children = [multiprocessing.get_context("fork").Process(target=child) for _ in range(2)]
+    for process in children:
+        process.start()
+    for process in children:
+        process.join(60)
+        assert process.exitcode == 0
+    assert same(run_scan(inputs, "cpu"), expected)
+
+
+def test_spawned_child(threads):
+    threads(2)
+    inputs = large()
+    with multiprocessing.get_context("spawn").Pool(1) as children:
+        assert same(children.apply(run_scan, (inputs, "cpu")), run_scan(inputs, "cpu"))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a POSIX timer")
+def test_an_interrupt_ends_a_scan(threads):
+    threads(2)
+    inputs = scan_inputs(6, 6000, 128, 64, gate=False)
+
+    def timed() -> float:
+        start = time.perf_counter()
+        selective_scan(**inputs, backend="cpu")
+        return time.perf_counter() - start
+
+    timed()
+    whole = timed()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, whole / 10)
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(20):
+                timed()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    small = large()
+    assert same(run_scan(small, "cpu"), run_scan(small, "cpu"))
+
+
+def test_an_error_in_one_thread_reaches_the_caller():
+    def worker():
+        def task(i: int) -> None:
+            if i == 3:
+                raise RuntimeError("task 3")
+
+        return task
+
+    for threads in (1, 2):
+        with pytest.raises(RuntimeError, match="task 3"):
+            pool.run(8, threads, worker)
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_ten_thousand_calls_leak_nothing(threads):
+    threads(1)
+    inputs = scan_inputs(1, 8, 32, 2)
+    kernel = {k: v for k, v in inputs.items() if k != "layout"}
+    x = {
+        k: v.transpose(1, 2) if k in ("u", "delta", "z", "B", "C") else v for k, v in kernel.items()
+    }
+    x["u"].requires_grad_()
+
+    def call(times: int) -> None:
+        for _ in range(times):
+            selective_scan(**x, backend="cpu").sum().backward()
+
+    call(500)
+    before = resident_bytes()
+    call(9_500)
+    # 100 bytes a call would be 1 MB; the allocator's own drift was under 0.5 MB
+    assert resident_bytes() - before < 2 << 20
+
+
+SCRIPT = """
+import warnings
+from mfuser_kernels.testing import run_scan, scan_inputs
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for width in (8, 40):
+        run_scan(scan_inputs(1, 8, width, 3), "cpu")
+print(len([w for w in caught if "MFUSER_CACHE_DIR" in str(w.message)]))
+"""
+
+
+def run_script(folder) -> list[str]:
+    environment = {**os.environ, "MFUSER_CACHE_DIR": str(folder)}
+    found = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout.split()
+
+
+def test_code_is_kept_on_disk_and_checked(tmp_path):
+    assert run_script(tmp_path)[0] == "0"
+    kept = sorted((tmp_path / "scan").iterdir())
+    assert [path.name.split("-")[0] for path in kept] == ["backward", "forward"]
+    backward, forward = kept
+    time_kept, whole = backward.stat().st_mtime_ns, forward.read_bytes()
+    forward.write_bytes(whole[:100] + b"damage" + whole[106:])
+    assert run_script(tmp_path)[0] == "0"
+    assert backward.stat().st_mtime_ns == time_kept
+    assert forward.read_bytes() == whole
+
+
+def test_cache_folder_that_cannot_be_written_warns_once(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert run_script(tmp_path / "file") == ["1"]
+
+
+def test_every_variant_has_its_own_code():
+    one = compiler.Variant(3, False, True, False, False, False, False)
+    other = compiler.Variant(3, False, True, True, False, False, False)
+    assert compiler._key("forward", one) != compiler._key("forward", other)
+    assert compiler._key("forward", one) != compiler._key("backward", one)
+
+
+def test_import_needs_torch_alone():
+    code = (
+        "import sys, torch, torch.utils.flop_counter; before = set(sys.modules); "
+        "import mfuser_kernels; new = set(sys.modules) - before; "
+        "print(sorted({name.split('.')[0] for name in new}), 'torch._dynamo' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "mfuser_kernels" in found.stdout, found.stderr
+    for name in ("numba", "llvmlite", "triton", "mamba_ssm", "'mfuser'", "True"):
+        assert name not in found.stdout
+
+
+def test_no_warning_when_all_is_well():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_scan(scan_inputs(1, 8, 8, 3), "cpu")
