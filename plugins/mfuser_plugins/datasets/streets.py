@@ -53,14 +53,32 @@ class Streets(Dataset):
     class_ids: tuple[int, ...] = tuple(range(len(CITYSCAPES.names)))
 
     def __init__(
-        self, domain: Domain, size: tuple[int, int], count: int, seed: int, split: str
+        self,
+        domain: Domain,
+        size: tuple[int, int],
+        count: int,
+        seed: int,
+        split: str,
+        keep: bool = False,
     ) -> None:
         self.domain, self.size, self.count, self.seed, self.split = domain, size, count, seed, split
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if keep else None
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Sample:
+        index = self._index(index)
+        if self._kept is None:
+            return self._draw(index)
+        if index not in self._kept:
+            sample = self._draw(index)
+            # Labels fit a byte: a kept 96x192 scene takes 74 kB.
+            self._kept[index] = sample.image, sample.label.astype(np.uint8)
+        image, label = self._kept[index]
+        return Sample(image.copy(), label.astype(np.int64), self.name(index))
+
+    def _draw(self, index: int) -> Sample:
         from mfuser_plugins.datasets._streets.render import render
         from mfuser_plugins.datasets._streets.styles import DOMAIN, DOMAINS
 
@@ -113,7 +131,8 @@ class StreetsSpec(DatasetSpec, name="streets"):
         camera and palette, with grain, blur and noise), and that camera in "fog", at "night", in
         "rain" and "snow"; "shifted" stands for all five.
     size: (height, width) in pixels. count: images; by default 2000 to train on, 100 to test on.
-    seed: another one gives other streets.
+    seed: another one gives other streets. keep: hold what was drawn in memory, for small sets that
+        are read many times.
     """
 
     needs_root: ClassVar[bool] = False
@@ -123,10 +142,12 @@ class StreetsSpec(DatasetSpec, name="streets"):
     size: ImageSize = (256, 512)
     count: PositiveInt | None = None
     seed: NonNegativeInt = 0
+    keep: bool = False
 
     def build(self, root: Path | None, split: str) -> Streets:
         split = self.split or split
-        dataset = Streets(self.domain, self.size, self.count or COUNT[split], self.seed, split)
+        count = self.count or COUNT[split]
+        dataset = Streets(self.domain, self.size, count, self.seed, split, self.keep)
         dataset.test_size = self.test_size
         return dataset
 

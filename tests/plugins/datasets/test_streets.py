@@ -67,6 +67,15 @@ def test_the_order_of_reading_changes_nothing() -> None:
     assert [digest(data, i) for i in reversed(range(4))] == forward[::-1]
 
 
+def test_kept_scenes_are_the_same_and_cannot_be_changed() -> None:
+    kept, drawn = dataset(keep=True), dataset()
+    before = digest(kept, 4)
+    sample = kept[4]
+    sample.image[:] = 0
+    sample.label[:] = 0
+    assert digest(kept, 4) == before == digest(drawn, 4)
+
+
 def test_another_process_draws_the_same() -> None:
     code = (
         "import hashlib; from mfuser_plugins.datasets.streets import StreetsSpec as S\n"
