@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from mfuser.encoder import PairEncoder, default_taps, lockstep, shapes
-from mfuser.errors import MFuserError
+from mfuser.errors import MFuserError, placed
 from mfuser.interfaces import FusionAdapter, VisionBackbone, VisionLanguageBackbone
 from mfuser.model import DGSSModel, Prompt
 from mfuser.pairing import PairingSpec
@@ -74,7 +74,9 @@ def _assemble(spec: PairingSpec, tokens: bool = True) -> DGSSModel:
         try:
             backbones[role] = backbone_spec.build(spec.image_size)
         except MFuserError as error:
-            raise type(error)(f"{role} '{backbone_spec.name}': {error}") from error
+            raise placed(error, f"{role} '{backbone_spec.name}'") from error
+        if backbones[role].depth < 1:
+            raise MFuserError(f"{role} '{backbone_spec.name}' has no blocks; give it a depth")
     vfm, vlm = backbones.get("vfm"), backbones.get("vlm")
     assert vlm is None or isinstance(vlm, VisionLanguageBackbone)
 

@@ -46,6 +46,12 @@ class MissingExtraError(MFuserError):
         )
 
 
+def placed(error: MFuserError, place: str) -> MFuserError:
+    """The same error, saying where it happened."""
+    error.args = (f"{place}: {error}",)
+    return error
+
+
 def suggest(given: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest known name, or the list of what there is."""
     names = sorted(known)

@@ -14,7 +14,7 @@ from mfuser import draw
 from mfuser.checkpoints import load_model
 from mfuser.console import Console
 from mfuser.data.images import UnreadableImage, read_image
-from mfuser.errors import DataError, MFuserError
+from mfuser.errors import DataError, MFuserError, placed
 from mfuser.evaluate import predict_ids
 from mfuser.registry import Registry
 
@@ -120,7 +120,7 @@ def _segment(
     try:
         scores = model.segment(pixels, stride=stride)
     except MFuserError as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise placed(error, str(path)) from error
     return predict_ids(scores[0], (height, width))
 
 
