@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mfuser.interfaces import FusionAdapter, VisionBackbone, VisionLanguageBackbone
+from mfuser.contracts import expect, named
+from mfuser.errors import PluginError
+from mfuser.interfaces import FusionAdapter, Stream, VisionBackbone, VisionLanguageBackbone
 from mfuser.specs import TokenShape
 
 
@@ -101,7 +103,7 @@ class PairEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Encoded:
         """Images (B, 3, H, W), RGB in [0, 1], of the image size."""
-        streams = {r: b.embed(b.normalise(images)) for r, b in self.backbones.items()}
+        streams = {r: self._embed(b, images) for r, b in self.backbones.items()}
         tokens = {role: stream.tokens for role, stream in streams.items()}
         kept: dict[int, Tensor] = {}
         for position, blocks in enumerate(self.schedule):
@@ -118,14 +120,30 @@ class PairEncoder(nn.Module):
         if self.vlm is not None:
             state = streams["vlm"].state
             merged = self._merge(tokens, {r: s.state for r, s in streams.items()})
-            visual = torch.cat(self.vlm.project(merged, state), dim=1)
+            visual = self._project(self.vlm, merged, state)
             grid = self.vlm.grid
         return Encoded([kept[p] for p in self.taps], visual, grid)
 
+    def _embed(self, backbone: VisionBackbone, images: Tensor) -> Stream:
+        stream = backbone.embed(backbone.normalise(images))
+        shape = (len(images), backbone.token_shape.num_tokens, backbone.embed_dim)
+        expect(backbone, "embed()'s token sequence", stream.tokens, shape)
+        return stream
+
+    def _project(self, vlm: VisionLanguageBackbone, tokens: Tensor, state: object) -> Tensor:
+        """Global and dense embedding as one sequence (B, 1 + T, C)."""
+        whole, dense = vlm.project(tokens, state)
+        patches = vlm.grid[0] * vlm.grid[1]
+        expect(vlm, "project()'s global embedding", whole, (len(tokens), 1, vlm.text_dim))
+        expect(vlm, "project()'s dense embedding", dense, (len(tokens), patches, vlm.text_dim))
+        return torch.cat([whole, dense], dim=1)
+
     def _step(self, backbone: VisionBackbone, i: int, tokens: Tensor, state: object) -> Tensor:
         if self.checkpointing and tokens.requires_grad:
-            return checkpoint(backbone.block, i, tokens, state, use_reentrant=False)
-        return backbone.block(i, tokens, state)
+            after = checkpoint(backbone.block, i, tokens, state, use_reentrant=False)
+        else:
+            after = backbone.block(i, tokens, state)
+        return expect(backbone, f"block({i})'s result", after, tokens.shape)
 
     def _fuse(self, adapter: nn.Module, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         given = (
@@ -138,7 +156,16 @@ class PairEncoder(nn.Module):
             offsets = checkpoint(adapter, *given, use_reentrant=False)
         else:
             offsets = adapter(*given)
-        return {r: o for r, o in zip(("vfm", "vlm"), offsets, strict=True) if o is not None}
+        if not isinstance(offsets, (tuple, list)) or len(offsets) != 2:
+            raise PluginError(
+                f"{named(adapter)}: forward() returned {type(offsets).__name__}, and a pair "
+                "(vfm_offset, vlm_offset) is expected"
+            )
+        return {
+            role: expect(adapter, f"the offset of the {role}", offset, tokens[role].shape)
+            for role, offset in zip(("vfm", "vlm"), offsets, strict=True)
+            if role in tokens and offset is not None
+        }
 
     def _tap(self, tokens: dict[str, Tensor]) -> Tensor:
         """Patch tokens of both encoders on the finer grid, concatenated: (B, D, h, w)."""
@@ -148,15 +175,18 @@ class PairEncoder(nn.Module):
         ]
         return torch.cat(maps, dim=2).transpose(1, 2).unflatten(2, self.grid)
 
+    def _finish(self, backbone: VisionBackbone, tokens: Tensor, state: object) -> Tensor:
+        return expect(backbone, "finish()'s result", backbone.finish(tokens, state), tokens.shape)
+
     def _merge(self, tokens: dict[str, Tensor], states: dict[str, object]) -> Tensor:
         """x_vlm + P(x_vfm): patches with patches, class token with class token if both have one."""
         assert self.vlm is not None
-        x_vlm = self.vlm.finish(tokens["vlm"], states["vlm"])
+        x_vlm = self._finish(self.vlm, tokens["vlm"], states["vlm"])
         if self.vfm is None:
             return x_vlm
         x_vfm = tokens["vfm"]
         if self.vfm_norm:
-            x_vfm = self.vfm.finish(x_vfm, states["vfm"])
+            x_vfm = self._finish(self.vfm, x_vfm, states["vfm"])
         if self.project_vfm is not None:
             x_vfm = self.project_vfm(x_vfm)
         n_vfm, n_vlm = self.vfm.num_prefix_tokens, self.vlm.num_prefix_tokens

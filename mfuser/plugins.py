@@ -1,10 +1,15 @@
-"""Finding plugins, and the frozen dictionary of the components they offer."""
+"""Finding plugins, and the frozen dictionary of the components they offer.
+
+A plugin is a stranger's code: what it raises, how long it takes to import, which version it asks
+for and what it offers are its own affair, and the others go on working.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,14 +19,27 @@ from types import ModuleType
 from typing import Annotated, Any, Union
 
 import pluggy
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import Field, TypeAdapter
 
-from mfuser import hookspecs
+from mfuser import __version__, hookspecs
 from mfuser.errors import PluginError, RegistryError, suggest
 from mfuser.specs import KINDS, Spec
+from mfuser.timelimit import TimeLimit, limited
 
 GROUP = "mfuser"
 """The entry-point group of installed plugins."""
+
+NARROW = "MFUSER_PLUGINS"
+"""Environment variable: the installed plugins to load ("timm,linear") or to leave out ("-mine").
+Unset: all; empty: none. What is asked for by --plugin or [plugins] is always loaded."""
+
+TIMEOUT = "MFUSER_PLUGIN_TIMEOUT"
+"""Environment variable: seconds a plugin may take to import. Unset: 20; 0: no limit."""
+
+REQUIRES = "mfuser_requires"
+"""Attribute of a plugin's module: the versions of mfuser it works with, ">=0.1,<0.2"."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +69,8 @@ class Components:
             if (other := known.get(component.name)) is not None:
                 raise PluginError(
                     f"two plugins offer a {component.kind} component named '{component.name}': "
-                    f"'{other.plugin}' and '{component.plugin}'; rename one, or uninstall one"
+                    f"'{other.plugin}' and '{component.plugin}'; rename one, uninstall one, or "
+                    f"leave one out: {NARROW}=-{component.plugin}"
                 )
             known[component.name] = component
         self._unions: dict[str, TypeAdapter[Any]] = {}
@@ -108,22 +127,94 @@ def load_components(requested: Sequence[str] = ()) -> Components:
     """Everything that entry points offer, and what `requested` (modules or .py files) offers.
 
     An installed plugin that fails is recorded in `broken` and the others go on working; one
-    asked for by name is an error.
+    asked for by name is an error. `MFUSER_PLUGINS` narrows what is installed.
     """
     broken: list[BrokenPlugin] = []
     manager = pluggy.PluginManager("mfuser")
     manager.add_hookspecs(hookspecs)
-    for entry in sorted(set(metadata.entry_points(group=GROUP)), key=lambda e: e.name):
+    entries = _narrowed(sorted(set(metadata.entry_points(group=GROUP)), key=_order))
+    if entries or requested:
+        # Every plugin needs it, and a cold disk's seconds for torch are no plugin's fault.
+        importlib.import_module("mfuser.interfaces")
+    for entry in entries:
         label = f"{entry.name} ({entry.value})"
-        _register(manager, entry.name, label, entry.load, broken)
+        # Two distributions may give one name to different modules: both are heard.
+        name = label if manager.has_plugin(entry.name) else entry.name
+        _register(manager, name, label, functools.partial(_load, entry), broken)
     for name in requested:
         _register(manager, name, name, functools.partial(_import, name), None)
     found: list[Component] = []
     for name, plugin in manager.list_name_plugin():
         if plugin is not None:
-            installed = not any(name == r for r in requested)
-            found += _offered(name, manager, plugin, broken if installed else None)
+            found += _offered(name, manager, plugin, None if name in requested else broken)
     return Components(found, broken)
+
+
+def _order(entry: metadata.EntryPoint) -> tuple[str, str]:
+    return (entry.name, entry.value)
+
+
+def _narrowed(entries: list[metadata.EntryPoint]) -> list[metadata.EntryPoint]:
+    """The installed plugins that `MFUSER_PLUGINS` lets through."""
+    given = os.environ.get(NARROW)
+    if given is None:
+        return entries
+    words = [w.strip() for w in given.split(",") if w.strip()]
+    dropped = {w[1:] for w in words if w.startswith("-")}
+    kept = {w for w in words if not w.startswith("-")}
+    known = {e.name for e in entries}
+    for name in sorted(kept | dropped):
+        if name not in known:
+            raise PluginError(
+                f"{NARROW}={given}: no installed plugin is called '{name}'{suggest(name, known)}"
+            )
+    chosen = kept or (known if dropped else set())
+    return [e for e in entries if e.name in chosen - dropped]
+
+
+def _load(entry: metadata.EntryPoint) -> Any:
+    """An installed plugin, imported if its distribution allows this version of mfuser."""
+    package = entry.dist
+    for text in (package.requires if package else None) or ():
+        try:
+            needed = Requirement(text)
+        except InvalidRequirement:
+            continue
+        if needed.name.lower() == "mfuser" and (
+            needed.marker is None or needed.marker.evaluate({"extra": ""})
+        ):
+            _check_version(needed.specifier, f"its package {package and package.name}")
+    return entry.load()
+
+
+def _check_version(allowed: SpecifierSet, who: str) -> None:
+    if not allowed.contains(__version__, prereleases=True):
+        raise PluginError(
+            f"{who} works with mfuser {allowed}, and this is {__version__}; install another "
+            "version of one of the two"
+        )
+
+
+def _declared(plugin: Any) -> None:
+    """Hold a plugin to its own `mfuser_requires`."""
+    given = getattr(plugin, REQUIRES, None)
+    if given is None:
+        return
+    try:
+        allowed = SpecifierSet(given)
+    except (InvalidSpecifier, TypeError, AttributeError) as error:
+        raise PluginError(
+            f'{REQUIRES} = {given!r} is no set of versions; write e.g. ">=0.1,<0.2"'
+        ) from error
+    _check_version(allowed, "it")
+
+
+def _seconds() -> float:
+    given = os.environ.get(TIMEOUT, "20")
+    try:
+        return float(given)
+    except ValueError as error:
+        raise PluginError(f"{TIMEOUT}={given} is no number of seconds") from error
 
 
 @functools.cache
@@ -145,26 +236,38 @@ def _register(
     broken: list[BrokenPlugin] | None,
 ) -> None:
     """Load one plugin and check its hooks; `broken` None: a failure is an error."""
+    seconds = _seconds()
     try:
-        plugin = load()
-        if manager.is_registered(plugin) or manager.has_plugin(name):
+        plugin = limited(seconds, load)
+        if manager.is_registered(plugin):
             return
-        manager.register(plugin, name)
+        _declared(plugin)
         try:
+            manager.register(plugin, name)
             _check_hooks(manager, plugin)
         except Exception:
-            manager.unregister(plugin)
+            if manager.is_registered(plugin):
+                manager.unregister(plugin)
             raise
-    except (Exception, SystemExit) as error:
-        if isinstance(error, PluginError):
-            cause = str(error)
-        elif isinstance(error, pluggy.PluginValidationError):
+    except (Exception, SystemExit, TimeLimit) as error:
+        if isinstance(error, pluggy.PluginValidationError):
             cause = " ".join(str(error).split())
         else:
-            cause = f"{type(error).__name__}: {error}"
+            cause = _cause(error, seconds, "importing it")
         if broken is None:
             raise PluginError(f"plugin '{label}' cannot be used: {cause}") from error
         broken.append(BrokenPlugin(label, cause))
+
+
+def _cause(error: BaseException, seconds: float, what: str) -> str:
+    if isinstance(error, PluginError):
+        return str(error)
+    if isinstance(error, TimeLimit):
+        more = max(60, 3 * seconds)
+        return (
+            f"{what} took more than {seconds:g} s and was stopped; {TIMEOUT}={more:g} allows more"
+        )
+    return f"{type(error).__name__}: {error}"
 
 
 def _check_hooks(manager: pluggy.PluginManager, plugin: Any) -> None:
@@ -181,11 +284,13 @@ def _offered(
     name: str, manager: pluggy.PluginManager, plugin: Any, broken: list[BrokenPlugin] | None
 ) -> list[Component]:
     """Call the plugin's hook, once, and check what it returns."""
+    seconds = _seconds()
     try:
-        specs = manager.subset_hook_caller(
+        hook = manager.subset_hook_caller(
             "mfuser_components",
             [p for p in manager.get_plugins() if p is not plugin],
-        )()
+        )
+        specs = limited(seconds, hook)
         result = []
         for spec in (s for group in specs for s in group):
             if not (isinstance(spec, type) and issubclass(spec, Spec) and spec.kind in KINDS):
@@ -199,8 +304,8 @@ def _offered(
                 raise PluginError(f"spec '{spec.__name__}' does not define build()")
             result.append(Component(spec.kind, spec.component(), spec, name))
         return result
-    except Exception as error:
-        cause = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit, TimeLimit) as error:
+        cause = _cause(error, seconds, "its hook mfuser_components")
         if broken is None:
             raise PluginError(f"plugin '{name}' cannot be used: {cause}") from error
         broken.append(BrokenPlugin(name, cause))
