@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP, CLIPVisionCfg, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
-from timm.layers import AttentionPoolLatent
+from timm.layers import AttentionPoolLatent, DropPath
 from torch import Tensor, nn
 
 from mfuser import MFuserError, VisionLanguageBackbone
@@ -26,6 +26,7 @@ class ClipStepper(Stepper):
     def __init__(self, tower: Any, how: Resampling) -> None:
         self.tower = tower
         self.how = how
+        self.class_embeddings = 1
         self.embed_dim = int(tower.conv1.out_channels)
         self.depth = len(tower.transformer.resblocks)
         self.num_prefix_tokens = 1
@@ -41,7 +42,12 @@ class ClipStepper(Stepper):
         return size[0] // patch[0], size[1] // patch[1]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
-        return self.tower._embeds(images), None
+        tower = self.tower
+        if self.class_embeddings == 1:
+            return tower._embeds(images), None
+        patches = tower.conv1(images).flatten(2).transpose(1, 2)
+        first = (self.class_embeddings * tower.class_embedding).expand(len(patches), 1, -1)
+        return tower.ln_pre(torch.cat([first, patches], 1) + tower.positional_embedding), None
 
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
         return self.tower.transformer.resblocks[i](tokens)
@@ -85,6 +91,45 @@ class ClipBackbone(Stepped, VisionLanguageBackbone):
         self.text_cfg = text_cfg
         self.tokenizer_source: str | None = None
         self._tokenizer: Any = None
+
+    def adapt(
+        self,
+        class_embeddings: int = 1,
+        drop_path: float = 0.0,
+        tanh_gelu: bool = False,
+        context_length: int | None = None,
+    ) -> None:
+        """Depart from the library as `OpenClipSpec` describes. Raises MFuserError where the
+        tower is of another class."""
+        if class_embeddings != 1 or drop_path:
+            if not isinstance(self.stepper, ClipStepper):
+                raise MFuserError(
+                    "class_embeddings and drop_path are for image towers of open_clip's own class "
+                    f"(ViT-*); that of '{self.name}' is timm's"
+                )
+            self.stepper.class_embeddings = class_embeddings
+        if drop_path:
+            blocks: Any = self.model.get_submodule("visual.transformer.resblocks")
+            for i, block in enumerate(blocks):
+                rate = drop_path * i / max(len(blocks) - 1, 1)
+                block.ls_1 = nn.Sequential(block.ls_1, DropPath(rate))
+                block.ls_2 = nn.Sequential(block.ls_2, DropPath(rate))
+            self.eval()
+        if tanh_gelu:
+            exact = [m for m in self.model.modules() if isinstance(m, nn.GELU)]
+            if not exact:
+                raise MFuserError(f"tanh_gelu: '{self.name}' has no GELU")
+            for module in exact:
+                module.approximate = "tanh"
+        if context_length is not None:
+            self.text.keep_positions(context_length)
+
+    def train(self, mode: bool = True) -> ClipBackbone:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, DropPath):  # only there where the spec asks for it
+                module.train(mode)
+        return self
 
     def finish(self, tokens: Tensor, state: Any) -> Tensor:
         # CLIP adds the fused streams before its norm, so that is part of `project`.
@@ -236,7 +281,8 @@ def wrap(model: Any, name: str, text_cfg: dict[str, Any], how: Resampling) -> Cl
             raise MFuserError(f"open_clip model '{name}' pools by {type(pool).__name__}")
         backbone = TimmClipBackbone(model, family(trunk, how), name, text_cfg)
         with torch.no_grad():
-            probe = torch.zeros(1, backbone.token_shape.num_tokens, backbone.embed_dim)
+            where = next(trunk.parameters()).device
+            probe = torch.zeros(1, backbone.token_shape.num_tokens, backbone.embed_dim).to(where)
             joint = backbone.project(probe)[0].shape[-1]
     else:
         raise MFuserError(

@@ -65,7 +65,7 @@ class Stepper(ABC):
             return
         tables = self._tables()
         # On the meta device (a layout without weights) nothing has a value to differ.
-        if any(not v.is_meta and not torch.equal(v, self._written[k]) for k, v in tables.items()):
+        if any(not v.is_meta and _differs(v, self._written[k]) for k, v in tables.items()):
             self._keep_source()
         source, (source_size, source_patch) = self._source, self._source_size
         with torch.no_grad():
@@ -85,6 +85,10 @@ class Stepper(ABC):
     def _keep_source(self) -> None:
         self._source = self._written = self._tables()
         self._source_size = (self.image_size, self.patch_size)
+
+
+def _differs(now: Tensor, written: Tensor) -> bool:
+    return written.is_meta or not torch.equal(now, written)
 
 
 class Stepped(VisionBackbone):

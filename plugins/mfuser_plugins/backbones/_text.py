@@ -36,7 +36,8 @@ def check_context(context: Tensor | None, width: int, slots: int, positions: int
     if slots + len(context) > positions:
         raise MFuserError(
             f"{len(context)} context tokens and {slots} slots do not fit into the "
-            f"{positions} positions of the text encoder; lower prompt.context or prompt.slots"
+            f"{positions} positions of the text encoder; lower prompt.context or prompt.slots (or "
+            "raise its context_length, where that was cut)"
         )
 
 
@@ -74,6 +75,18 @@ class ClipText:
         self.width = int(parts.token_embedding.weight.shape[1])
         self.vocabulary = int(parts.token_embedding.weight.shape[0])
         self.positions = int(parts.positional_embedding.shape[0])
+
+    def keep_positions(self, positions: int) -> None:
+        """Cut the position table. Raises MFuserError if it has fewer rows."""
+        if positions > self.positions:
+            raise MFuserError(
+                f"context_length = {positions}: the text encoder has {self.positions} positions"
+            )
+        table = self.parts.positional_embedding
+        self.parts.positional_embedding = nn.Parameter(
+            table.detach()[:positions].clone(), requires_grad=table.requires_grad
+        )
+        self.positions = positions
 
     @property
     def text_dim(self) -> int:

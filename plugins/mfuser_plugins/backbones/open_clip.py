@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from mfuser import MFuserError, VisionLanguageSpec, WeightsError, hookimpl
@@ -41,6 +42,14 @@ class OpenClipSpec(VisionLanguageSpec, name="open_clip"):
     interpolation, antialias: how positions are resampled (the released CLIP and SigLIP models:
         bilinear).
     patch_resample: how the patch kernel is resampled: like an image, or "pinv" (FlexiViT).
+    class_embeddings: how often the class embedding is added to the class token: twice in the
+        released CLIP models. Towers of open_clip's own class only, as drop_path.
+    drop_path: stochastic depth in the image tower while the model trains, frozen or not, rising
+        linearly to this rate in the last block: 0.1 in the released CLIP models.
+    tanh_gelu: GELU by its tanh approximation, with which SigLIP's weights were trained, in both
+        towers; open_clip's SigLIP configurations say the exact one.
+    context_length: keep so many of the text encoder's positions; prompt.slots + prompt.context
+        are read. None: all.
     mean, std: image statistics; None: those of the tag.
     options: merged into open_clip's configuration, e.g. {embed_dim = 64, vision_cfg = {width = 64,
         layers = 4, head_width = 16}, text_cfg = {width = 64, heads = 4, layers = 2}}; towers of
@@ -53,6 +62,10 @@ class OpenClipSpec(VisionLanguageSpec, name="open_clip"):
     interpolation: Interpolation = "bicubic"
     antialias: bool = False
     patch_resample: PatchResample = "bicubic"
+    class_embeddings: PositiveInt = 1
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    tanh_gelu: bool = False
+    context_length: PositiveInt | None = None
     mean: Statistics | None = None
     std: Statistics | None = None
     options: dict[str, Any] = {}
@@ -81,6 +94,7 @@ class OpenClipSpec(VisionLanguageSpec, name="open_clip"):
             if "input_resolution" in tensors and not cfg.get("quick_gelu"):
                 raise gelu_mismatch(self.model, self.weights, quick_gelu=False)
             load(model, tensors, self.model, f"'{self.weights}'")
+        backbone.adapt(self.class_embeddings, self.drop_path, self.tanh_gelu, self.context_length)
         freeze(model, self.freeze)
         if model.logit_bias is None:
             # The alignment loss of softmax models brings its own temperature.

@@ -93,6 +93,7 @@ def test_stepping_equals_the_library(name: str) -> None:
     check_stepping(backbone)
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:timm.layers.interpolate")
 @pytest.mark.parametrize(
     "name",
     [

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mfuser import WeightsError
 from mfuser_plugins.backbones._torchscript import read_torchscript
 from mfuser_plugins.backbones._weights import local_file, read_tensors
+from mfuser_plugins.backbones.open_clip import OpenClipSpec
 from mfuser_plugins.backbones.timm import TimmSpec
 
 SMALL: dict[str, Any] = {"depth": 2, "embed_dim": 64, "num_heads": 4}
@@ -142,6 +143,65 @@ def test_a_file_of_another_family(tmp_path: Path) -> None:
     for model in ("eva02_tiny_patch14_224", "beitv2_base_patch16_224"):
         with pytest.raises(WeightsError, match="architecture"):
             spec(tmp_path / "w.safetensors", model).build((224, 224))
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty Hugging Face cache, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def put(cache: Path, repository: str, name: str, tensors: dict[str, Tensor]) -> None:
+    """What `hf download` leaves."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    if name.endswith(".safetensors"):
+        save_file(tensors, snapshot / name)
+    else:
+        torch.save(tensors, snapshot / name)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_published_weights_come_from_the_cache(name: str, cache: Path) -> None:
+    tag = "vit_tiny_patch16_224.augreg_in21k"
+    wanted = state()
+    for again in (
+        TimmSpec(model=tag, options=SMALL),
+        TimmSpec(model=MODEL, weights="augreg_in21k", options=SMALL),
+    ):
+        with pytest.raises(WeightsError, match=f"HF_HUB_OFFLINE is set.*hf download timm/{tag}"):
+            again.build((224, 224))
+    put(cache, f"timm/{tag}", name, {**wanted, "head.weight": torch.zeros(21843, 64)})
+    for again in (
+        TimmSpec(model=tag, options=SMALL),
+        TimmSpec(model=MODEL, weights="augreg_in21k", options=SMALL),
+    ):
+        backbone = again.build((224, 224))
+        held = backbone.model.state_dict()
+        assert all(torch.equal(held[k], v) for k, v in wanted.items())
+        assert backbone.license == "apache-2.0"
+
+
+def test_open_clip_tags_come_from_the_cache(cache: Path) -> None:
+    options = {
+        "embed_dim": 32, "vision_cfg": {"width": 64, "layers": 1, "head_width": 16},
+        "text_cfg": {"width": 32, "heads": 2, "layers": 1},
+    }  # fmt: skip
+    source = OpenClipSpec(model="ViT-B-16", weights="random", options=options).build((224, 224))
+    wanted = {k: v.clone() for k, v in source.model.state_dict().items()}
+    tagged = OpenClipSpec(model="ViT-B-16", weights="laion2b_s34b_b88k", options=options)
+    with pytest.raises(WeightsError, match="hf download laion/CLIP-ViT-B-16-laion2B-s34B-b88K"):
+        tagged.build((224, 224))
+    put(cache, "laion/CLIP-ViT-B-16-laion2B-s34B-b88K", "open_clip_model.safetensors", wanted)
+    held = tagged.build((224, 224)).model.state_dict()
+    assert all(torch.equal(held[k], v) for k, v in wanted.items())
 
 
 def test_paths_and_tags_are_told_apart(tmp_path: Path) -> None:
