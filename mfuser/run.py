@@ -9,12 +9,14 @@ runs/NAME/run.json            pairing, recipe, domains and seed, resolved
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, ValidationError
 
 from mfuser import __version__
 from mfuser.errors import CheckpointError, DataError, MFuserError
@@ -25,6 +27,8 @@ from mfuser.registry import Registry, missing_root
 from mfuser.specs import DatasetSpec, Options
 
 RUN = "run.json"
+FREE = ("on_bad_image", "workers", "save_every")
+"""Keys of a recipe that may change when a run goes on: its weights do not depend on them."""
 
 
 class Domain(Options):
@@ -117,11 +121,10 @@ class RunSpec(Options):
         )
 
 
-def open_folder(folder: Path, run: RunSpec, resume: bool) -> RunSpec:
-    """Make or reopen a run's folder; returns the run as it was begun.
+def check_folder(folder: Path, run: RunSpec, resume: bool) -> RunSpec:
+    """Whether a run may begin or go on in a folder; returns the run as it was begun.
 
-    Raises CheckpointError if the folder cannot be written or holds another run; nothing in it is
-    touched then.
+    Raises CheckpointError if the folder holds something else. Nothing is written.
     """
     file = folder / RUN
     if file.is_file():
@@ -131,14 +134,16 @@ def open_folder(folder: Path, run: RunSpec, resume: bool) -> RunSpec:
                 f"{folder} already holds a run ('{begun.pairing_name}', recipe "
                 f"'{begun.recipe_name}'); continue it with --resume or choose another --out"
             )
+        same = {"recipe": begun.recipe | {k: run.recipe[k] for k in FREE}}
+        was = begun.model_copy(update=same)
         differing = [
             key
             for key in ("pairing", "recipe", "source", "seed", "world")
-            if getattr(begun, key) != getattr(run, key)
+            if getattr(was, key) != getattr(run, key)
         ]
         if differing:
             raise CheckpointError(
-                f"{folder} holds another run: its {_difference(begun, run, differing[0])}; resume "
+                f"{folder} holds another run: its {_difference(was, run, differing[0])}; resume "
                 "with the same settings or choose another --out"
             )
         return begun
@@ -146,12 +151,40 @@ def open_folder(folder: Path, run: RunSpec, resume: bool) -> RunSpec:
         raise CheckpointError(f"{folder} holds no run to resume (there is no {RUN})")
     if folder.is_dir() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} is not empty and holds no run; choose another --out")
+    return run
+
+
+def open_folder(folder: Path, run: RunSpec, resume: bool) -> RunSpec:
+    """Make or reopen a run's folder; returns the run as it was begun.
+
+    Raises CheckpointError as `check_folder` does, or if the folder cannot be written.
+    """
+    run = check_folder(folder, run, resume)
+    if not (folder / RUN).is_file():
+        make_folder(folder)
+        write_json(folder / RUN, run.model_dump(mode="json"))
+    return run
+
+
+def make_folder(folder: Path) -> None:
+    """The folder, there and writable. Raises CheckpointError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, run.model_dump(mode="json"))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise CheckpointError(f"the folder {folder} cannot be written: {error.strerror}") from error
-    return run
+        reason = "a file of that name is there" if folder.is_file() else error.strerror
+        raise CheckpointError(
+            f"the folder {folder} cannot be written: {reason}; choose another --out"
+        ) from error
+
+
+def clear_folder(folder: Path) -> None:
+    """Undo `open_folder` for a run that failed before there was anything to keep."""
+    for name in (RUN, "log.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty: the rest is somebody else's
+        folder.rmdir()
 
 
 def read_run(folder: Path) -> RunSpec:
@@ -161,7 +194,15 @@ def read_run(folder: Path) -> RunSpec:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no run (there is no {RUN})") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        raise CheckpointError(f"{file} cannot be read: {brief(error)}") from error
+
+
+def brief(error: Exception) -> str:
+    """The first problem of an error, on one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return " ".join(str(error).split())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,12 +19,14 @@ from types import FrameType
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from mfuser import checkpoints
 from mfuser.assembly import build_model
 from mfuser.checkpoints import Checkpoint
 from mfuser.console import Console
+from mfuser.data.images import UnreadableImage
 from mfuser.data.loading import Batch, ClassMap, TrainingStream, training_stream
 from mfuser.data.sampling import (
     ClassStatistics,
@@ -33,13 +35,13 @@ from mfuser.data.sampling import (
     class_statistics,
 )
 from mfuser.data.transforms import Augmentation
-from mfuser.errors import MFuserError
+from mfuser.errors import CheckpointError, DataError, MFuserError, placed
 from mfuser.interfaces import Dataset
 from mfuser.log import EVERY, Log, summary_writer
 from mfuser.model import DGSSModel
 from mfuser.recipe import RecipeSpec
 from mfuser.registry import Registry
-from mfuser.run import RunSpec, open_folder
+from mfuser.run import RunSpec, check_folder, clear_folder, open_folder
 
 COUNTED = 200
 """Source labels read for the most frequent class where nothing needs them all."""
@@ -75,21 +77,27 @@ def train(
     console = console or Console()
     console.quiet = console.quiet or not accelerator.is_main_process
     run = run.model_copy(update={"world": accelerator.num_processes})
+    opened = False
     try:
         # Everything that can be wrong with what was given is found before the folder is made.
+        check_folder(folder, run, resume)
         source = run.source.build(registry, "train")
         for target in run.targets:
             target.build(registry, "val")
         spec = registry.saved_pairing(run.pairing, (), f"[pairing.{run.pairing_name}]")
-        model = build_model(spec, seed=run.seed)
+        try:
+            model = build_model(spec, seed=run.seed)
+        except MFuserError as error:
+            raise placed(error, f"[pairing.{run.pairing_name}]") from error
         class_map = ClassMap(source, spec.classes)
         _check_crop(source, spec.image_size)
         if recipe.tensorboard:
             summary_writer()
+        statistics = class_map.statistics(_statistics(source, recipe, console, accelerator))
         if accelerator.is_main_process:
             run = open_folder(folder, run, resume)
+            opened = True
         accelerator.wait_for_everyone()
-        statistics = class_map.statistics(_statistics(source, recipe, console, accelerator))
         run = run.model_copy(
             update={
                 "most_frequent": spec.classes[int(statistics.pixels.sum(0).argmax())],
@@ -114,6 +122,10 @@ def train(
         )
         trainer.fit(stream, start)
         return model.eval()
+    except Exception:
+        if opened and not resume and not (folder / checkpoints.LAST).is_file():
+            clear_folder(folder)
+        raise
     finally:
         accelerator.end_training()
 
@@ -121,6 +133,8 @@ def train(
 def _accelerator(recipe: RecipeSpec, device: str | None) -> Accelerator:
     # Queries of classes that a crop lacks leave some parameters without a gradient.
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    # Accelerate keeps one precision per process; a program may train several recipes.
+    AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=recipe.precision, cpu=device == "cpu", kwargs_handlers=handlers
     )
@@ -162,7 +176,11 @@ class Trainer:
         if not path.is_file():
             return 0
         checkpoint = checkpoints.read(path)
+        if checkpoint.meta["pairing"] != self.run.pairing:
+            raise CheckpointError(f"{path} is of another pairing than the run in {self.folder}")
         checkpoints.restore(self.model, checkpoint, path)
+        if checkpoint.step and not checkpoint.optimiser:
+            raise CheckpointError(f"{path} holds no state of the optimiser to resume from")
         checkpoints.from_optimiser_state(self.optimiser, self.names, checkpoint.optimiser)
         self.console.say(f"resuming {self.folder} at step {checkpoint.step}")
         return checkpoint.step
@@ -180,14 +198,13 @@ class Trainer:
         ):
             for step in range(start, recipe.steps):
                 begun = time.perf_counter()
-                losses = self._step(step, batches)
+                losses = self._step(step, self._fetch(step, start, batches))
                 loss = sum(losses.values())
                 if not math.isfinite(loss):
                     raise Diverged(
                         f"the loss is {loss} at step {step + 1} ("
                         + ", ".join(k for k, v in losses.items() if not math.isfinite(v))
-                        + f"); lower lr = {recipe.lr:g} or set clip_grad. The last checkpoint in "
-                        f"{self.folder} is from before"
+                        + f"); lower lr = {recipe.lr:g} or set clip_grad{self._kept()}"
                     )
                 task.advance(note=f"loss {loss:.3f}")
                 if step % EVERY == 0 or step + 1 == recipe.steps:
@@ -203,8 +220,25 @@ class Trainer:
                     self._save(done)
                 if stop and done < recipe.steps:
                     raise Interrupted(done)
+            if start == recipe.steps:  # stopped between the last two files
+                self._save(start)
 
-    def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, float]:
+    def _fetch(self, step: int, start: int, batches: Iterator[Batch]) -> list[Batch]:
+        """What a step reads; an image that cannot be used costs none of the steps before it."""
+        try:
+            return [next(batches) for _ in range(self.recipe.accumulate)]
+        except DataError as error:
+            if step > start and self.accelerator.num_processes == 1:
+                self._save(step)
+                error.args = (f"{error} ({step} steps are saved; mend it and --resume)",)
+            raise
+
+    def _kept(self) -> str:
+        if not (self.folder / checkpoints.LAST).is_file():
+            return ""
+        return f" (the last checkpoint in {self.folder} is from before)"
+
+    def _step(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """One optimiser step; returns the losses as numbers."""
         recipe, accelerator = self.recipe, self.accelerator
         key = np.random.SeedSequence((self.run.seed, step, accelerator.process_index))
@@ -213,8 +247,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = recipe.lr * factor * group["factor"]
         logged: dict[str, float] = {}
-        for micro in range(recipe.accumulate):
-            batch = next(batches)
+        for micro, batch in enumerate(batches):
             if batch.skipped:
                 self.console.say(f"skipped, unreadable: {', '.join(batch.skipped)}")
             last = micro + 1 == recipe.accumulate
@@ -243,6 +276,12 @@ class Trainer:
             "frozen": self.frozen,
         }
         state = checkpoints.trained_state(self.model)
+        broken = [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
+        if broken:  # a finite loss may have an infinite gradient
+            raise Diverged(
+                f"{broken[0]} is no longer finite after step {step}; lower lr = "
+                f"{self.recipe.lr:g} or set clip_grad{self._kept()}"
+            )
         optimiser = checkpoints.to_optimiser_state(self.optimiser, self.names)
         checkpoints.write(self.folder / checkpoints.LAST, Checkpoint(state, optimiser, meta))
         if step == self.recipe.steps:
@@ -324,7 +363,10 @@ def _sampler(
 
 def _check_crop(source: Dataset, crop: tuple[int, int]) -> None:
     """The first image tells early what every image would."""
-    height, width = source.label(0).shape
+    try:
+        height, width = source.label(0).shape
+    except UnreadableImage:
+        return  # fatal or skipped, as the recipe says, where it is read
     if height < crop[0] or width < crop[1]:
         raise MFuserError(
             f"{source.name(0)} is {height}x{width}, smaller than the crop of {crop[0]}x{crop[1]} "
