@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,8 +20,11 @@ from mfuser.data.sampling import (
     sample_rng,
 )
 from mfuser.data.transforms import Augmentation
-from mfuser.errors import DataError
+from mfuser.errors import DataError, MFuserError
 from mfuser.interfaces import IGNORE, Dataset
+
+Crop = tuple[Tensor, Tensor, list[str]]
+"""Image (3, H, W) uint8, label (H, W) int64, names of unreadable images before it."""
 
 TRIES = 20
 """Draws after which a source whose images are unreadable is given up."""
@@ -40,12 +44,21 @@ class ClassMap:
         self.shared = tuple(sorted(known.values()))
         """The model's class ids that the dataset labels."""
         self._size = len(classes)
+        self._known = len(dataset.classes)
         self._table = np.full(256, IGNORE, np.int64)
+        self._table[self._known : IGNORE] = -1
         for theirs, ours in known.items():
             self._table[theirs] = ours
 
-    def __call__(self, label: np.ndarray) -> np.ndarray:
-        return self._table[label]
+    def __call__(self, label: np.ndarray, name: str = "a label") -> np.ndarray:
+        """Raises DataError naming the sample for values that are no train id."""
+        least, most = (int(label.min()), int(label.max())) if label.size else (0, 0)
+        if least < 0 or most > IGNORE:
+            raise _strange(name, least if least < 0 else most, self._known)
+        mapped = self._table[label]
+        if (mapped < 0).any():
+            raise _strange(name, int(label[mapped < 0][0]), self._known)
+        return mapped
 
     def statistics(self, theirs: ClassStatistics) -> ClassStatistics:
         """Class counts of the dataset, in the model's classes; those it lacks are left out."""
@@ -54,6 +67,12 @@ class ClassMap:
             if ours != IGNORE:
                 pixels[:, ours] = theirs.pixels[:, column]
         return ClassStatistics(pixels, theirs.unreadable)
+
+
+def _strange(name: str, value: int, known: int) -> DataError:
+    return DataError(
+        f"{name}: label {value} is none of the train ids 0 to {known - 1}, nor {IGNORE} (ignored)"
+    )
 
 
 @dataclass
@@ -65,7 +84,7 @@ class Batch:
     skipped: list[str]
 
 
-class _Crops(TorchDataset[tuple[Tensor, Tensor, list[str]]]):
+class _Crops(TorchDataset["Crop | MFuserError"]):
     """Crop number `slot` of the whole run; depends on (seed, slot) alone."""
 
     def __init__(
@@ -84,7 +103,14 @@ class _Crops(TorchDataset[tuple[Tensor, Tensor, list[str]]]):
         self.seed = seed
         self.skip_unreadable = skip_unreadable
 
-    def __getitem__(self, slot: int) -> tuple[Tensor, Tensor, list[str]]:
+    def __getitem__(self, slot: int) -> Crop | MFuserError:
+        # Raised in a worker process it would arrive with a traceback for a message.
+        try:
+            return self._crop(slot)
+        except MFuserError as error:
+            return error
+
+    def _crop(self, slot: int) -> Crop:
         rng = sample_rng(self.seed, slot)
         skipped: list[str] = []
         for attempt in range(TRIES):
@@ -97,7 +123,7 @@ class _Crops(TorchDataset[tuple[Tensor, Tensor, list[str]]]):
                 skipped.append(self.dataset.name(index))
                 continue
             image, label = self.augmentation(
-                sample.image, self.class_map(sample.label), rng, wanted, sample.name
+                sample.image, self.class_map(sample.label, sample.name), rng, wanted, sample.name
             )
             return (
                 torch.from_numpy(image).permute(2, 0, 1).contiguous(),
@@ -131,21 +157,40 @@ class TrainingStream:
         world: int = 1,
         workers: int = 0,
     ) -> None:
-        slots = [
-            [(step * world + rank) * batch_size + i for i in range(batch_size)]
-            for step in range(start, steps)
-        ]
-        self.loader: DataLoader[tuple[Tensor, Tensor, list[str]]] = DataLoader(
+        slots = _Slots(range(start, steps), batch_size, rank, world)
+        self.loader: DataLoader[Crop | MFuserError] = DataLoader(
             crops,
             batch_sampler=slots,
             num_workers=workers,
             collate_fn=_collate,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             persistent_workers=False,
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.loader)
+        """Raises DataError for the first image that cannot be used, when its turn comes."""
+        for batch in self.loader:
+            if isinstance(batch, MFuserError):
+                raise batch
+            yield batch
+
+
+@dataclass
+class _Slots:
+    """Numbers of the crops of every step, this process's share."""
+
+    steps: range
+    batch_size: int
+    rank: int
+    world: int
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            first = (step * self.world + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
 
 
 def training_stream(
@@ -170,10 +215,17 @@ def training_stream(
     )
 
 
-def _collate(items: list[tuple[Tensor, Tensor, list[str]]]) -> Batch:
-    images, labels, skipped = zip(*items, strict=True)
+def _collate(items: list[Crop | MFuserError]) -> Batch | MFuserError:
+    crops: list[Crop] = []
+    for item in items:
+        if isinstance(item, MFuserError):
+            return item
+        crops.append(item)
+    images, labels, skipped = zip(*crops, strict=True)
     return Batch(torch.stack(images), torch.stack(labels), [n for names in skipped for n in names])
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    # Ctrl-C reaches the whole group; the first process finishes its step and ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
