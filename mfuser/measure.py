@@ -1,0 +1,341 @@
+"""What a fusion adapter costs by itself: parameters, operations, time, memory, and how time grows.
+
+Any fusion component can be measured, a stranger's too; no encoder, weights or data are needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mfuser.errors import MFuserError
+from mfuser.interfaces import FusionAdapter
+from mfuser.specs import FusionSpec, TokenShape
+
+ACTIVATIONS = (torch.ops.aten.silu, torch.ops.aten.gelu, torch.ops.aten.relu)
+
+REPEATS = 5
+"""Passes that are timed, after one that is not."""
+ENOUGH = 10.0
+"""Seconds of timing after which fewer passes will do."""
+
+
+class Seconds(BaseModel):
+    """The 20th, 50th and 80th percentile of repeated passes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    p20: float
+    p50: float
+    p80: float
+
+
+class AdapterCost(BaseModel):
+    """One adapter at one length.
+
+    tokens: of both encoders together. flops: of a forward pass, the whole batch: 2 x multiply-adds
+    of projections, convolutions and attention products, and 1 per activation, as the paper's
+    profiler (DeepSpeed's) counts; scan_flops: those of operators that PyTorch lacks. forward: in
+    evaluation, without gradients. backward: the backward pass alone. peak_bytes: what a training
+    pass holds beyond the adapter and its input; None where the platform does not tell.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapter: str
+    batch: int
+    tokens: int
+    params: int
+    flops: int | None
+    scan_flops: int | None
+    forward: Seconds
+    backward: Seconds | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def seconds_a_token(self) -> float:
+        return self.forward.p50 / (self.batch * self.tokens)
+
+
+class Growth(BaseModel):
+    """Forward time over length. exponent: of time ~ tokens ** exponent, fitted to `fitted` points.
+    stopped: why the longer ones were not measured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapter: str
+    points: list[AdapterCost]
+    exponent: float | None
+    fitted: int
+    stopped: str | None = None
+
+
+def adapter_cost(
+    spec: FusionSpec,
+    label: str = "",
+    *,
+    width: int = 1024,
+    grid: tuple[int, int] = (36, 36),
+    prefix: int = 1,
+    batch: int = 2,
+    device: str = "cpu",
+    backward: bool = True,
+    repeats: int = REPEATS,
+) -> AdapterCost:
+    """Build one adapter between two encoders of `width` and measure it on random tokens.
+
+    The defaults are the paper's (table 3): a 512x512 image in patches of 14 and one class token.
+    Raises MFuserError for a component that builds no adapter, or that cannot take such tokens.
+    """
+    shape = TokenShape(width, grid, prefix)
+    label = label or spec.component()
+    adapter = _built(spec, shape, label, device)
+    params = sum(p.numel() for p in adapter.parameters())
+    flops, scan_flops = _flops(spec, shape, batch, label)
+    vfm, vlm = (torch.randn(batch, shape.num_tokens, width, device=device) for _ in range(2))
+
+    def forward() -> tuple[Tensor | None, Tensor | None]:
+        return adapter(vfm, vlm, grid, grid)
+
+    adapter.eval()
+    with torch.no_grad():
+        ahead = _timed(forward, repeats, device)
+    back, peak = None, None
+    if backward:
+        adapter.train()
+        vfm.requires_grad_()
+        vlm.requires_grad_()
+        back, peak = _training_pass(forward, repeats, device)
+    return AdapterCost(
+        adapter=label,
+        batch=batch,
+        tokens=2 * shape.num_tokens,
+        params=params,
+        flops=flops,
+        scan_flops=scan_flops,
+        forward=ahead,
+        backward=back,
+        peak_bytes=peak,
+    )
+
+
+def growth(
+    spec: FusionSpec,
+    label: str = "",
+    *,
+    tokens: Sequence[int],
+    limit: float = 60.0,
+    width: int = 1024,
+    batch: int = 2,
+    device: str = "cpu",
+    on_point: Callable[[AdapterCost], None] | None = None,
+) -> Growth:
+    """Forward time at each number of patch tokens per encoder, as long as a pass stays in `limit`
+    seconds, and the exponent that the longer ones follow."""
+    label = label or spec.component()
+    points: list[AdapterCost] = []
+    stopped = None
+    for count in sorted(tokens):
+        expected = _expected(points, 2 * count)
+        if expected > limit:
+            stopped = (
+                f"stopped before {2 * count:,} tokens: a pass would take about "
+                f"{expected:.0f} s, over {limit:g} s"
+            )
+            break
+        point = adapter_cost(
+            spec,
+            label,
+            width=width,
+            grid=square(count),
+            prefix=0,
+            batch=batch,
+            device=device,
+            backward=False,
+            repeats=1 if expected > ENOUGH else REPEATS,
+        )
+        points.append(point)
+        if on_point is not None:
+            on_point(point)
+    # Short passes are overhead: the exponent is that of the upper half.
+    longer = points[-max(3, math.ceil(len(points) / 2)) :]
+    return Growth(
+        adapter=label,
+        points=points,
+        exponent=exponent([(p.tokens, p.forward.p50) for p in longer]),
+        fitted=len(longer),
+        stopped=stopped,
+    )
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float | None:
+    """The slope of log(time) over log(length), by least squares; None below two points."""
+    if len(points) < 2:
+        return None
+    x, y = np.log(np.asarray(points, float)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def square(tokens: int) -> tuple[int, int]:
+    """The grid (h, w) of that many patches that is nearest to a square."""
+    height = next(h for h in range(math.isqrt(tokens), 0, -1) if tokens % h == 0)
+    return height, tokens // height
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Where figures were taken: without it a time means nothing."""
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if hasattr(os, "getloadavg"):
+        facts["load before"] = round(os.getloadavg()[0], 1)
+    return facts
+
+
+def _built(spec: FusionSpec, shape: TokenShape, label: str, device: str) -> FusionAdapter:
+    with torch.device(device):
+        adapter = spec.build(shape, shape)
+    if adapter is None:
+        raise MFuserError(f"'{label}' puts no adapter between the encoders: nothing to measure")
+    return adapter
+
+
+def _flops(
+    spec: FusionSpec, shape: TokenShape, batch: int, label: str
+) -> tuple[int | None, int | None]:
+    """FLOPs of PyTorch's own operators and of added ones, laid out without values."""
+    adapter = _built(spec, shape, label, "meta").eval()
+    vfm, vlm = (
+        torch.empty(batch, shape.num_tokens, shape.embed_dim, device="meta") for _ in range(2)
+    )
+    try:
+        with (
+            torch.no_grad(),
+            FlopCounterMode(
+                display=False, custom_mapping=dict.fromkeys(ACTIVATIONS, _one_each)
+            ) as counter,
+        ):
+            adapter(vfm, vlm, shape.grid, shape.grid)
+    except (NotImplementedError, RuntimeError):
+        return None, None
+    by_operator = counter.get_flop_counts().get("Global", {})
+    added = sum(n for op, n in by_operator.items() if not str(op).startswith("aten."))
+    return sum(by_operator.values()) - added, added
+
+
+def _one_each(shape: Any, *_: Any, **__: Any) -> int:
+    return math.prod(shape)
+
+
+def _timed(work: Callable[[], Any], repeats: int, device: str) -> Seconds:
+    if repeats > 1:
+        work()  # the first pass compiles and fills caches
+    taken: list[float] = []
+    while len(taken) < repeats and (len(taken) < 1 or sum(taken) < ENOUGH):
+        begun = _now(device)
+        work()
+        taken.append(_now(device) - begun)
+    return _percentiles(taken)
+
+
+def _training_pass(
+    forward: Callable[[], tuple[Tensor | None, Tensor | None]], repeats: int, device: str
+) -> tuple[Seconds, int | None]:
+    taken: list[float] = []
+    peak: int | None = None
+    for k in range(repeats + 1):
+        watch = _Memory(device) if k == 1 else None
+        outputs = [o for o in forward() if o is not None]
+        total = torch.stack([o.sum() for o in outputs]).sum()
+        begun = _now(device)
+        total.backward()
+        seconds = _now(device) - begun
+        if watch is not None:
+            peak = watch.peak()
+        del outputs, total
+        if k:  # the first pass compiles and fills caches
+            taken.append(seconds)
+        if taken and sum(taken) > ENOUGH:
+            break
+    return _percentiles(taken), peak
+
+
+def _percentiles(taken: Sequence[float]) -> Seconds:
+    low, middle, high = np.percentile(taken, (20, 50, 80)).tolist()
+    return Seconds(p20=low, p50=middle, p80=high)
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _expected(points: Sequence[AdapterCost], tokens: int) -> float:
+    """Seconds of a pass at the next length, from the last two; at least linear."""
+    if not points:
+        return 0.0
+    last = points[-1]
+    slope = exponent([(p.tokens, p.forward.p50) for p in points[-2:]]) or 1.0
+    return last.forward.p50 * (tokens / last.tokens) ** min(max(slope, 1.0), 2.0)
+
+
+class _Memory:
+    """The highest mark of memory above where it was made."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        if sys.platform == "linux":
+            # Memory that malloc keeps for later would hide what the pass asks for.
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if trim is not None:
+                trim(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self.before = -1
+            return
+        self.before = _resident("VmRSS")
+
+    def peak(self) -> int | None:
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - self.before
+        return None if self.before < 0 else max(0, _resident("VmHWM") - self.before)
+
+
+def _resident(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
