@@ -9,12 +9,20 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from mfuser.contracts import built, complete
 from mfuser.encoder import PairEncoder, default_taps, lockstep, shapes
 from mfuser.errors import MFuserError, placed
-from mfuser.interfaces import FusionAdapter, VisionBackbone, VisionLanguageBackbone
+from mfuser.interfaces import (
+    Decoder,
+    FusionAdapter,
+    TextEnhancer,
+    VisionBackbone,
+    VisionLanguageBackbone,
+)
 from mfuser.model import DGSSModel, Prompt
 from mfuser.pairing import PairingSpec
 from mfuser.pyramid import STRIDES, Pyramid
+from mfuser.specs import VisionLanguageSpec, VisionSpec
 
 if TYPE_CHECKING:
     from mfuser.registry import Registry
@@ -72,7 +80,7 @@ def _assemble(spec: PairingSpec, tokens: bool = True) -> DGSSModel:
     backbones: dict[str, VisionBackbone] = {}
     for role, backbone_spec in spec.encoders().items():
         try:
-            backbones[role] = backbone_spec.build(spec.image_size)
+            backbones[role] = _backbone(role, backbone_spec, spec.image_size)
         except MFuserError as error:
             raise placed(error, f"{role} '{backbone_spec.name}'") from error
         if backbones[role].depth < 1:
@@ -98,8 +106,13 @@ def _assemble(spec: PairingSpec, tokens: bool = True) -> DGSSModel:
     patch = spec.image_size[0] / encoder.grid[0]
     pyramid = Pyramid(encoder.tap_channels, spec.pyramid.width, patch)
     text_dim = vlm.text_dim if vlm is not None else None
-    decoder = spec.decoder.build(pyramid.channels, len(spec.classes), text_dim)
-    enhancer = spec.enhancer.build(text_dim or 0, len(spec.classes))
+    classes = len(spec.classes)
+    decoder = built(
+        spec.decoder, Decoder, lambda: spec.decoder.build(pyramid.channels, classes, text_dim)
+    )
+    enhancer = built(
+        spec.enhancer, TextEnhancer, lambda: spec.enhancer.build(text_dim or 0, classes)
+    )
     prompt = ids = None
     if vlm is not None:
         ids = (
@@ -110,6 +123,15 @@ def _assemble(spec: PairingSpec, tokens: bool = True) -> DGSSModel:
         if spec.prompt.context:
             prompt = Prompt(spec.prompt.context, vlm.context_dim)
     return DGSSModel(spec, encoder, pyramid, enhancer, decoder, prompt, ids)
+
+
+def _backbone(
+    role: str, spec: VisionSpec | VisionLanguageSpec, image_size: tuple[int, int]
+) -> VisionBackbone:
+    kind = VisionLanguageBackbone if role == "vlm" else VisionBackbone
+    backbone: VisionBackbone = built(spec, kind, lambda: spec.build(image_size))
+    complete(backbone)
+    return backbone
 
 
 def _taps(taps: Sequence[int] | None, positions: int) -> tuple[int, ...]:
@@ -128,10 +150,12 @@ def _adapters(
 ) -> dict[int, FusionAdapter]:
     """An adapter after every N-th position (paper, table 11)."""
     fusion = spec.fusion
-    built = {
-        p: fusion.build(*shapes(backbones)) for p in range(positions) if (p + 1) % fusion.every == 0
+    adapters = {
+        p: built(fusion, FusionAdapter, lambda: fusion.build(*shapes(backbones)), optional=True)
+        for p in range(positions)
+        if (p + 1) % fusion.every == 0
     }
-    return {p: adapter for p, adapter in built.items() if adapter is not None}
+    return {p: adapter for p, adapter in adapters.items() if adapter is not None}
 
 
 def _projection(

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from mfuser.errors import MFuserError, PluginError
+from mfuser.interfaces import VisionBackbone, VisionLanguageBackbone
 from mfuser.specs import Spec
 
 T = TypeVar("T")
+DECLARED = ("embed_dim", "depth", "num_prefix_tokens", "patch_size", "image_size", "grid")
+"""What every vision backbone states of itself."""
+DECLARED_TEXT = ("text_dim", "context_dim")
+"""What every vision-language backbone states beside that."""
 _ORIGIN = "_mfuser_component"
 
 
@@ -25,7 +30,9 @@ def origin(spec: Spec) -> str:
     return f"{kind} '{spec.component()}' (plugin {type(spec).__module__})"
 
 
-def built(spec: Spec, expected: type[T], build: Callable[[], Any], optional: bool = False) -> T:
+def built(
+    spec: Spec, expected: Callable[..., T], build: Callable[[], Any], optional: bool = False
+) -> T:
     """What `build`, a call of the spec's own build, returns: an `expected`, marked with its origin.
 
     Raises PluginError naming the component if it raises or returns anything else.
@@ -42,6 +49,7 @@ def built(spec: Spec, expected: type[T], build: Callable[[], Any], optional: boo
         ) from error
     if optional and module is None:
         return module  # type: ignore[return-value]
+    assert isinstance(expected, type)
     if not isinstance(module, expected):
         raise PluginError(
             f"{origin(spec)}: build() returned {_shown(module)}, not a {expected.__name__}; "
@@ -49,7 +57,19 @@ def built(spec: Spec, expected: type[T], build: Callable[[], Any], optional: boo
         )
     if isinstance(module, nn.Module):
         setattr(module, _ORIGIN, origin(spec))
-    return module
+    return cast(T, module)
+
+
+def complete(backbone: VisionBackbone) -> None:
+    """Raises PluginError for a backbone that leaves out what it has to state of itself."""
+    text = isinstance(backbone, VisionLanguageBackbone)
+    missing = [n for n in DECLARED + DECLARED_TEXT * text if not hasattr(backbone, n)]
+    if missing:
+        raise PluginError(f"{named(backbone)}: its __init__ does not set {', '.join(missing)}")
+    if not (hasattr(backbone, "mean") and hasattr(backbone, "std")):
+        raise PluginError(
+            f"{named(backbone)}: it has no image statistics; call set_statistics(mean, std)"
+        )
 
 
 def named(module: nn.Module) -> str:
@@ -64,6 +84,18 @@ def expect(module: nn.Module, what: str, value: Any, shape: tuple[int, ...]) -> 
         return value
     came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else _shown(value)
     raise PluginError(f"{named(module)}: {what} has {came}, and {tuple(shape)} is expected")
+
+
+def scalars(module: nn.Module, losses: Any) -> dict[str, Tensor]:
+    """`losses`, which are named scalars; else a PluginError that names the module."""
+    if not isinstance(losses, dict) or not losses:
+        raise PluginError(
+            f"{named(module)}: loss() returned {_shown(losses)}, and a dictionary of named "
+            "scalars is expected"
+        )
+    for name, loss in losses.items():
+        expect(module, f"loss()['{name}']", loss, ())
+    return losses
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mfuser.alignment import alignment_loss, score_map
+from mfuser.contracts import expect, scalars
 from mfuser.encoder import PairEncoder
 from mfuser.errors import MFuserError
 from mfuser.inference import sliding_window
@@ -71,6 +72,7 @@ class DGSSModel(nn.Module):
         if self._text is not None:
             return self._text
         text = vlm.encode_text(self.ids, self.prompt.contexts if self.prompt else None)
+        expect(vlm, "encode_text()'s result", text, (len(self.classes), vlm.text_dim))
         if not self.training and not torch.is_grad_enabled():
             self._text = text
         return text
@@ -97,13 +99,14 @@ class DGSSModel(nn.Module):
         if encoded.visual is not None:
             text = self.text().expand(len(images), -1, -1)  # (B, K, C)
             queries = self.enhancer(text, encoded.visual)
+            expect(self.enhancer, "forward()'s result", queries, tuple(text.shape))
             alignment = score_map(encoded.visual[:, 1:], queries, encoded.grid)
         output = ModelOutput(self.decoder(pyramid, queries), alignment)
         return output if labels is None else self.losses(output, labels)
 
     def losses(self, output: ModelOutput, labels: Tensor) -> dict[str, Tensor]:
         """The decoder's losses (eq. 11) and the pixel-text alignment (eq. 12)."""
-        losses = self.decoder.loss(output.decoder, labels)
+        losses = scalars(self.decoder, self.decoder.loss(output.decoder, labels))
         options = self.spec.alignment
         if output.alignment is not None and options.weight:
             scale, bias = self._alignment_scale()
@@ -153,7 +156,9 @@ class DGSSModel(nn.Module):
     def _scores(self, windows: Tensor) -> Tensor:
         output = self(windows)
         size = (windows.shape[-2], windows.shape[-1])
-        return self.decoder.semantic_logits(output.decoder, size)
+        scores = self.decoder.semantic_logits(output.decoder, size)
+        shape = (len(windows), len(self.classes), *size)
+        return expect(self.decoder, "semantic_logits()'s result", scores, shape)
 
 
 def as_unit_range(images: Tensor) -> Tensor:
