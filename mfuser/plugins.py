@@ -105,6 +105,8 @@ class Components:
             raise ValueError(f"expected a table with a 'name' or a name, not {value!r}")
         names = {name for kind in kinds for name in self._by_kind[kind]}
         name = value.get("name")
+        if not isinstance(name, str | None):
+            raise ValueError(f"'name' is the name of a component, not {name!r}")
         what = " or ".join(kind.replace("_", "-") for kind in kinds)
         if name is None:
             raise ValueError(f"the {what} component has no 'name'{suggest('', names)}")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import (
     BeforeValidator,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -15,6 +16,10 @@ from pydantic import (
 
 from mfuser.data.transforms import AugmentationSpec
 from mfuser.specs import ImageSize, Options
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""torch's generators take 63 bits."""
 
 
 class RareClassSpec(Options):
@@ -72,7 +77,7 @@ class RecipeSpec(Options):
     checkpointing: bool = False
     augmentation: AugmentationSpec = AugmentationSpec()
     rare_classes: RareClassSpec | None = None
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     workers: NonNegativeInt = 2
     save_every: PositiveInt = 1000
     source: str | None = None

@@ -112,6 +112,10 @@ class Registry:
             name, _, variant = reference.partition(":")
             known = self.components.kind("dataset")
             if name not in known:
+                if name in self._tables["dataset"]:
+                    raise RegistryError(
+                        f"[dataset.{name}] is a table, which takes no variant '{variant}'"
+                    )
                 names = [*known, *self._tables["dataset"]]
                 raise RegistryError(f"no dataset is called '{name}'{suggest(name, names)}")
             table, place = {"name": name}, f"dataset '{reference}'"
@@ -258,7 +262,7 @@ class Registry:
         elif kind == "value_error":
             text = f"{key}: {message}" if key else message
         else:
-            text = f"{key} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+            text = f"{key} = {_short(first['input'])}: {message[0].lower()}{message[1:]}"
         more = len(problems) - 1
         return f"{place(tuple(path))}: {text}" + (f" (and {more} more)" if more else "")
 
@@ -269,7 +273,8 @@ class Registry:
         path: list[str] = []
         owner = model or self._spec_of(table)
         for part in loc:
-            if isinstance(table, dict) and part not in table and table.get("name") == part:
+            named = table.get("name") if isinstance(table, dict) else table
+            if named == part and (not isinstance(table, dict) or part not in table):
                 continue  # the tag of a union's member
             if path:
                 owner = self._spec_of(table) or _inner_model(owner, path[-1])
@@ -285,6 +290,11 @@ class Registry:
                 if set(table) - {"name"} <= set(spec.model_fields) or kind != "vision":
                     return spec
         return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Table:
@@ -325,11 +335,13 @@ def _value(text: str) -> Any:
 
 def _read(path: Path) -> tuple[str, Table]:
     try:
-        return str(path), tomllib.loads(path.read_text(encoding="utf-8"))
+        return str(path), tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise RegistryError(f"there is no registry file {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RegistryError(f"{path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise RegistryError(f"{path} is not UTF-8 text (byte {error.start}); save it as such") from error
+    except OSError as error:
+        raise RegistryError(f"{path} cannot be read: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise RegistryError(f"{path} is not valid TOML: {error}") from error
 

@@ -35,7 +35,11 @@ Size = tuple[PositiveInt, PositiveInt]
 
 
 def _square(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) else value
+    if isinstance(value, int):
+        return (value, value)
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(f"a size is one number or [height, width], not {value!r}")
+    return value
 
 
 ImageSize = Annotated[Size, BeforeValidator(_square)]
@@ -44,7 +48,9 @@ ImageSize = Annotated[Size, BeforeValidator(_square)]
 class Options(BaseModel):
     """A table of options: unknown keys are refused, values cannot be changed afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Spec(Options):
