@@ -165,3 +165,12 @@ def test_every_element_of_the_output_is_written(monkeypatch):
     for backend in BACKENDS:
         for name, value in run_scan(inputs, backend).items():
             assert relative_rms(value, expected[backend][name]) == 0, (backend, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused(backend):
+    inputs = leaves(scan_inputs(1, 8, 4, 3))
+    out = selective_scan(**inputs, backend=backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs["u"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        grad.sum().backward()

@@ -1,7 +1,8 @@
 """The torch operators: shapes for tracing, autograd, and the count of floating-point operations.
 
 Two operators, forward and backward, opaque to torch.compile, so that every backend survives it,
-autocast, checkpointing and FlopCounterMode alike.
+autocast, checkpointing and FlopCounterMode alike. They are registered with torch.library.Library:
+the first call of an operator made by torch.library.custom_op imports torch._dynamo, 1.4 s.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from mfuser_kernels.scan.reference import compute_dtype
 TENSORS = 9  # differentiable arguments, in the order of ScanInputs.tensors()
 
 
-@torch.library.custom_op("mfuser::selective_scan", mutates_args=())
-def selective_scan(
+def _forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -39,8 +39,7 @@ def selective_scan(
     return backends.module(backend).forward(x, training)
 
 
-@selective_scan.register_fake
-def _(
+def _fake_forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -64,8 +63,7 @@ def _(
     )
 
 
-@torch.library.custom_op("mfuser::selective_scan_backward", mutates_args=())
-def selective_scan_backward(
+def _gradients(
     d_out: Tensor | None,
     d_last_state: Tensor | None,
     u: Tensor,
@@ -91,8 +89,7 @@ def selective_scan_backward(
     ]
 
 
-@selective_scan_backward.register_fake
-def _(
+def _fake_gradients(
     d_out: Tensor | None,
     d_last_state: Tensor | None,
     u: Tensor,
@@ -132,7 +129,31 @@ def _backward(
     return (*(None if t is None else next(grads) for t in tensors), None, None, None)
 
 
-selective_scan.register_autograd(_backward, setup_context=_setup)
+def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    pass
+
+
+def _second_backward(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("the selective scan offers no second derivatives; backend 'reference' does")
+
+
+_library = torch.library.Library("mfuser", "FRAGMENT")
+for _name, _run, _fake in (
+    ("selective_scan", _forward, _fake_forward),
+    ("selective_scan_backward", _gradients, _fake_gradients),
+):
+    _library.define(_name + torch.library.infer_schema(_run, mutates_args=()))
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mfuser::{_name}", _fake, lib=_library)
+
+selective_scan = torch.ops.mfuser.selective_scan.default
+selective_scan_backward = torch.ops.mfuser.selective_scan_backward.default
+torch.library.register_autograd(
+    "mfuser::selective_scan", _backward, setup_context=_setup, lib=_library
+)
+torch.library.register_autograd(
+    "mfuser::selective_scan_backward", _second_backward, setup_context=_second_setup, lib=_library
+)
 
 
 def scan_flops(batch: int, length: int, width: int, states: int, skip: bool, gate: bool) -> int:
