@@ -17,7 +17,6 @@ from pydantic import (
 from mfuser.data.transforms import AugmentationSpec
 from mfuser.specs import ImageSize, Options
 
-
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """torch's generators take 63 bits."""
 

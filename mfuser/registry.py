@@ -339,7 +339,9 @@ def _read(path: Path) -> tuple[str, Table]:
     except FileNotFoundError as error:
         raise RegistryError(f"there is no registry file {path}") from error
     except UnicodeDecodeError as error:
-        raise RegistryError(f"{path} is not UTF-8 text (byte {error.start}); save it as such") from error
+        raise RegistryError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as such"
+        ) from error
     except OSError as error:
         raise RegistryError(f"{path} cannot be read: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
