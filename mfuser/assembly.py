@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel
-from torch import nn
+from torch import Tensor, nn
 
 from mfuser.contracts import built, complete
 from mfuser.encoder import PairEncoder, default_taps, lockstep, shapes
@@ -61,7 +62,34 @@ def build_model(
 def sketch(spec: PairingSpec) -> DGSSModel:
     """The model's layout on the meta device: shapes and counts, no weights, no tokenizer."""
     with torch.device("meta"):
-        return _assemble(_without_weights(spec), tokens=False).eval()
+        return _assemble(_without_weights(spec), tokens="none").eval()
+
+
+def unfilled(spec: PairingSpec) -> DGSSModel:
+    """The model without values in its parameters (they are on the meta device), buffers computed.
+
+    For `load_state_dict(…, assign=True)`: no weights are looked for, no memory is taken. A
+    tokenizer that cannot be loaded is no error before class texts are asked for.
+    """
+    with _parameters_on_meta():
+        return _assemble(_without_weights(spec), tokens="if there").eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters registered meanwhile lose their values, before they are initialised."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _without_weights(spec: Any) -> Any:
@@ -76,7 +104,7 @@ def _without_weights(spec: Any) -> Any:
     return spec.model_copy(update=update)
 
 
-def _assemble(spec: PairingSpec, tokens: bool = True) -> DGSSModel:
+def _assemble(spec: PairingSpec, tokens: Literal["all", "if there", "none"] = "all") -> DGSSModel:
     backbones: dict[str, VisionBackbone] = {}
     for role, backbone_spec in spec.encoders().items():
         try:
@@ -113,16 +141,30 @@ def _assemble(spec: PairingSpec, tokens: bool = True) -> DGSSModel:
     enhancer = built(
         spec.enhancer, TextEnhancer, lambda: spec.enhancer.build(text_dim or 0, classes)
     )
-    prompt = ids = None
+    prompt = ids = cause = None
     if vlm is not None:
-        ids = (
-            vlm.tokenize(list(spec.classes), spec.prompt.slots)
-            if tokens
-            else torch.zeros(len(spec.classes), spec.prompt.slots, dtype=torch.long)
-        )
+        try:
+            ids = _ids(spec, vlm, tokens != "none")
+        except MFuserError as error:
+            if tokens == "all":
+                raise
+            cause = str(error)
         if spec.prompt.context:
             prompt = Prompt(spec.prompt.context, vlm.context_dim)
-    return DGSSModel(spec, encoder, pyramid, enhancer, decoder, prompt, ids)
+    model = DGSSModel(spec, encoder, pyramid, enhancer, decoder, prompt, ids)
+    if cause is not None:
+        model.without_ids = f"no prompt.ids, and the class names cannot be tokenized: {cause}"
+    return model
+
+
+def _ids(spec: PairingSpec, vlm: VisionLanguageBackbone, tokens: bool) -> Tensor:
+    """Token ids of the class names (K, slots): given, or tokenized; zeros without tokens."""
+    slots = spec.prompt.slots
+    if not tokens:
+        return torch.zeros(len(spec.classes), slots, dtype=torch.long)
+    if spec.prompt.ids is not None:
+        return torch.tensor(spec.prompt.ids, dtype=torch.long)
+    return vlm.tokenize(list(spec.classes), slots)
 
 
 def _backbone(

@@ -2,8 +2,9 @@
 
 A checkpoint holds the tensors that training changes (adapters, prompt, enhancer, pyramid,
 decoder, encoders that are not frozen) and, for resuming, the optimiser's; its metadata holds the
-resolved pairing and run. It is written under a temporary name, flushed and renamed: the file of
-that name is always a whole one. Nothing in it is code.
+resolved pairing and run. A complete one (converted from a released model) holds the frozen
+encoders' tensors too, and nothing else is needed to run it. It is written under a temporary name,
+flushed and renamed: the file of that name is always a whole one. Nothing in it is code.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mfuser.assembly import build_model
+from mfuser.assembly import build_model, unfilled
 from mfuser.errors import CheckpointError, MFuserError
 from mfuser.model import DGSSModel
+from mfuser.pairing import PairingSpec
 from mfuser.registry import Registry, load_registry
+from mfuser.released import recognise, translate
 
 FORMAT = "mfuser-1"
 MODEL, OPTIMISER = "model.", "optimiser."
@@ -35,7 +39,8 @@ FINAL = "model.safetensors"
 @dataclass
 class Checkpoint:
     """model: trained tensors by name. optimiser: "exp_avg.NAME", …; empty in a finished model.
-    meta: "pairing" and "run" as resolved, "step", "frozen" (fingerprints of what is not inside)."""
+    meta: "pairing" and "run" as resolved, "step", "frozen" (fingerprints of what is not inside);
+    of a complete one "complete" and "statistics" (mean and std of each encoder's images)."""
 
     model: dict[str, Tensor]
     optimiser: dict[str, Tensor]
@@ -89,7 +94,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     """Write whole or not at all. Raises CheckpointError if the folder takes no files."""
     tensors = {MODEL + k: v for k, v in checkpoint.model.items()}
     tensors |= {OPTIMISER + k: v for k, v in checkpoint.optimiser.items()}
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    tensors = _apart({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     meta = {"format": FORMAT, **{k: json.dumps(v) for k, v in checkpoint.meta.items()}}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -100,6 +105,18 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same without shared memory, which safetensors refuses; copies only what shares some."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        shared = storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen
+        seen.add(storage.data_ptr())
+        apart[name] = tensor.clone() if shared else tensor
+    return apart
 
 
 def read(path: Path) -> Checkpoint:
@@ -139,18 +156,7 @@ def restore(model: DGSSModel, checkpoint: Checkpoint, path: Path) -> None:
     weights are not those the checkpoint was trained with.
     """
     expected = trained_state(model)
-    problems = [f"missing {name}" for name in expected if name not in checkpoint.model]
-    problems += [f"unexpected {name}" for name in checkpoint.model if name not in expected]
-    problems += [
-        f"{name} is {tuple(checkpoint.model[name].shape)}, the model has {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in checkpoint.model and checkpoint.model[name].shape != tensor.shape
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{path} does not fit this pairing: {'; '.join(problems[:3])}"
-            + (f" (and {len(problems) - 3} more)" if len(problems) > 3 else "")
-        )
+    _check_names(expected, checkpoint.model, path)
     trained_on = checkpoint.meta.get("frozen", {})
     for role, crc in frozen_fingerprint(model).items():
         if trained_on.get(role, crc) != crc:
@@ -159,6 +165,33 @@ def restore(model: DGSSModel, checkpoint: Checkpoint, path: Path) -> None:
                 f"the same weights (--set {role}.weights=…)"
             )
     model.load_state_dict(checkpoint.model, strict=False)
+
+
+def fill(model: DGSSModel, tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """Give an `unfilled` model its tensors, all of them; they are taken over, not copied, where
+    they have its precision. Raises CheckpointError naming the first that do not fit.
+    """
+    expected = model.state_dict()
+    _check_names(expected, tensors, path)
+    cast = {n: t.to(expected[n].dtype) for n, t in tensors.items()}
+    model.load_state_dict(cast, assign=True)
+
+
+def _check_names(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path | str
+) -> None:
+    problems = [f"missing {name}" for name in expected if name not in given]
+    problems += [f"unexpected {name}" for name in given if name not in expected]
+    problems += [
+        f"{name} is {tuple(given[name].shape)}, the model has {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit this pairing: {'; '.join(problems[:3])}"
+            + (f" (and {len(problems) - 3} more)" if len(problems) > 3 else "")
+        )
 
 
 def load_model(
@@ -179,9 +212,31 @@ def load_model(
         plugins = checkpoint.meta["run"].get("plugins")
         hint = f" (it was trained with --plugin {' --plugin '.join(plugins)})" if plugins else ""
         raise CheckpointError(f"{error}{hint}") from error
-    model = build_model(spec, seed=checkpoint.meta["run"].get("seed", 0))
-    restore(model, checkpoint, file)
+    if checkpoint.meta.get("complete"):
+        model = unfilled(spec)
+        fill(model, checkpoint.model, file)
+        for role, (mean, std) in checkpoint.meta.get("statistics", {}).items():
+            model.encoder.backbones[role].set_statistics(tuple(mean), tuple(std))
+    else:
+        model = build_model(spec, seed=checkpoint.meta["run"].get("seed", 0))
+        restore(model, checkpoint, file)
     return model.eval(), checkpoint
+
+
+def load_released(state_dict: Mapping[str, Tensor], spec: PairingSpec) -> DGSSModel:
+    """A released MFuser's (or tqdm's) state dict -> the assembled model of a spec that fits it.
+
+    The kind is recognised from the keys; the spec's own weights are not looked for, so "random"
+    will do. The tensors are copied. Where the spec's tokenizer cannot be loaded, or is not the
+    one (a reduced vocabulary), give spec.prompt.ids, or set `model.ids` (K, slots) before use.
+
+    Raises CheckpointError listing every key that is missing, unexpected or of another shape.
+    """
+    model = unfilled(spec)
+    shapes = {n: t.shape for n, t in model.state_dict().items()}
+    translation = translate(state_dict, shapes, recognise(state_dict))
+    fill(model, {n: t.detach().clone() for n, t in translation.tensors.items()}, "the state dict")
+    return model
 
 
 def find(path: Path) -> Path:

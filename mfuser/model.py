@@ -59,6 +59,8 @@ class DGSSModel(nn.Module):
         self.decoder = decoder
         self.prompt = prompt
         self.register_buffer("ids", ids, persistent=False)
+        self.without_ids = "the class names have no token ids"
+        """Why `ids` is None, where it is: what `text` says."""
         self._text: Tensor | None = None
 
     @property
@@ -68,9 +70,12 @@ class DGSSModel(nn.Module):
     def text(self) -> Tensor:
         """Class text embeddings (K, C); computed once for as long as nothing trains."""
         vlm = self.encoder.vlm
-        assert vlm is not None and isinstance(self.ids, Tensor)
+        assert vlm is not None
         if self._text is not None:
             return self._text
+        if self.ids is None:
+            raise MFuserError(self.without_ids)
+        assert isinstance(self.ids, Tensor)
         text = vlm.encode_text(self.ids, self.prompt.contexts if self.prompt else None)
         expect(vlm, "encode_text()'s result", text, (len(self.classes), vlm.text_dim))
         if not self.training and not torch.is_grad_enabled():
@@ -120,6 +125,11 @@ class DGSSModel(nn.Module):
         assert vlm is not None
         if vlm.alignment == "sigmoid":
             scale, bias = vlm.logit_scale_bias()
+            options = self.spec.alignment
+            if options.logit_scale is not None:
+                scale = torch.full_like(scale, options.logit_scale).exp()
+            if options.logit_bias is not None:
+                bias = torch.full_like(scale, options.logit_bias)
             return scale, bias
         return 1 / self.spec.alignment.temperature, None
 

@@ -34,10 +34,13 @@ class PromptSpec(Options):
     context: learned tokens after the first one; 0 turns them off.
     slots: tokens a bare class name may take, start and end included. Encoders that pool the last
         position (SigLIP) give another embedding for another number.
+    ids: the token ids of the class names, `slots` for each, where the tokenizer is not to be
+        asked. Converted checkpoints bring them, so that no tokenizer need be downloaded.
     """
 
     context: NonNegativeInt = 8
     slots: PositiveInt = 5
+    ids: tuple[tuple[NonNegativeInt, ...], ...] | None = None
 
 
 class MergeSpec(Options):
@@ -67,11 +70,15 @@ class AlignmentSpec(Options):
     loss: "softmax" (every released model, SigLIP's too) or "sigmoid" (the paper's text for
         SigLIP).
     temperature: of softmax models; sigmoid models bring their own scale and bias.
+    logit_scale, logit_bias: in place of a sigmoid model's own: exp(logit_scale) * similarity +
+        logit_bias. The released SigLIP checkpoints do not hold them.
     """
 
     weight: NonNegativeFloat = 1.0
     loss: Literal["softmax", "sigmoid"] = "softmax"
     temperature: PositiveFloat = 0.07
+    logit_scale: float | None = None
+    logit_bias: float | None = None
 
 
 def _absent(value: Any) -> Any:
@@ -142,6 +149,12 @@ class PairingSpec(Options):
             )
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError("'classes' needs at least one name, and no name twice")
+        ids = self.prompt.ids
+        if ids is not None and [len(row) for row in ids] != [self.prompt.slots] * len(self.classes):
+            raise ValueError(
+                f"'prompt.ids' needs {self.prompt.slots} numbers (prompt.slots) for each of the "
+                f"{len(self.classes)} classes; leave it out to have the class names tokenized"
+            )
         if self.taps is not None and len(self.taps) != 4:
             raise ValueError(f"'taps' takes four positions (strides 4 to 32), not {len(self.taps)}")
         return self

@@ -1,0 +1,56 @@
+"""The command that takes released checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mfuser.cli import cli, emit
+from mfuser.cli.options import json_option, open_registry, registry_options, set_option
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--pairing", required=True, metavar="NAME", help="What it is a checkpoint of.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="A .safetensors file to write."
+)
+@click.option(
+    "--source", default=None, metavar="DATASET", help="What it was trained on, for reports."
+)
+@set_option
+@registry_options
+@json_option
+def convert(
+    checkpoint: Path,
+    pairing: str,
+    out: Path,
+    source: str | None,
+    settings: tuple[str, ...],
+    registries: tuple[str, ...],
+    plugins: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Turn a released CHECKPOINT (.pth of MFuser or tqdm) into one that evaluate and predict take.
+
+    The file brings its frozen encoders along: nothing else need be downloaded. Which of the
+    released kinds it is, its keys say; every key is accounted for.
+    """
+    registry = open_registry(registries, plugins)
+    from mfuser.released.convert import convert as convert_file
+
+    account = convert_file(registry, checkpoint, pairing, out, settings=settings, source=source)
+    if as_json:
+        emit(account)
+        return
+    click.echo(f"{checkpoint}: {account['title']}, {account['keys']} tensors")
+    click.echo(f"  {account['mapped']} taken over")
+    for reason, keys in account["unused"].items():
+        shown = ", ".join(keys[:2]) + (", …" if len(keys) > 2 else "")
+        click.echo(f"  {len(keys)} unused: {reason} ({shown})")
+    for name, reason in account["kept"].items():
+        click.echo(f"  {name} as it starts: {reason}")
+    if account["without_ids"]:
+        click.echo(f"  no class texts yet: {account['without_ids']}")
+    click.echo(f"written: {out} ({account['bytes'] / 1e9:.2f} GB)")

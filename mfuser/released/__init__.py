@@ -1,0 +1,31 @@
+"""Checkpoints of others -> our parameters: one table per format, and what reads the tables.
+
+`eva`, `clip` and `siglip` are the three released MFuser models, `tqdm` their one-tower ancestor.
+The names on our side are those of the pairings in registry.toml: timm's DINOv2 as VFM, open_clip's
+towers as VLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mfuser.errors import CheckpointError
+from mfuser.released import clip, eva, siglip, tqdm
+from mfuser.released.translate import Format, Translation, translate
+
+FORMATS: tuple[Format, ...] = (eva.FORMAT, clip.FORMAT, siglip.FORMAT, *tqdm.FORMATS)
+
+__all__ = ["FORMATS", "Format", "Translation", "recognise", "translate"]
+
+
+def recognise(keys: Iterable[str], source: str = "the state dict") -> Format:
+    """The format whose marks are all among the keys. Raises CheckpointError if there is none."""
+    given = set(keys)
+    for form in FORMATS:
+        if form.matches(given):
+            return form
+    shown = ", ".join(sorted(given)[:3])
+    raise CheckpointError(
+        f"{source} is of no known kind: its {len(given)} tensors ({shown}, …) are not those of "
+        f"{'; '.join(f.title for f in FORMATS)}"
+    )
