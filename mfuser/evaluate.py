@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from mfuser import draw
@@ -19,7 +21,7 @@ from mfuser.checkpoints import load_model
 from mfuser.console import Console
 from mfuser.data.images import UnreadableImage
 from mfuser.data.loading import ClassMap
-from mfuser.errors import DataError, MFuserError
+from mfuser.errors import CheckpointError, DataError, MFuserError, placed
 from mfuser.inference import default_stride
 from mfuser.interfaces import IGNORE, Dataset, Sample
 from mfuser.metrics import Confusion, scores
@@ -27,7 +29,7 @@ from mfuser.model import DGSSModel
 from mfuser.recipe import RecipeSpec
 from mfuser.registry import Registry
 from mfuser.report import DomainResult, Report
-from mfuser.run import Domain, RunSpec
+from mfuser.run import Domain, RunSpec, brief, make_folder
 
 TOGETHER = 4
 """Images of one size that are segmented in one pass."""
@@ -64,22 +66,29 @@ def evaluate(
     baselines: also score the untrained model. limit: only the first so many images of a domain.
     pictures: a folder for panels beside the truth, one per domain.
     """
+    AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=device == "cpu")
     console = console or Console()
     console.quiet = console.quiet or not accelerator.is_main_process
     model, checkpoint = load_model(path, registry, list(settings))
-    run = RunSpec.model_validate(checkpoint.meta["run"])
-    recipe = RecipeSpec.model_validate(run.recipe)
+    try:
+        run = RunSpec.model_validate(checkpoint.meta["run"])
+        recipe = RecipeSpec.model_validate(run.recipe)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its record of the run is damaged ({brief(error)})") from error
     chosen = list(targets if targets is not None else run.targets)
     if not chosen:
         raise MFuserError("there is no target to evaluate on: give --targets, e.g. cityscapes")
     stride = stride or recipe.stride
     limit = limit or recipe.test_images
+    if pictures is not None and accelerator.is_main_process:
+        make_folder(pictures)
     datasets = {domain.name: domain.build(registry, "val") for domain in chosen}
     scored = {n: _scored_classes(model, run, recipe, n, d) for n, d in datasets.items()}
     rows = {"trained": model}
     if baselines:
         rows["untrained"] = build_model(model.spec, seed=run.seed)
+    seen = {d.name for d in chosen if _same_images(d, run.source)}
     results: dict[str, dict[str, DomainResult]] = {}
     overview: dict[str, list[list[np.ndarray]]] = {}
     for row, candidate in rows.items():
@@ -100,10 +109,9 @@ def evaluate(
                 console=console,
             )
             if pictures is not None and row == "trained" and accelerator.is_main_process:
-                file = f"{name.replace(':', '-')}.png"
-                save_panels(pictures / file, model.classes, {name: measured.pictures})
+                save_panels(pictures / picture(name), model.classes, {name: measured.pictures})
                 overview[name] = measured.pictures[:1]
-            results[row][name] = _result(model.classes, measured, name == run.source.name, run)
+            results[row][name] = _result(model.classes, measured, name in seen, run)
     if pictures is not None and accelerator.is_main_process:
         save_panels(pictures / "overview.png", model.classes, overview)
     accelerator.end_training()
@@ -140,11 +148,20 @@ def measure(
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     with console.task(label, len(mine)) as task:
         for batch in _same_size(dataset, mine, skip_unreadable, result.skipped):
+            for _, s in batch:
+                if s.image.shape[:2] != s.label.shape:
+                    raise DataError(
+                        f"{s.name}: the label is {s.label.shape[1]}x{s.label.shape[0]}, the image "
+                        f"{s.image.shape[1]}x{s.image.shape[0]} (width x height); they must be equal"
+                    )
             images = [test_scale(s.image, dataset.test_size) for _, s in batch]
             stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(accelerator.device)
-            class_scores = model.segment(stack, stride=stride)
+            try:
+                class_scores = model.segment(stack, stride=stride)
+            except MFuserError as error:
+                raise placed(error, f"{label}, {batch[0][1].name}") from error
             for (index, sample), one in zip(batch, class_scores, strict=True):
-                truth = class_map(sample.label)
+                truth = class_map(sample.label, sample.name)
                 truth[~np.isin(truth, scored)] = IGNORE
                 prediction = predict_ids(one, sample.label.shape, scored)
                 result.confusion.add(truth, prediction)
@@ -215,6 +232,12 @@ def _scored_classes(
     return shared
 
 
+def _same_images(one: Domain, other: Domain) -> bool:
+    """Whether two domains are one, whatever part of it is read and how."""
+    ours, theirs = ({**d.spec, "split": None, "test_size": None} for d in (one, other))
+    return one.name == other.name or ours == theirs
+
+
 def _result(classes: tuple[str, ...], measured: Measured, seen: bool, run: RunSpec) -> DomainResult:
     trained = scores(measured.confusion.counts, measured.scored)
     constant = None
@@ -246,6 +269,11 @@ def _panel(
 
 
 COLUMNS = ("image", "truth", "prediction over image", "prediction")
+
+
+def picture(domain: str) -> str:
+    """The file of a domain's panels."""
+    return re.sub(r"[^\w.+-]", "-", domain) + ".png"
 
 
 def save_panels(

@@ -41,11 +41,17 @@ def sliding_window(
     if height < window[0] or width < window[1]:
         raise MFuserError(
             f"an image of {height}x{width} pixels is smaller than the window of "
-            f"{window[0]}x{window[1]}; enlarge it (--scale), or train with a smaller image_size"
+            f"{window[0]}x{window[1]} (height x width); enlarge it (predict --scale, a "
+            "dataset's test_size), or train with a smaller image_size"
         )
     if (height, width) == tuple(window):
         return scores(images)
     step = stride or default_stride(window)
+    if step[0] > window[0] or step[1] > window[1]:
+        raise MFuserError(
+            f"a stride of {step[0]}x{step[1]} leaves gaps between windows of "
+            f"{window[0]}x{window[1]} (height x width); lower it"
+        )
     origins = [
         (y, x)
         for y in window_origins(height, window[0], step[0])

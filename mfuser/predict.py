@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from mfuser.data.images import UnreadableImage, read_image
 from mfuser.errors import DataError, MFuserError, placed
 from mfuser.evaluate import predict_ids
 from mfuser.registry import Registry
+from mfuser.run import make_folder
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -56,14 +59,17 @@ def predict(
     pixels of each class.
     """
     console = console or Console()
-    names = [_stem(p, images) for p in images]
+    if not scale > 0 or not math.isfinite(scale):
+        raise MFuserError(f"scale is a factor above 0, not {scale}")
+    images = list(dict.fromkeys(images))
+    names = file_names(images)
+    if not skip_unreadable:
+        for path in images:  # before anything is written
+            read_image(path)
     model, _ = load_model(run, registry, list(settings))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(where)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"the folder {out} cannot be written: {error.strerror}") from error
+    make_folder(out)
     table = draw.palette(model.classes)
     written: list[dict[str, Any]] = []
     with console.task("segmenting", len(images)) as task:
@@ -111,7 +117,7 @@ def _segment(
     stride: tuple[int, int] | None,
 ) -> np.ndarray:
     height, width = image.shape[:2]
-    size = (round(height * scale), round(width * scale))
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(where)
     if size != (height, width):
         pixels = torch.nn.functional.interpolate(
@@ -124,7 +130,15 @@ def _segment(
     return predict_ids(scores[0], (height, width))
 
 
-def _stem(path: Path, paths: Sequence[Path]) -> str:
-    """The file's name; with its folder's where two images share theirs."""
-    twins = [p for p in paths if p.stem == path.stem and p != path]
-    return f"{path.parent.name}_{path.name}" if twins else path.stem
+def file_names(paths: Sequence[Path]) -> list[str]:
+    """A name of its own for each: the file's, with as many of its folders as tell it apart."""
+    names = [path.stem for path in paths]
+    for depth in range(1, max((len(p.parts) for p in paths), default=0) + 1):
+        count = Counter(names)
+        twins = [i for i, name in enumerate(names) if count[name] > 1]
+        if not twins:
+            break
+        for i in twins:
+            names[i] = "_".join(part.strip("/\\:") for part in paths[i].parts[-depth:])
+    count = Counter(names)
+    return [f"{n}_{i}" if count[n] > 1 else n for i, n in enumerate(names)]

@@ -95,7 +95,7 @@ class RunSpec(Options):
         targets: tuple[str, ...] = (),
     ) -> RunSpec:
         """Raises MFuserError where neither the command nor the recipe names a source."""
-        source = source or recipe.source
+        source = recipe.source if source is None else source
         if source is None:
             raise MFuserError(
                 f"recipe '{recipe_name}' names no source: give --source, e.g. --source gta"

@@ -182,7 +182,7 @@ def evaluate(
 )
 @click.option(
     "--scale",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0.01, max=100),
     default=1.0,
     show_default=True,
     help="Resize images by this factor before they are segmented.",
@@ -232,11 +232,20 @@ def predict(
 
 
 def _split(names: str | None) -> tuple[str, ...]:
-    return tuple(n.strip() for n in names.split(",") if n.strip()) if names else ()
+    if names is None:
+        return ()
+    found = tuple(n.strip() for n in names.split(",") if n.strip())
+    if not found:
+        raise click.UsageError("--targets names no dataset; leave it out for the default")
+    return found
 
 
 def _show(report, folder: Path, as_json: bool, pictures: Path) -> None:  # type: ignore[no-untyped-def]
-    drawn = sorted(f"pictures/{p.name}" for p in pictures.glob("*.png"))
+    from mfuser.evaluate import picture
+
+    # Only those of this report: the folder may hold others from before.
+    names = [picture(name) for name in ("overview", *report.domains)]
+    drawn = [f"pictures/{name}" for name in names if (pictures / name).is_file()]
     report.save(folder, drawn)
     if as_json:
         emit(report.as_json())
