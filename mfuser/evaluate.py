@@ -75,7 +75,9 @@ def evaluate(
         run = RunSpec.model_validate(checkpoint.meta["run"])
         recipe = RecipeSpec.model_validate(run.recipe)
     except ValueError as error:
-        raise CheckpointError(f"{path}: its record of the run is damaged ({brief(error)})") from error
+        raise CheckpointError(
+            f"{path}: its record of the run is damaged ({brief(error)})"
+        ) from error
     chosen = list(targets if targets is not None else run.targets)
     if not chosen:
         raise MFuserError("there is no target to evaluate on: give --targets, e.g. cityscapes")
@@ -152,7 +154,7 @@ def measure(
                 if s.image.shape[:2] != s.label.shape:
                     raise DataError(
                         f"{s.name}: the label is {s.label.shape[1]}x{s.label.shape[0]}, the image "
-                        f"{s.image.shape[1]}x{s.image.shape[0]} (width x height); they must be equal"
+                        f"{s.image.shape[1]}x{s.image.shape[0]} (width x height): not equal"
                     )
             images = [test_scale(s.image, dataset.test_size) for _, s in batch]
             stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(accelerator.device)
