@@ -13,6 +13,7 @@ This module imports pydantic alone: specs can be listed and validated without to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -57,6 +58,9 @@ class Spec(Options):
     """The options of one component. Subclass the base of a kind, never this class."""
 
     kind: ClassVar[str] = ""
+    tiny: ClassVar[Mapping[str, Any]] = {}
+    """Options at which the component is small and downloads nothing. `mfuser plugin check` builds
+    it with them, as itself and as the partner of others."""
     name: str
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
@@ -195,6 +199,12 @@ class DatasetSpec(Spec):
 
     def build(self, root: Path | None, split: str) -> interfaces.Dataset:
         """The dataset below `root`; `split` is what the caller wants where the spec says none."""
+        raise NotImplementedError
+
+    @classmethod
+    def write_example(cls, root: Path) -> None:
+        """Optional: write a few samples in the dataset's own layout into an empty folder, so that
+        `mfuser plugin check` can read them where there is no data."""
         raise NotImplementedError
 
     def expand(self) -> list[DatasetSpec]:

@@ -56,6 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         print("mfuser: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except click.NoSuchOption as error:
+        known = error.possibilities or []
+        near = f"; did you mean '{known[-1]}'?" if known else ""
+        path = error.ctx.command_path if error.ctx else "mfuser"
+        _fail(f"there is no option '{error.option_name}'{near} (see: {path} --help)", arguments)
     except click.ClickException as error:
         where = f" (see: {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""  # type: ignore[attr-defined]
         _fail(error.format_message().rstrip(".") + where, arguments)
@@ -69,9 +74,20 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("MFUSER_DEBUG"):
             raise
         _fail(str(error), arguments)
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("MFUSER_DEBUG") or not _out_of_memory(error):
+            raise
+        _fail("out of memory; lower batch_size or image_size, or use a smaller model", arguments)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's and torch's (whose CPU allocator raises a plain RuntimeError)."""
+    known = ("OutOfMemoryError", "MemoryError")
+    return type(error).__name__ in known or "allocate memory" in str(error)
 
 
 def _fail(message: str, arguments: list[str], code: int = 2) -> None:
+    message = " ".join(message.split())
     if "--json" in arguments:
         emit({"error": message})
     print(f"mfuser: {message}", file=sys.stderr)

@@ -6,7 +6,8 @@ maps bring their tokens into one joint space.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt, SerializeAsAny, model_validator
@@ -23,6 +24,7 @@ from mfuser import (
 )
 from mfuser.specs import Size, VisionSpec
 from mfuser_plugins.backbones._stepping import freeze
+from mfuser_plugins.backbones.timm import TimmSpec
 
 if TYPE_CHECKING:
     from mfuser_plugins.backbones._text_hf import TextEncoder
@@ -131,6 +133,12 @@ class DualEncoderSpec(VisionLanguageSpec, name="dual_encoder"):
         belongs. The two projections always train.
     text_dim: width of the joint space.
     """
+
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "vision": {"name": "timm", **TimmSpec.tiny},
+        "text": {"model": "random", "width": 32, "layers": 1, "heads": 2},
+        "text_dim": 24,
+    }
 
     vision: Annotated[
         SerializeAsAny[VisionSpec | VisionLanguageSpec],

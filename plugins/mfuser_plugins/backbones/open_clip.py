@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 from torch import Tensor
@@ -55,6 +56,16 @@ class OpenClipSpec(VisionLanguageSpec, name="open_clip"):
         layers = 4, head_width = 16}, text_cfg = {width = 64, heads = 4, layers = 2}}; towers of
         timm take vision_cfg.timm_model_kwargs.
     """
+
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "model": "ViT-B-16",
+        "weights": "random",
+        "options": {
+            "embed_dim": 24,
+            "vision_cfg": {"layers": 2, "width": 48, "head_width": 16, "patch_size": 16},
+            "text_cfg": {"layers": 1, "width": 32, "heads": 2},
+        },
+    }
 
     model: str
     weights: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -44,6 +45,12 @@ class TimmSpec(VisionSpec, name="timm"):
     mean, std: image statistics; None: those of the tag.
     options: passed to timm.create_model, e.g. {depth = 4, embed_dim = 96, num_heads = 3}.
     """
+
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "model": "vit_tiny_patch16_224",
+        "weights": "random",
+        "options": {"embed_dim": 32, "depth": 2, "num_heads": 2},
+    }
 
     model: str
     weights: str | None = None

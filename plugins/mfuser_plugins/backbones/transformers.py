@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PositiveInt
 
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 Statistics = tuple[float, float, float]
 
+_TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TINY_DINOV2 = {"model_type": "dinov2", "patch_size": 16, "image_size": 64, "mlp_ratio": 2, **_TINY}
+_TINY_CLIP = {
+    "model_type": "clip",
+    "projection_dim": 24,
+    "vision_config": {"patch_size": 16, "image_size": 64, "intermediate_size": 64, **_TINY},
+    "text_config": {"intermediate_size": 64, **_TINY},
+}
+
 
 class HuggingFaceVisionSpec(VisionSpec, name="transformers"):
     """A vision transformer of transformers: DINOv2 (with registers), DINOv3, ViT, MSN, DeiT,
@@ -32,6 +42,8 @@ class HuggingFaceVisionSpec(VisionSpec, name="transformers"):
     patch_resample: how the patch kernel is resampled: like an image, or "pinv" (FlexiViT).
     mean, std: image statistics; None: those of the model's preprocessor_config.json.
     """
+
+    tiny: ClassVar[Mapping[str, Any]] = {"model": "random", "config": _TINY_DINOV2}
 
     model: str
     config: dict[str, Any] = {}
@@ -72,6 +84,8 @@ class HuggingFacePairSpec(VisionLanguageSpec, name="transformers"):
     patch_resample: how the patch kernel is resampled: like an image, or "pinv" (FlexiViT).
     mean, std: image statistics; None: those of the model's preprocessor_config.json.
     """
+
+    tiny: ClassVar[Mapping[str, Any]] = {"model": "random", "config": _TINY_CLIP}
 
     model: str
     config: dict[str, Any] = {}

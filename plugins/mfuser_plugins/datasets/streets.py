@@ -136,6 +136,7 @@ class StreetsSpec(DatasetSpec, name="streets"):
     """
 
     needs_root: ClassVar[bool] = False
+    tiny: ClassVar[Mapping[str, Any]] = {"size": (48, 80), "count": 3}
     variant: ClassVar[str | None] = "domain"
 
     domain: Domain = "game"

@@ -174,6 +174,10 @@ class TextMask2FormerSpec(DecoderSpec, name="text_mask2former"):
     """
 
     needs_text: ClassVar[bool] = True
+    tiny: ClassVar[Mapping[str, Any]] = {
+        **{"width": 32, "pixel_layers": 1, "pixel_ffn": 32},
+        **{"layers": 1, "ffn": 32, "num_points": 64},
+    }
 
     width: PositiveInt = 256
     heads: PositiveInt = 8

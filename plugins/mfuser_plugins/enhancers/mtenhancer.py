@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +126,8 @@ class MTEnhancerSpec(EnhancerSpec, name="mtenhancer"):
     gamma_init: the gain on what is added to the text. "normal": drawn per channel with standard
         deviation 1, as released; a number: that everywhere, e.g. 1e-4 to start from the text.
     """
+
+    tiny: ClassVar[Mapping[str, Any]] = {"width": 32, "state_size": 2}
 
     width: PositiveInt = 256
     heads: PositiveInt = 4

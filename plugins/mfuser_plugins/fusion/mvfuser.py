@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +156,7 @@ class MVFuserSpec(FusionSpec, name="mvfuser"):
     """
 
     single_tower: ClassVar[bool] = True
+    tiny: ClassVar[Mapping[str, Any]] = {"state_size": 2}
 
     state_size: PositiveInt = 16
     dropout: float = Field(default=0.1, ge=0, lt=1)
