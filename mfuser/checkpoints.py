@@ -139,7 +139,8 @@ def read(path: Path) -> Checkpoint:
     try:
         decoded = {k: json.loads(v) for k, v in meta.items() if k != "format"}
         int(decoded["step"])
-        decoded["pairing"], decoded["run"]
+        if not isinstance(decoded["pairing"], dict) or not isinstance(decoded["run"], dict):
+            raise TypeError("no tables")
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its metadata is damaged ({error})") from error
     return Checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -48,6 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments:
         arguments = ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 gets "?" for "×"
+            stream.reconfigure(errors="replace")
     try:
         code = cli.main(arguments, prog_name="mfuser", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -57,9 +61,10 @@ def main(argv: list[str] | None = None) -> None:
         print("mfuser: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except click.NoSuchOption as error:
-        known = error.possibilities or []
-        near = f"; did you mean '{known[-1]}'?" if known else ""
-        path = error.ctx.command_path if error.ctx else "mfuser"
+        near, path = "", "mfuser"
+        if error.ctx is not None:
+            path = error.ctx.command_path
+            near = suggest(error.option_name, [o for p in error.ctx.command.params for o in p.opts])
         _fail(f"there is no option '{error.option_name}'{near} (see: {path} --help)", arguments)
     except click.ClickException as error:
         where = f" (see: {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""  # type: ignore[attr-defined]

@@ -96,8 +96,11 @@ def describe(
     else:
         from rich.console import Console
 
+        out = Console()
+        if not out.is_terminal:
+            out = Console(width=160)
         for part in render(pairing, facts):
-            Console().print(part, highlight=False)
+            out.print(part, highlight=False, markup=False)
 
 
 @cli.group(cls=Group)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -175,8 +176,12 @@ class TextMask2FormerSpec(DecoderSpec, name="text_mask2former"):
 
     needs_text: ClassVar[bool] = True
     tiny: ClassVar[Mapping[str, Any]] = {
-        **{"width": 32, "pixel_layers": 1, "pixel_ffn": 32},
-        **{"layers": 1, "ffn": 32, "num_points": 64},
+        "width": 32,
+        "pixel_layers": 1,
+        "pixel_ffn": 32,
+        "layers": 1,
+        "ffn": 32,
+        "num_points": 64,
     }
 
     width: PositiveInt = 256
