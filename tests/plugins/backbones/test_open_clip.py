@@ -124,10 +124,11 @@ def test_the_class_token_through_the_dense_path_is_the_global_embedding(name: st
 def test_the_latent_as_query_gives_the_librarys_pool(name: str) -> None:
     backbone = build(name)
     assert isinstance(backbone, TimmClipBackbone)
-    pool: Any = backbone.model.get_submodule("visual.trunk.attn_pool")
+    trunk: Any = backbone.model.get_submodule("visual.trunk")
     tokens = step(backbone, images_for(backbone))
-    pooled = attend(pool, pool.latent.expand(len(tokens), -1, -1), tokens)
-    assert torch.equal(pooled[:, 0], pool(tokens))
+    latent = trunk.attn_pool.latent.expand(len(tokens), -1, -1)
+    pooled = attend(trunk.attn_pool, latent, backbone._pool_keys(trunk, tokens))
+    assert torch.equal(pooled[:, 0], trunk.pool(tokens))
 
 
 @torch.no_grad()
