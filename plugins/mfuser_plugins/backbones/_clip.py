@@ -79,6 +79,9 @@ class ClipStepper(Stepper):
 class ClipBackbone(Stepped, VisionLanguageBackbone):
     """An open_clip model whose image tower is open_clip's own vision transformer."""
 
+    drop_path = 0.0
+    """Stochastic depth while training, where the spec asks for it."""
+
     def __init__(self, model: Any, stepper: Stepper, name: str, text_cfg: dict[str, Any]) -> None:
         super().__init__(model, stepper)
         self.name = name
@@ -114,6 +117,7 @@ class ClipBackbone(Stepped, VisionLanguageBackbone):
                 rate = drop_path * i / max(len(blocks) - 1, 1)
                 block.ls_1 = nn.Sequential(block.ls_1, DropPath(rate))
                 block.ls_2 = nn.Sequential(block.ls_2, DropPath(rate))
+            self.drop_path = drop_path
             self.eval()
         if tanh_gelu:
             exact = [m for m in self.model.modules() if isinstance(m, nn.GELU)]
@@ -126,8 +130,9 @@ class ClipBackbone(Stepped, VisionLanguageBackbone):
 
     def train(self, mode: bool = True) -> ClipBackbone:
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, DropPath):  # only there where the spec asks for it
+        # Towers of timm (ViTamin) bring stochastic depth that nobody asked for: it stays off.
+        for module in self.modules() if self.drop_path else ():
+            if isinstance(module, DropPath):
                 module.train(mode)
         return self
 

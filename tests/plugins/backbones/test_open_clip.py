@@ -226,6 +226,20 @@ def test_what_trains_when_not_frozen() -> None:
     assert [n for n, p in backbone.named_parameters() if not p.requires_grad] == still
 
 
+def test_stochastic_depth_is_off_unless_the_spec_asks_for_it() -> None:
+    options = trunk()
+    options["vision_cfg"]["timm_drop_path"] = 0.5
+    brought = build("EVA02-L-14-336", options=options, freeze=False)
+    brought.train()
+    assert not any(m.training for m in brought.modules())
+    asked = build("ViT-B-16", drop_path=0.5)
+    assert not any(m.training for m in asked.modules())
+    asked.train()
+    assert {type(m).__name__ for m in asked.modules() if m.training} == {"DropPath"}
+    asked.eval()
+    assert not any(m.training for m in asked.modules())
+
+
 def test_resize_of_the_own_tower_equals_open_clips() -> None:
     import open_clip
     from open_clip.model import resize_pos_embed
