@@ -66,11 +66,8 @@ class Spec(Options):
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is None:
-            if cls.kind and any(
-                base.kind and "name" in vars(base)
-                for base in cls.__mro__[1:]
-                if issubclass(base, Spec)
-            ):
+            inherited = cls.__mro__[1].model_fields.get("name")  # type: ignore[attr-defined]
+            if inherited is not None and isinstance(inherited.default, str):
                 raise PluginError(
                     f"spec '{cls.__name__}' has no name: write "
                     f'class {cls.__name__}({cls.__bases__[0].__name__}, name="…")'
