@@ -293,15 +293,26 @@ def _offered(
             [p for p in manager.get_plugins() if p is not plugin],
         )
         specs = limited(seconds, hook)
+        # pluggy leaves out a hook that returned None.
+        given = specs[0] if specs else None
+        if not isinstance(given, (list, tuple)):
+            raise PluginError(
+                f"mfuser_components returned {given!r}, not a list of spec classes: write return "
+                "[MySpec]"
+            )
         result = []
-        for spec in (s for group in specs for s in group):
+        for spec in given:
             if not (isinstance(spec, type) and issubclass(spec, Spec) and spec.kind in KINDS):
                 raise PluginError(
                     f"mfuser_components returned {spec!r}, which is not a spec class: subclass "
                     + ", ".join(base.__name__ for base in KINDS.values())
                 )
-            if "name" not in spec.model_fields or not isinstance(spec.component(), str):
-                raise PluginError(f"spec '{spec.__name__}' has no name")
+            if not isinstance(spec.model_fields["name"].default, str):
+                base = spec.__bases__[0].__name__
+                raise PluginError(
+                    f"spec '{spec.__name__}' has no name: write class {spec.__name__}({base}, "
+                    'name="…")'
+                )
             if getattr(spec, "build") is getattr(KINDS[spec.kind], "build"):  # noqa: B009
                 raise PluginError(f"spec '{spec.__name__}' does not define build()")
             result.append(Component(spec.kind, spec.component(), spec, name))
