@@ -1,0 +1,191 @@
+"""What the tests share: one thread, tiny pairings, registry files, what lies beside the project."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY = """
+[pairing.tiny]
+image_size = [64, 96]
+fusion     = { name = "mvfuser", state_size = 2 }
+enhancer   = { name = "mtenhancer", width = 32 }
+pyramid    = { width = 32 }
+prompt     = { context = 2 }
+
+[pairing.tiny.vfm]
+name    = "timm"
+model   = "vit_tiny_patch16_224"
+weights = "random"
+options = { embed_dim = 32, depth = 3, num_heads = 2 }
+
+[pairing.tiny.vlm]
+name    = "open_clip"
+model   = "ViT-B-16"
+weights = "random"
+
+[pairing.tiny.vlm.options]
+embed_dim  = 24
+vision_cfg = { layers = 2, width = 48, head_width = 16, patch_size = 16 }
+text_cfg   = { layers = 1, width = 32, heads = 2 }
+
+[pairing.tiny.decoder]
+name         = "text_mask2former"
+width        = 32
+pixel_layers = 1
+pixel_ffn    = 32
+layers       = 1
+ffn          = 32
+num_points   = 64
+
+# The same without what takes time.
+[pairing.plain]
+extends  = "tiny"
+fusion   = "none"
+enhancer = "none"
+decoder  = "linear"
+
+[pairing.lone]
+extends = "plain"
+vlm     = "none"
+
+[recipe.tiny]
+source       = "toy"
+targets      = ["toy", "toy-night"]
+steps        = 4
+batch_size   = 1
+lr           = 1e-3
+warmup       = 1
+save_every   = 2
+workers      = 0
+test_images  = 2
+augmentation = { scale = [1.0, 1.5], min_pixels = 0 }
+
+[dataset.toy]
+name  = "streets"
+size  = [64, 96]
+count = 6
+
+[dataset.toy-night]
+extends = "toy"
+domain  = "night"
+"""
+
+
+# The same examples every time; a busy machine is no failure.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> Iterator[None]:
+    """Every test starts from one seed, and no process group or precision outlives it."""
+    torch.manual_seed(0)
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_toml() -> str:
+    """A registry of pairings that build in a fraction of a second, and a recipe of four steps.
+
+    `tiny` has every part (unequal depths, widths, joint width), `plain` the same encoders and a
+    linear decoder, `lone` one encoder.
+    """
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """`tiny_toml` as a loaded registry."""
+    from mfuser import load_registry
+
+    path = tmp_path_factory.mktemp("registry") / "tiny.toml"
+    path.write_text(TINY, "utf-8")
+    return load_registry(path)
+
+
+@pytest.fixture
+def write_registry(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a registry file: `tiny_toml` (unless `bare`) and the text given."""
+
+    def write(text: str = "", name: str = "registry.toml", bare: bool = False) -> Path:
+        path = tmp_path / name
+        path.write_text(text if bare else TINY + text, "utf-8")
+        return path
+
+    return write
+
+
+class Outcome:
+    """What a command line came to."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def mfuser(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs the command line in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        from mfuser.cli import main
+
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _beside(name: str) -> Path:
+    path = ROOT.parent / "shared" / name
+    if not path.is_dir():
+        pytest.skip(f"../shared/{name} is not beside the project")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Outputs of the released implementation."""
+    return _beside("golden")
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """Real weights and photographs."""
+    return _beside("real")
