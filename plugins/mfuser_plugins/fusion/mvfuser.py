@@ -4,57 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from mfuser import FusionAdapter, FusionSpec, MFuserError, TokenShape, hookimpl
+from mfuser import FusionSpec, MFuserError, TokenShape, hookimpl
 from mfuser_kernels import selective_scan
+from mfuser_plugins.fusion._joint import Grid, JointAdapter, width_of
+
+Bidirectional = bool | Literal["sum", "concat"]
+Order = Literal["vfm_first", "vlm_first", "interleaved"]
 
 
-class MVFuser(nn.Module):
-    """Offsets for one joint token sequence (Zhang & Tan, CVPR 2025, eq. 2-6).
+class Scan(nn.Module):
+    """The selective scan and what it learns, with the step bias counted twice (as released)."""
 
-    A sequential branch (convolution, selective scan) gated by a spatial branch (convolution), at
-    half the width. As in the released implementation, which the paper abridges: both convolutions
-    are centred, the step bias counts twice (in `dt_proj` and again in the scan), the scan's
-    output is normalised before the gate, and the gate passes SiLU twice. `scale` starts at 0.001,
-    so that the offsets start near zero.
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: nn.Parameter
+    D: nn.Parameter
 
-    Raises MFuserError if the width is odd: the two branches share it.
-    """
-
-    def __init__(self, width: int, state_size: int = 16, dropout: float = 0.1) -> None:
-        super().__init__()
-        if width % 2:
-            raise MFuserError(
-                f"mvfuser: a width of {width} cannot be halved for its two branches; set "
-                f"shared_width to an even number, e.g. {width + 1}"
-            )
-        half = width // 2
-        self.state_size = state_size
-        self.dt_rank = math.ceil(width / 16)
-        self.in_proj = nn.Linear(width, width, bias=False)
-        self.conv1d_x = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False)
-        self.conv1d_z = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False)
-        self.x_proj = nn.Linear(half, self.dt_rank + 2 * state_size, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, half)
+    def _add_scan(self, width: int, dt_rank: int, state_size: int) -> None:
+        self.x_proj = nn.Linear(width, dt_rank + 2 * state_size, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, width)
         self.A_log = nn.Parameter(
-            torch.arange(1, state_size + 1, dtype=torch.float32).log().repeat(half, 1)
+            torch.arange(1, state_size + 1, dtype=torch.float32).log().repeat(width, 1)
         )
-        self.D = nn.Parameter(torch.ones(half))
-        self.norm = nn.RMSNorm(half, eps=1e-5)
-        self.out_proj = nn.Linear(half, width, bias=False)
-        self.dropout = nn.Dropout(dropout)
-        self.scale = nn.Parameter(torch.tensor(1e-3))
-        self._reset_steps()
+        self.D = nn.Parameter(torch.ones(width))
 
     def _reset_steps(self) -> None:
         """Step sizes log-uniform in [0.001, 0.1] (Mamba, arXiv 2312.00752, section 3.6)."""
-        bound = self.dt_rank**-0.5
+        bound = self.dt_proj.in_features**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         low, high = math.log(1e-3), math.log(1e-1)
         steps = torch.exp(torch.rand(self.dt_proj.out_features) * (high - low) + low)
@@ -62,13 +45,11 @@ class MVFuser(nn.Module):
             # The inverse of softplus.
             self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, L, D) -> offsets (B, L, D)."""
-        x, z = self.in_proj(tokens).transpose(1, 2).chunk(2, 1)  # (B, D/2, L) each
-        x = F.silu(self.conv1d_x(x)).transpose(1, 2)  # (B, L, D/2)
-        z = F.silu(self.conv1d_z(z)).transpose(1, 2)
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.state_size, self.state_size], -1)
-        y = selective_scan(
+    def scan(self, x: Tensor) -> Tensor:
+        """(B, L, D/2) -> (B, L, D/2), each token having read those before it."""
+        dt_rank, state_size = self.dt_proj.in_features, self.A_log.shape[1]
+        dt, B, C = self.x_proj(x).split([dt_rank, state_size, state_size], -1)
+        return selective_scan(
             x,
             self.dt_proj(dt),
             -torch.exp(self.A_log),
@@ -79,16 +60,82 @@ class MVFuser(nn.Module):
             delta_softplus=True,
             layout="bld",
         )
-        offsets = self.out_proj(self.norm(y) * F.silu(z))
+
+
+class ReverseScan(Scan):
+    """A scan from the last token to the first, with weights of its own."""
+
+    def __init__(self, width: int, dt_rank: int, state_size: int) -> None:
+        super().__init__()
+        self._add_scan(width, dt_rank, state_size)
+        self._reset_steps()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scan(x.flip(1)).flip(1)
+
+
+class MVFuser(Scan):
+    """Offsets for one joint token sequence (Zhang & Tan, CVPR 2025, eq. 2-6).
+
+    A sequential branch (convolution, selective scan) gated by a spatial branch (convolution), at
+    half the width. As in the released implementation, which the paper abridges: both convolutions
+    are centred, the step bias counts twice (in `dt_proj` and again in the scan), the scan's
+    output is normalised before the gate, and the gate passes SiLU twice. `scale` starts at 0.001,
+    so that the offsets start near zero.
+
+    bidirectional: a second scan reads the sequence from its end (Vision Mamba, arXiv 2401.09417),
+    with weights of its own behind the same convolution. "sum", or True, adds the two outputs;
+    "concat" lays them side by side before the norm, which doubles `out_proj`.
+
+    Raises MFuserError if the width is odd: the two branches share it.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        state_size: int = 16,
+        dropout: float = 0.1,
+        bidirectional: Bidirectional = False,
+    ) -> None:
+        super().__init__()
+        if width % 2:
+            raise MFuserError(
+                f"mvfuser: a width of {width} cannot be halved for its two branches; set "
+                f"shared_width to an even number, e.g. {width + 1}"
+            )
+        half = width // 2
+        dt_rank = math.ceil(width / 16)
+        self.concat = bidirectional == "concat"
+        out = width if self.concat else half
+        self.in_proj = nn.Linear(width, width, bias=False)
+        self.conv1d_x = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False)
+        self.conv1d_z = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False)
+        self._add_scan(half, dt_rank, state_size)
+        self.norm = nn.RMSNorm(out, eps=1e-5)
+        self.out_proj = nn.Linear(out, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.scale = nn.Parameter(torch.tensor(1e-3))
+        self._reset_steps()
+        self.reverse = ReverseScan(half, dt_rank, state_size) if bidirectional else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L, D) -> offsets (B, L, D)."""
+        x, z = self.in_proj(tokens).transpose(1, 2).chunk(2, 1)  # (B, D/2, L) each
+        x = F.silu(self.conv1d_x(x)).transpose(1, 2)  # (B, L, D/2)
+        z = F.silu(self.conv1d_z(z)).transpose(1, 2)
+        y, gate = self.scan(x), F.silu(z)
+        if self.reverse is not None and self.concat:
+            y, gate = torch.cat([y, self.reverse(x)], -1), gate.repeat(1, 1, 2)  # (B, L, D)
+        elif self.reverse is not None:
+            y = y + self.reverse(x)
+        offsets = self.out_proj(self.norm(y) * gate)
         return self.dropout(offsets) * self.scale
 
 
-class MVFuserAdapter(FusionAdapter):
+class MVFuserAdapter(JointAdapter):
     """One MVFuser on [VFM tokens ; VLM tokens], between linear maps where widths differ.
 
-    `vfm_in` and `vfm_out` take the VFM's tokens to the width of the scan and its offsets back,
-    `vlm_in` and `vlm_out` the VLM's; where none is needed they do nothing. With one encoder alone
-    the scan reads that encoder's tokens.
+    With one encoder alone the scan reads that encoder's tokens.
 
     Raises MFuserError if widths differ and project=False.
     """
@@ -101,48 +148,42 @@ class MVFuserAdapter(FusionAdapter):
         dropout: float = 0.1,
         shared_width: int | None = None,
         project: bool | None = None,
+        bidirectional: Bidirectional = False,
+        order: Order = "vfm_first",
     ) -> None:
-        super().__init__()
+        width = width_of(vfm, vlm, shared_width)
         vfm_width = vfm.embed_dim if vfm else None
         vlm_width = vlm.embed_dim if vlm else None
-        width = shared_width or vlm_width or vfm_width
-        assert width is not None, "a pairing has an encoder"
         if project is False and {vfm_width, vlm_width} - {None, width}:
             raise MFuserError(
                 f"mvfuser: project = false, but the widths differ (VFM {vfm_width}, VLM "
                 f"{vlm_width}, scan {width}); leave project out, and maps are added where needed"
             )
         # The released CLIP models map the VFM's tokens even at equal widths, the VLM's never.
-        self.vfm_in, self.vfm_out = _maps(vfm_width, width, always=bool(project))
-        self.vlm_in, self.vlm_out = _maps(vlm_width, width, always=False)
-        self.mvfuser = MVFuser(width, state_size, dropout)
+        super().__init__(vfm, vlm, width, map_vfm=bool(project))
+        self.order: Order = order
+        self.mvfuser = MVFuser(width, state_size, dropout, bidirectional)
 
-    def forward(
-        self,
-        vfm_tokens: Tensor | None,
-        vlm_tokens: Tensor | None,
-        vfm_grid: tuple[int, int] | None = None,
-        vlm_grid: tuple[int, int] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if vfm_tokens is None:
-            assert vlm_tokens is not None, "a pairing has an encoder"
-            return None, self.vlm_out(self.mvfuser(self.vlm_in(vlm_tokens)))
-        if vlm_tokens is None:
-            return self.vfm_out(self.mvfuser(self.vfm_in(vfm_tokens))), None
-        joint = torch.cat([self.vfm_in(vfm_tokens), self.vlm_in(vlm_tokens)], 1)
-        lengths = [vfm_tokens.shape[1], vlm_tokens.shape[1]]
-        vfm_offset, vlm_offset = self.mvfuser(joint).split(lengths, 1)
-        return self.vfm_out(vfm_offset), self.vlm_out(vlm_offset)
+    def mix(self, streams: list[Tensor], grids: list[Grid]) -> list[Tensor]:
+        lengths = [tokens.shape[1] for tokens in streams]
+        joint = torch.cat(streams, 1)
+        if len(streams) == 1 or self.order == "vfm_first":
+            return list(self.mvfuser(joint).split(lengths, 1))
+        places = reading_order(lengths[0], lengths[1], self.order, joint.device)
+        offsets = self.mvfuser(joint[:, places])[:, places.argsort()]
+        return list(offsets.split(lengths, 1))
 
 
-def _maps(tokens: int | None, width: int, always: bool) -> tuple[nn.Module, nn.Module]:
-    """Linear maps from an encoder's width to the scan's and back, or nothing."""
-    if tokens is None or (tokens == width and not always):
-        return nn.Identity(), nn.Identity()
-    back = nn.Linear(width, tokens)
-    # Else the offsets would start at this bias (up to 0.03 at width 1024), not near zero.
-    nn.init.zeros_(back.bias)
-    return nn.Linear(tokens, width), back
+def reading_order(vfm: int, vlm: int, order: Order, device: torch.device) -> Tensor:
+    """Indices into [VFM tokens ; VLM tokens], of those lengths, in the order of the scan."""
+    first, second = (
+        torch.arange(start, start + count, device=device) for start, count in ((0, vfm), (vfm, vlm))
+    )
+    if order == "interleaved":
+        # By relative place, (i + 1/2) / N, in whole numbers; the VFM's first where they tie.
+        keys = torch.cat([(2 * first + 1) * vlm, (2 * (second - vfm) + 1) * vfm])
+        return keys.argsort(stable=True)
+    return torch.cat([second, first] if order == "vlm_first" else [first, second])
 
 
 class MVFuserSpec(FusionSpec, name="mvfuser"):
@@ -153,6 +194,11 @@ class MVFuserSpec(FusionSpec, name="mvfuser"):
     shared_width: width of the scan. None: the VLM's (the VFM's where there is no VLM).
     project: linear maps of the VFM's tokens to that width and back even at equal widths, as in
         the released CLIP models. None: only where the widths differ.
+    bidirectional: a second scan reads from the end; true or "sum": the two outputs are added,
+        "concat": laid side by side.
+    order: how the two sequences are laid out: one after the other, or "interleaved" token by
+        token (by relative place where their lengths differ). The scan reads one way: what comes
+        later sees what came before. Released: "vfm_first".
     """
 
     single_tower: ClassVar[bool] = True
@@ -162,10 +208,19 @@ class MVFuserSpec(FusionSpec, name="mvfuser"):
     dropout: float = Field(default=0.1, ge=0, lt=1)
     shared_width: PositiveInt | None = None
     project: bool | None = None
+    bidirectional: Bidirectional = False
+    order: Order = "vfm_first"
 
     def build(self, vfm: TokenShape | None, vlm: TokenShape | None) -> MVFuserAdapter:
         return MVFuserAdapter(
-            vfm, vlm, self.state_size, self.dropout, self.shared_width, self.project
+            vfm,
+            vlm,
+            self.state_size,
+            self.dropout,
+            self.shared_width,
+            self.project,
+            self.bidirectional,
+            self.order,
         )
 
 

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mfuser import MFuserError, TokenShape
-from mfuser_plugins.fusion.mvfuser import MVFuser, MVFuserAdapter, MVFuserSpec
+from mfuser_plugins.fusion.mvfuser import (
+    MVFuser,
+    MVFuserAdapter,
+    MVFuserSpec,
+    reading_order,
+)
 
 GOLDEN = Path(__file__).parents[4] / "shared/golden/mvfuser.safetensors"
 # Relative to the largest value: outputs and gradients of the released code are float32, whose
@@ -193,3 +198,71 @@ def test_impossible_widths_are_refused() -> None:
     with pytest.raises(MFuserError, match="width of 9.*shared_width.*10"):
         MVFuserSpec().build(None, TokenShape(9, (2, 2), 0))
     MVFuserSpec(shared_width=10).build(None, TokenShape(9, (2, 2), 0))
+
+
+def test_options_of_ours_leave_the_released_module_as_it_is() -> None:
+    torch.manual_seed(3)
+    plain = MVFuser(16, 2)
+    torch.manual_seed(3)
+    both = MVFuser(16, 2, bidirectional="sum")
+    assert not any(name.startswith("reverse") for name in plain.state_dict())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, both.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("how", [True, "sum", "concat"])
+def test_bidirectional_reads_from_both_ends(how: bool | str) -> None:
+    module = MVFuser(16, 2, dropout=0.0, bidirectional=how).double()  # type: ignore[arg-type]
+    tokens = torch.randn(1, 9, 16, dtype=torch.float64, requires_grad=True)
+    # Beyond the convolutions' reach (one token) only a scan carries anything.
+    for asked, other in ((1, 7), (7, 1)):
+        (gradient,) = torch.autograd.grad(module(tokens)[0, asked].sum(), tokens)
+        assert gradient[0, other].abs().max() > 0
+    one_way = MVFuser(16, 2, dropout=0.0).double()
+    (gradient,) = torch.autograd.grad(one_way(tokens)[0, 1].sum(), tokens)
+    assert gradient[0, 7].abs().max() == 0
+
+
+def test_bidirectional_sum_of_equal_scans_is_symmetric() -> None:
+    module = randomised(16, 2)
+    both = MVFuser(16, 2, dropout=0.0, bidirectional="sum").double()
+    both.load_state_dict(
+        module.state_dict()
+        | {f"reverse.{k}": v for k, v in module.state_dict().items() if k[:2] in ("x_", "dt", "A_")}
+        | {"reverse.D": module.D.detach()}
+    )
+    with torch.no_grad():  # a kernel that reads the same from both ends
+        for conv in (both.conv1d_x, both.conv1d_z):
+            conv.weight[..., 2] = conv.weight[..., 0]
+    tokens = torch.randn(1, 7, 16, dtype=torch.float64)
+    assert close(both(tokens.flip(1)).flip(1), both(tokens), 1e-9)
+
+
+@given(vfm=st.integers(1, 9), vlm=st.integers(1, 9))
+def test_reading_orders(vfm: int, vlm: int) -> None:
+    device = torch.device("cpu")
+    v, t = list(range(vfm)), list(range(vfm, vfm + vlm))
+    assert reading_order(vfm, vlm, "vfm_first", device).tolist() == v + t
+    assert reading_order(vfm, vlm, "vlm_first", device).tolist() == t + v
+    mixed = reading_order(vfm, vlm, "interleaved", device).tolist()
+    assert sorted(mixed) == v + t
+    assert [i for i in mixed if i < vfm] == v and [i for i in mixed if i >= vfm] == t
+    if vfm == vlm:
+        assert mixed == [i for pair in zip(v, t, strict=True) for i in pair]
+
+
+def test_order_decides_who_sees_whom() -> None:
+    shape = TokenShape(8, (2, 3), 0)
+
+    def seen(order: str) -> tuple[bool, bool]:
+        """Whether the VFM's first token hears of the VLM's last, and the other way round."""
+        adapter = MVFuserSpec(state_size=2, order=order).build(shape, shape).double()
+        vfm, vlm = torch.randn(2, 1, 6, 8, dtype=torch.float64).requires_grad_().unbind()
+        a, b = adapter(vfm, vlm)
+        (first,) = torch.autograd.grad(a[0, 0].sum(), vlm, retain_graph=True)
+        (second,) = torch.autograd.grad(b[0, 0].sum(), vfm)
+        return bool((first[0, 5] != 0).any()), bool((second[0, 4] != 0).any())
+
+    assert seen("vfm_first") == (False, True)
+    assert seen("vlm_first") == (True, False)
+    assert seen("interleaved") == (False, False)
