@@ -6,34 +6,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from mfuser import EnhancerSpec, TextEnhancer, hookimpl
+from mfuser import EnhancerSpec, hookimpl
+from mfuser_plugins.enhancers._reading import MLP, Attention, Gamma, ReadingEnhancer
 from mfuser_plugins.fusion.mvfuser import MVFuser
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention; queries, keys and values without bias."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.proj = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, K, D) -> (B, K, D)."""
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, K, D / heads)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.dropout(self.proj(out))
 
 
 class Layer(nn.Module):
@@ -46,15 +24,13 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, heads: int, state_size: int, dropout: float) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(width, heads, dropout)
+        self.self_attn = Attention(width, heads, dropout)
         # Released under this name; it is a scan, not an attention.
         self.cross_attn = MVFuser(width, state_size)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
-        )
+        self.mlp = MLP(width, dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
@@ -67,7 +43,7 @@ class Layer(nn.Module):
         return text + self.dropout(self.mlp(self.norm3(text)))
 
 
-class MTEnhancer(TextEnhancer):
+class MTEnhancer(ReadingEnhancer):
     """text + gamma * f(text, visual), with f at its own width (paper, section 4.2)."""
 
     def __init__(
@@ -78,43 +54,15 @@ class MTEnhancer(TextEnhancer):
         layers: int = 1,
         state_size: int = 16,
         dropout: float = 0.1,
-        gamma_init: Literal["normal"] | float = "normal",
+        gamma_init: Gamma = "normal",
     ) -> None:
-        super().__init__()
-        self.memory_proj = nn.Sequential(
-            nn.LayerNorm(text_dim), nn.Linear(text_dim, width), nn.LayerNorm(width)
+        super().__init__(
+            text_dim,
+            width,
+            lambda: Layer(width, heads, state_size, dropout),
+            layers,
+            gamma_init,
         )
-        self.text_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
-        self.decoder = nn.ModuleList(
-            Layer(width, heads, state_size, dropout) for _ in range(layers)
-        )
-        self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, text_dim))
-        self.apply(_reset)
-        self.gamma = nn.Parameter(torch.empty(text_dim))
-        if gamma_init == "normal":
-            nn.init.trunc_normal_(self.gamma)
-        else:
-            nn.init.constant_(self.gamma, gamma_init)
-
-    def difference(self, text: Tensor, visual: Tensor) -> Tensor:
-        """f: text (B, K, C), visual (B, 1 + T, C) -> (B, K, C)."""
-        visual = self.memory_proj(visual)
-        x = self.text_proj(text)
-        for layer in self.decoder:
-            x = layer(x, visual)
-        return self.out_proj(x)
-
-    def forward(self, text: Tensor, visual: Tensor) -> Tensor:
-        return text + self.gamma * self.difference(text, visual)
-
-
-def _reset(module: nn.Module) -> None:
-    # As released: this includes the scan's dt_proj, whose bias is thereby zero and no longer
-    # gives step sizes of 0.001 to 0.1.
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 class MTEnhancerSpec(EnhancerSpec, name="mtenhancer"):

@@ -1,0 +1,96 @@
+"""What the enhancers share that let class texts read the image at a width of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mfuser import TextEnhancer
+
+Gamma = Literal["normal"] | float
+
+
+class Attention(nn.Module):
+    """Multi-head attention; queries, keys and values without bias."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        """(B, K, D), memory (B, M, D), or none for self-attention -> (B, K, D)."""
+        memory = x if memory is None else memory
+        q, k, v = (
+            proj(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for proj, tokens in ((self.q_proj, x), (self.k_proj, memory), (self.v_proj, memory))
+        )  # (B, heads, K or M, D / heads)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.dropout(self.proj(out))
+
+
+class MLP(nn.Sequential):
+    """Linear to four times the width, GELU, dropout, linear."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
+
+
+class ReadingEnhancer(TextEnhancer):
+    """text + gamma * f(text, visual), with f at its own width (paper, section 4.2).
+
+    layer: makes one layer of f, (text (B, K, D), visual (B, T, D)) -> (B, K, D).
+    gamma: "normal" draws it per channel with standard deviation 1, as released.
+    """
+
+    def __init__(
+        self,
+        text_dim: int,
+        width: int,
+        layer: Callable[[], nn.Module],
+        layers: int = 1,
+        gamma_init: Gamma = "normal",
+    ) -> None:
+        super().__init__()
+        self.memory_proj = nn.Sequential(
+            nn.LayerNorm(text_dim), nn.Linear(text_dim, width), nn.LayerNorm(width)
+        )
+        self.text_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
+        self.decoder = nn.ModuleList(layer() for _ in range(layers))
+        self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, text_dim))
+        self.apply(_reset)
+        self.gamma = nn.Parameter(torch.empty(text_dim))
+        if gamma_init == "normal":
+            nn.init.trunc_normal_(self.gamma)
+        else:
+            nn.init.constant_(self.gamma, gamma_init)
+
+    def difference(self, text: Tensor, visual: Tensor) -> Tensor:
+        """f: text (B, K, C), visual (B, 1 + T, C) -> (B, K, C)."""
+        visual = self.memory_proj(visual)
+        x = self.text_proj(text)
+        for layer in self.decoder:
+            x = layer(x, visual)
+        return self.out_proj(x)
+
+    def forward(self, text: Tensor, visual: Tensor) -> Tensor:
+        return text + self.gamma * self.difference(text, visual)
+
+
+def _reset(module: nn.Module) -> None:
+    # As released: this includes a scan's dt_proj, whose bias is thereby zero and no longer gives
+    # step sizes of 0.001 to 0.1.
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from mfuser_plugins.enhancers.mamba_only import MambaOnly, MambaOnlySpec
+from mfuser_plugins.enhancers.mtenhancer import MTEnhancer
+
+
+def test_is_mtenhancer_without_attention() -> None:
+    ours = MambaOnly(12, width=16, state_size=3, dropout=0.0).eval()
+    whole = MTEnhancer(12, width=16, heads=2, state_size=3, dropout=0.0).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    renamed = {"norm1": "norm2", "norm2": "norm3", "scan": "cross_attn"}
+    state = whole.state_dict()
+    for name, value in ours.state_dict().items():
+        part = name.split(".")[2] if name.startswith("decoder.") else ""
+        state[name.replace(f".{part}.", f".{renamed.get(part, part)}.")] = value
+    for name in ("weight", "bias"):  # the attention adds nothing
+        state[f"decoder.0.self_attn.proj.{name}"].zero_()
+    whole.load_state_dict(state)
+    text, visual = torch.randn(2, 5, 12), torch.randn(2, 10, 12)
+    torch.testing.assert_close(ours(text, visual), whole(text, visual))
+    assert not any("self_attn" in name for name in ours.state_dict())
+
+
+@settings(max_examples=10, deadline=None)
+@given(batch=st.integers(1, 3), classes=st.integers(1, 6), visual=st.integers(1, 9))
+def test_any_number_of_classes_and_tokens(batch: int, classes: int, visual: int) -> None:
+    module = MambaOnlySpec(width=8, state_size=2, layers=2).build(6, classes)
+    text = torch.randn(batch, classes, 6)
+    out = module(text, torch.randn(batch, visual, 6))
+    assert out.shape == text.shape and out.isfinite().all()
+    out.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_odd_width() -> None:
+    with pytest.raises(ValidationError, match="width 15 must be even, e.g. 16"):
+        MambaOnlySpec(width=15)
