@@ -86,7 +86,7 @@ def _load(path: Path) -> Any:
 
 def _why(path: Path, error: Exception) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, pickle.UnpicklingError) and "unsupported" in text.lower():
+    if isinstance(error, pickle.UnpicklingError) and "unsupported global" in text.lower():
         return (
             f"it holds more than tensors and plain values, and nothing in it is executed "
             f"({_named(text)}); save its state_dict alone where you trust the file"
@@ -99,5 +99,5 @@ def _why(path: Path, error: Exception) -> str:
 
 def _named(text: str) -> str:
     """The part of torch's message that names what the pickle asks for."""
-    start = text.lower().find("unsupported")
+    start = text.lower().find("unsupported global")
     return text[start : start + 100].split(" was not")[0]
