@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -54,6 +54,8 @@ class VisionBackbone(nn.Module, ABC):
     """Patches (h, w) of an image of `image_size`."""
     license: str | None = None
     """The weights' licence where their publisher states one."""
+    always_trains: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of the names of parameters that train although the backbone is frozen."""
 
     mean: Tensor
     std: Tensor

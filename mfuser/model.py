@@ -71,14 +71,15 @@ class DGSSModel(nn.Module):
         """Class text embeddings (K, C); computed once for as long as nothing trains."""
         vlm = self.encoder.vlm
         assert vlm is not None
-        if self._text is not None:
+        keep = not self.training and not torch.is_grad_enabled()
+        if keep and self._text is not None:
             return self._text
         if self.ids is None:
             raise MFuserError(self.without_ids)
         assert isinstance(self.ids, Tensor)
         text = vlm.encode_text(self.ids, self.prompt.contexts if self.prompt else None)
         expect(vlm, "encode_text()'s result", text, (len(self.classes), vlm.text_dim))
-        if not self.training and not torch.is_grad_enabled():
+        if keep:
             self._text = text
         return text
 

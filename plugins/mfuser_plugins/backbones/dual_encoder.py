@@ -73,6 +73,8 @@ class DualEncoder(VisionLanguageBackbone):
     patches. The maps always train; the towers as their specs say.
     """
 
+    always_trains: ClassVar[tuple[str, ...]] = ("visual_projection", "text_projection")
+
     def __init__(self, vision: VisionBackbone, text: TextEncoder, text_dim: int) -> None:
         super().__init__()
         self.vision = vision
