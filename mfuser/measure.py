@@ -210,6 +210,19 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     return facts
 
 
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def layout(spec: FusionSpec, shape: TokenShape, label: str = "") -> None:
+    """Raises MFuserError where the component builds no adapter for such tokens; takes no memory."""
+    try:
+        _built(spec, shape, label or spec.component(), "meta")
+    except (NotImplementedError, RuntimeError):
+        # It computes with values while it is built; the measurement will tell.
+        return
+
+
 def _built(spec: FusionSpec, shape: TokenShape, label: str, device: str) -> FusionAdapter:
     with torch.device(device):
         adapter = spec.build(shape, shape)

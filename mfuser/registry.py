@@ -26,6 +26,8 @@ from mfuser.pairing import PairingSpec
 from mfuser.plugins import Components, installed_components, load_components
 from mfuser.recipe import RecipeSpec
 from mfuser.specs import DatasetSpec, Spec
+from mfuser.study.spec import KINDS as STUDY_KINDS
+from mfuser.study.spec import AnyStudy
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -102,6 +104,16 @@ class Registry:
     def recipe(self, name: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RecipeSpec:
         """A recipe, resolved and validated."""
         return self._resolve("recipe", name, RecipeSpec, overrides)
+
+    def study(self, name: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> AnyStudy:
+        """A study, resolved and validated; its variants are `mfuser.study.grid`'s to resolve."""
+        kind = self.raw("study", name).get("kind", "training")
+        if kind not in STUDY_KINDS:
+            raise RegistryError(
+                f"{self.where('study', name)} [study.{name}]: kind = {kind!r}: there is no such "
+                f"kind{suggest(str(kind), STUDY_KINDS)}"
+            )
+        return self._resolve("study", name, STUDY_KINDS[kind], overrides)
 
     def dataset(self, reference: str) -> DatasetSpec:
         """ "gta", "acdc:fog" (a dataset and its variant), or the name of a [dataset.NAME] table."""

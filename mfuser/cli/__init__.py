@@ -99,4 +99,4 @@ def _fail(message: str, arguments: list[str], code: int = 2) -> None:
     sys.exit(code)
 
 
-from mfuser.cli import convert, show, work  # noqa: E402, F401  (they add their commands to the group)
+from mfuser.cli import ablate, convert, show, work  # noqa: E402, F401  (they add their commands)

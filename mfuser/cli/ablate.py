@@ -1,0 +1,259 @@
+"""The command that works through a study."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mfuser.cli import INTERRUPTED, cli, emit
+from mfuser.cli.options import (
+    check_device,
+    data_options,
+    device_option,
+    json_option,
+    open_registry,
+    registry_options,
+    set_option,
+)
+
+if TYPE_CHECKING:
+    from mfuser.registry import Registry
+    from mfuser.study.runs import Inputs, Job
+    from mfuser.study.spec import AdapterStudySpec, StudySpec
+
+
+@cli.command()
+@click.argument("study")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="Default: studies/STUDY."
+)
+@click.option(
+    "--axis",
+    "axes",
+    multiple=True,
+    metavar="NAME=A,B,…",
+    help="Replace the values of an axis, e.g. fusion=mvfuser,none.",
+)
+@click.option("--base", default=None, metavar="PAIRING", help="The pairing that is varied.")
+@click.option("--recipe", default=None, help="How every variant is trained.")
+@click.option("--source", default=None, metavar="DATASET", help="What every variant trains on.")
+@click.option("--targets", default=None, metavar="A,B,…", help="Domains they are tested on.")
+@click.option("--seeds", default=None, metavar="0,1,…", help="One run of each variant with each.")
+@set_option
+@click.option(
+    "--set-recipe",
+    "recipe_settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change an option of the recipe, e.g. steps=2000.",
+)
+@click.option("--index", type=int, default=0, help="Which share of the runs, from 0.")
+@click.option("--of", type=click.IntRange(min=1), default=1, help="Number of shares.")
+@click.option("--dry-run", is_flag=True, help="List the runs and how they stand; run nothing.")
+@registry_options
+@data_options
+@device_option
+@json_option
+def ablate(
+    study: str,
+    out: Path | None,
+    axes: tuple[str, ...],
+    base: str | None,
+    recipe: str | None,
+    source: str | None,
+    targets: str | None,
+    seeds: str | None,
+    settings: tuple[str, ...],
+    recipe_settings: tuple[str, ...],
+    index: int,
+    of: int,
+    dry_run: bool,
+    registries: tuple[str, ...],
+    plugins: tuple[str, ...],
+    data_roots: tuple[str, ...],
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Work through STUDY, a [study.STUDY] table of the registry: train each variant with each
+    seed, evaluate it, and write one table of all.
+
+    Nothing runs before the whole grid is validated. What is finished is skipped, so the same
+    command goes on after Ctrl-C. A run that fails does not stop the others. Several processes or
+    machines may share the work (--index, --of); each may use one GPU (CUDA_VISIBLE_DEVICES).
+    """
+    registry = open_registry(registries, plugins, data_roots)
+    overrides = _overrides(axes, base, recipe, source, targets, seeds, settings, recipe_settings)
+    spec = registry.study(study, overrides)
+    if not dry_run:
+        check_device(device)
+    from mfuser.study.runs import Inputs
+    from mfuser.study.spec import AdapterStudySpec, StudySpec
+
+    folder = out or Path("studies") / study
+    inputs = Inputs(registries, plugins, data_roots, device)
+    plan: _Plan
+    if isinstance(spec, AdapterStudySpec):
+        plan = _AdapterPlan(registry, study, spec, folder, inputs)
+    else:
+        assert isinstance(spec, StudySpec)
+        plan = _TrainingPlan(registry, study, spec, folder, inputs)
+    _work(plan, study, folder, index, of, dry_run, as_json)
+
+
+class _Plan:
+    """A study's jobs, and the table of what they found."""
+
+    jobs: list[Job]
+    identities: dict[str, dict[str, Any]]
+
+    def check(self) -> None:
+        """What can only be wrong if something is to run."""
+
+    def results(self) -> Any:
+        raise NotImplementedError
+
+
+class _TrainingPlan(_Plan):
+    def __init__(
+        self, registry: Registry, name: str, spec: StudySpec, folder: Path, inputs: Inputs
+    ) -> None:
+        from mfuser.study import grid, runs
+
+        self.registry, self.name, self.spec, self.folder = registry, name, spec, folder
+        self.variants = grid.variants(registry, name, spec)
+        self.jobs = runs.training_jobs(self.variants, folder, inputs)
+        self.identities = {v.slug: v.identity() for v in self.variants}
+
+    def check(self) -> None:
+        from mfuser.study import grid, runs
+
+        runs.check_runs(self.variants, self.folder)
+        if any(job.state()[0] != "finished" for job in self.jobs):
+            grid.check_data(self.registry, self.variants)
+
+    def results(self) -> Any:
+        from mfuser.study import report
+
+        return report.collect(self.registry, self.name, self.spec, self.variants, self.jobs)
+
+
+class _AdapterPlan(_Plan):
+    def __init__(
+        self, registry: Registry, name: str, spec: AdapterStudySpec, folder: Path, inputs: Inputs
+    ) -> None:
+        from mfuser.study import adapters
+
+        self.registry, self.name, self.spec = registry, name, spec
+        self.adapters = adapters.adapters(registry, name, spec)
+        self.jobs = adapters.jobs(self.adapters, spec, folder, inputs)
+        self.identities = adapters.identities(self.adapters, spec)
+
+    def results(self) -> Any:
+        from mfuser.study import adapters
+
+        return adapters.collect(self.registry, self.name, self.spec, self.adapters, self.jobs)
+
+
+def _work(
+    plan: _Plan, study: str, folder: Path, index: int, of: int, dry_run: bool, as_json: bool
+) -> None:
+    from mfuser.console import Console
+    from mfuser.study import runs
+
+    share = runs.share(plan.jobs, index, of)
+    runs.check_study(folder, study, plan.identities)
+    if dry_run:
+        _list(share, folder, as_json)
+        return
+    plan.check()
+    runs.open_study(folder, study, plan.identities)
+    console = Console()
+    try:
+        troubles = runs.work_through(share, console)
+    except runs.StudyInterrupted as stop:
+        console.say(
+            f"{stop}. What is finished stays; the same command goes on from here:\n"
+            f"  mfuser {shlex.join(sys.argv[1:])}"
+        )
+        raise click.exceptions.Exit(INTERRUPTED) from stop
+    results = plan.results()
+    without_plot = results.save(folder)
+    if without_plot:
+        console.say(without_plot)
+    if as_json:
+        emit(results.model_dump(mode="json"))
+    else:
+        _show(results, folder)
+    if troubles:
+        console.say(f"{len(troubles)} of {len(share)} runs did not come to an end:")
+        for job, status, message in troubles:
+            console.say(f"  {job.label} {status}: {message}")
+        raise click.exceptions.Exit(1)
+
+
+def _list(jobs: list[Job], folder: Path, as_json: bool) -> None:
+    if as_json:
+        emit([{"run": j.label, "folder": str(j.folder), "state": j.state()[0]} for j in jobs])
+        return
+    width = max((len(job.label) for job in jobs), default=0)
+    for job in jobs:
+        click.echo(f"{job.label:<{width}}  {job.state()[0]:<11}  {job.folder}")
+    left = sum(job.state()[0] not in ("finished", "diverged") for job in jobs)
+    click.echo(f"{len(jobs)} runs in {folder}, {left} to do")
+
+
+def _show(results: Any, folder: Path) -> None:
+    from rich.console import Console
+
+    out = Console()
+    if not out.is_terminal:
+        out = Console(width=200)
+    for table in results.tables():
+        out.print(table)
+    for line in results.summary():
+        out.print(line, highlight=False, soft_wrap=True, markup=False)
+    click.echo(f"results: {folder / 'results.md'}")
+
+
+def _overrides(
+    axes: tuple[str, ...],
+    base: str | None,
+    recipe: str | None,
+    source: str | None,
+    targets: str | None,
+    seeds: str | None,
+    settings: tuple[str, ...],
+    recipe_settings: tuple[str, ...],
+) -> dict[str, Any]:
+    from mfuser.registry import parse_settings
+
+    given: dict[str, Any] = {"base": base, "recipe": recipe, "source": source}
+    given["targets"] = targets
+    given = {k: v for k, v in given.items() if v is not None}
+    if seeds is not None:
+        given["seeds"] = _list_of(seeds)
+    if settings:
+        given["settings"] = parse_settings(settings)
+    if recipe_settings:
+        given["recipe_settings"] = parse_settings(recipe_settings)
+    for axis in axes:
+        name, sep, values = axis.partition("=")
+        if not sep or not name.strip() or not values.strip():
+            raise click.UsageError(f"--axis {axis}: write NAME=A,B,…, e.g. fusion=mvfuser,none")
+        given.setdefault("axes", {})[name.strip()] = _list_of(values)
+    return given
+
+
+def _list_of(text: str) -> list[Any]:
+    """ "a,b" or "8,4" or a list in TOML -> its values."""
+    from mfuser.registry import parse_settings
+
+    if text.strip().startswith("["):
+        value = parse_settings([f"value={text}"])["value"]
+        return value if isinstance(value, list) else [value]
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return [parse_settings([f"value={part}"])["value"] for part in parts]

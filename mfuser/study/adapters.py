@@ -1,0 +1,300 @@
+"""The study that needs no data: what each adapter costs by itself, and how its time grows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.table import Table
+
+from mfuser import measure
+from mfuser.console import Console
+from mfuser.errors import MFuserError, RegistryError
+from mfuser.measure import AdapterCost, Growth
+from mfuser.registry import Registry
+from mfuser.run import write_json, write_text
+from mfuser.specs import FusionSpec, TokenShape
+from mfuser.study import paper
+from mfuser.study.grid import value_label
+from mfuser.study.runs import Inputs, Job
+from mfuser.study.spec import AdapterStudySpec
+
+FILE = "measured.json"
+COLUMNS = (
+    *("adapter", "batch", "tokens", "params", "flops", "scan_flops"),
+    *("forward_s", "forward_p20_s", "forward_p80_s", "backward_s", "peak_bytes", "us_per_token"),
+)
+
+
+class Measured(BaseModel):
+    """One adapter's file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    machine: dict[str, Any]
+    cost: AdapterCost
+    growth: Growth | None
+
+
+def adapters(registry: Registry, name: str, study: AdapterStudySpec) -> dict[str, FusionSpec]:
+    """Label -> spec, each validated and laid out. Raises RegistryError naming what is refused."""
+    place = f"{registry.where('study', name)} [study.{name}] adapters"
+    found: dict[str, FusionSpec] = {}
+    shape = TokenShape(study.width, study.grid, study.prefix)
+    for value in study.adapters:
+        label = value_label("adapters", value)
+        table = (
+            value if isinstance(value, str) else {k: v for k, v in value.items() if k != "label"}
+        )
+        try:
+            spec = registry.components.validate(("fusion",), table)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(str(p) for p in first["loc"][1:] or first["loc"])
+            raise RegistryError(f"{place}, {label}: {key}: {first['msg']}") from error
+        except ValueError as error:
+            raise RegistryError(f"{place}: {error}") from error
+        if label in found:
+            raise RegistryError(f"{place}: two are called '{label}'; give one a label")
+        assert isinstance(spec, FusionSpec)
+        try:
+            measure.layout(spec, shape, label)
+        except MFuserError as error:
+            raise RegistryError(f"{place}, {label}: {error}") from error
+        found[label] = spec
+    return found
+
+
+def jobs(
+    specs: dict[str, FusionSpec], study: AdapterStudySpec, out: Path, inputs: Inputs
+) -> list[Job]:
+    made = []
+    for label, spec in specs.items():
+        folder = out / slug(label)
+        request = inputs.request(
+            "adapter",
+            label=label,
+            adapter=spec.model_dump(mode="json"),
+            study=study.model_dump(mode="json"),
+        )
+        made.append(Job(label, folder, (folder / FILE,), request))
+    return made
+
+
+def identities(specs: dict[str, FusionSpec], study: AdapterStudySpec) -> dict[str, dict[str, Any]]:
+    sizes = study.model_dump(mode="json", exclude={"adapters", "paper", "kind"})
+    return {slug(n): {"adapter": s.model_dump(mode="json"), **sizes} for n, s in specs.items()}
+
+
+def slug(label: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._=+-]+", "-", label).strip("-.") or "adapter"
+
+
+def work(job: dict[str, Any], registry: Registry) -> None:
+    """Measure one adapter, in a process of its own."""
+    study = AdapterStudySpec.model_validate(job["study"])
+    spec = registry.components.validate(("fusion",), job["adapter"])
+    assert isinstance(spec, FusionSpec)
+    device = job["device"] or measure.default_device()
+    machine = measure.machine(device)
+    console, label = Console(), str(job["label"])
+    cost = measure.adapter_cost(
+        spec,
+        label,
+        width=study.width,
+        grid=study.grid,
+        prefix=study.prefix,
+        batch=study.batch,
+        device=device,
+    )
+    growth = None
+    if study.curve:
+        with console.task(label, len(study.curve)) as task:
+            growth = measure.growth(
+                spec,
+                label,
+                tokens=study.curve,
+                limit=study.limit,
+                width=study.width,
+                batch=study.batch,
+                device=device,
+                on_point=lambda p: task.advance(note=f"{p.tokens:,} tokens"),
+            )
+    folder = Path(job["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    measured = Measured(machine=machine, cost=cost, growth=growth)
+    write_json(folder / FILE, measured.model_dump(mode="json"))
+
+
+class AdapterResults(BaseModel):
+    """paper: parameters (M) and GFLOPs of table 3, by adapter, where sizes and options are its."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    study: str
+    width: int
+    batch: int
+    costs: list[AdapterCost]
+    growth: list[Growth]
+    machines: list[dict[str, Any]]
+    paper: dict[str, dict[str, float]]
+    troubles: dict[str, str]
+
+    def tables(self) -> list[Table]:
+        tables = []
+        for title, heads, lines in self._parts():
+            table = Table(title=title, title_justify="left")
+            for k, head in enumerate(heads):
+                table.add_column(head, justify="right" if k else "left")
+            for line in lines:
+                table.add_row(*line)
+            tables.append(table)
+        return tables
+
+    def summary(self) -> list[str]:
+        lines = [f"{g.adapter}: {g.stopped}." for g in self.growth if g.stopped]
+        lines += [f"{label}: {message}" for label, message in self.troubles.items()]
+        lines.append(
+            "GFLOPs: 2 x multiply-adds of projections, convolutions and attention products and 1 "
+            "per activation, of the whole batch; operators that PyTorch lacks (the scan) in a "
+            "column of their own. Times are medians; peak memory is that of a training pass."
+        )
+        if self.paper:
+            lines.append(f"Paper: {paper.source()}, table 3.")
+        for facts in self.machines:
+            lines.append("Measured on " + ", ".join(f"{k} {v}" for k, v in facts.items()) + ".")
+        if len(self.machines) > 1:
+            lines.append("These are different machines: times do not compare across them.")
+        return lines
+
+    def markdown(self, plot: str | None) -> str:
+        lines = [f"# Study {self.study}", ""]
+        for title, heads, rows in self._parts():
+            lines += [f"## {title}", "", "| " + " | ".join(heads) + " |"]
+            lines += ["|---" + "|--:" * (len(heads) - 1) + "|"]
+            lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+        lines += [f"{line}\n" for line in self.summary()]
+        if plot is not None:
+            lines.append(f"![{plot}]({plot})")
+        return "\n".join(lines).rstrip() + "\n"
+
+    def csv(self) -> str:
+        """A line per adapter and length; seconds of a pass."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(
+            [
+                "adapter",
+                "batch",
+                "tokens",
+                "params",
+                "flops",
+                "scan_flops",
+                "forward_s",
+                "forward_p20_s",
+                "forward_p80_s",
+                "backward_s",
+                "peak_bytes",
+                "us_per_token",
+            ]
+        )
+        for p in [*self.costs, *(point for g in self.growth for point in g.points)]:
+            values = [p.params, p.flops, p.scan_flops, p.forward.p50, p.forward.p20, p.forward.p80]
+            values += [p.backward.p50 if p.backward else None, p.peak_bytes]
+            writer.writerow(
+                [p.adapter, p.batch, p.tokens]
+                + ["" if v is None else v for v in values]
+                + [1e6 * p.seconds_a_token]
+            )
+        return out.getvalue()
+
+    def save(self, out: Path) -> str | None:
+        """results.json, .md, .csv, and .png where matplotlib is; returns why there is no plot."""
+        from mfuser.study.plot import plot_growth
+
+        missing = plot_growth(self, out / "results.png")
+        write_json(out / "results.json", self.model_dump(mode="json"))
+        write_text(out / "results.md", self.markdown(None if missing else "results.png"))
+        write_text(out / "results.csv", self.csv())
+        return missing
+
+    def _parts(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        published = bool(self.paper)
+        heads = ["adapter", "params M", "GFLOPs", "scan GFLOPs", "forward s", "backward s"]
+        heads.append("peak MB")
+        if published:
+            heads[2:2], heads[4:4] = ["paper"], ["paper"]
+        lines = []
+        for c in self.costs:
+            line = [c.adapter, f"{c.params / 1e6:.2f}", _giga(c.flops), _giga(c.scan_flops)]
+            line += [f"{c.forward.p50:.3f}", f"{c.backward.p50:.3f}" if c.backward else ""]
+            line.append("" if c.peak_bytes is None else f"{c.peak_bytes / 1e6:.0f}")
+            if published:
+                row = self.paper.get(c.adapter, {})
+                line[2:2] = [_paper(row.get("params_m"))]
+                line[4:4] = [_paper(row.get("gflops"))]
+            lines.append(line)
+        tokens = f"{self.costs[0].tokens:,} tokens" if self.costs else ""
+        parts = [(f"One adapter: width {self.width}, batch {self.batch}, {tokens}", heads, lines)]
+        lengths = sorted({p.tokens for g in self.growth for p in g.points})
+        if lengths:
+            heads = ["adapter", *(f"{n:,}" for n in lengths), "time ~ length^"]
+            lines = []
+            for g in self.growth:
+                at = {p.tokens: p for p in g.points}
+                line = [f"{1e6 * at[n].seconds_a_token:.1f}" if n in at else "" for n in lengths]
+                last = "" if g.exponent is None else f"{g.exponent:.2f}"
+                lines.append([g.adapter, *line, last])
+            parts.append(("Forward µs per token, by tokens of both encoders", heads, lines))
+        return parts
+
+
+def collect(
+    registry: Registry,
+    name: str,
+    study: AdapterStudySpec,
+    specs: dict[str, FusionSpec],
+    made: Sequence[Job],
+) -> AdapterResults:
+    found: dict[str, Measured] = {}
+    troubles: dict[str, str] = {}
+    for job in made:
+        status, message = job.state()
+        if status == "finished":
+            text = job.done[0].read_text("utf-8")
+            found[job.label] = Measured.model_validate_json(text)
+        elif message:
+            troubles[job.label] = f"{status}: {message}"
+    machines: list[dict[str, Any]] = []
+    for measured in found.values():
+        facts = {k: v for k, v in measured.machine.items() if k not in ("date", "load before")}
+        if facts not in machines:
+            machines.append(facts)
+    published = {}
+    for label in found:
+        wanted = paper.adapter_row(study, label, specs[label], registry)
+        if wanted is not None:
+            published[label] = wanted
+    return AdapterResults(
+        study=name,
+        width=study.width,
+        batch=study.batch,
+        costs=[m.cost for m in found.values()],
+        growth=[m.growth for m in found.values() if m.growth is not None],
+        machines=machines,
+        paper=published,
+        troubles=troubles,
+    )
+
+
+def _giga(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e9:.2f}"
+
+
+def _paper(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

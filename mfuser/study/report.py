@@ -1,0 +1,269 @@
+"""The results of a study: a row per variant, mean ± standard deviation over its seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+
+from mfuser.registry import Registry
+from mfuser.run import write_json, write_text
+from mfuser.study import paper
+from mfuser.study.grid import Variant
+from mfuser.study.runs import REPORT, Job
+from mfuser.study.spec import StudySpec
+
+AVERAGE = "unseen average"
+
+
+class Score(BaseModel):
+    """mIoU in [0, 1] of each seed that has one. std: of the sample; None for one seed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    values: dict[int, float]
+    mean: float | None
+    std: float | None
+
+    @staticmethod
+    def of(values: dict[int, float]) -> Score:
+        numbers = list(values.values())
+        return Score(
+            values=values,
+            mean=statistics.fmean(numbers) if numbers else None,
+            std=statistics.stdev(numbers) if len(numbers) > 1 else None,
+        )
+
+    def text(self) -> str:
+        if self.mean is None:
+            return ""
+        spread = f" ± {100 * self.std:.1f}" if self.std is not None else ""
+        return f"{100 * self.mean:.1f}{spread}"
+
+
+class Row(BaseModel):
+    """A variant. states: of each seed: finished, diverged, failed, interrupted, begun, open.
+    paper: the published mIoU in per cent, where protocol and models are the same."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    label: str
+    choices: dict[str, str]
+    trained: int | None
+    states: dict[int, str]
+    messages: dict[int, str]
+    scores: dict[str, Score]
+    paper: dict[str, float]
+
+    def state(self) -> str:
+        """How many seeds are behind the figures, and what became of the others."""
+        done = sum(s == "finished" for s in self.states.values())
+        rest = [s for s in self.states.values() if s != "finished"]
+        counts = [f"{rest.count(s)} {s}" for s in dict.fromkeys(rest)]
+        return ", ".join([f"{done} of {len(self.states)}", *counts])
+
+
+class Results(BaseModel):
+    """Everything that a study found. domains: unseen ones first to last, then the source."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    study: str
+    base: str
+    protocol: dict[str, Any]
+    notes: list[str]
+    domains: list[str]
+    seen: list[str]
+    rows: list[Row]
+
+    @property
+    def columns(self) -> list[str]:
+        return [*self.domains, AVERAGE]
+
+    @property
+    def with_paper(self) -> bool:
+        return any(row.paper for row in self.rows)
+
+    def tables(self) -> list[Table]:
+        """For the terminal."""
+        table = Table(title=f"Study {self.study}, mIoU in %", title_justify="left")
+        for k, head in enumerate(self._heads()):
+            table.add_column(head, justify="right" if k > 1 else "left")
+        for cells in self._cells():
+            table.add_row(*cells)
+        return [table]
+
+    def summary(self) -> list[str]:
+        lines = [self._protocol_line()] if self.protocol else []
+        for row in self.rows:
+            for seed, message in row.messages.items():
+                lines.append(f"{row.label}, seed {seed} {row.states[seed]}: {message}")
+        if self.with_paper:
+            lines.append(f"Paper: {paper.source()}, one run each.")
+        return [*lines, *self.notes]
+
+    def markdown(self, plot: str | None) -> str:
+        heads = self._heads()
+        lines = [f"# Study {self.study}", "", f"Base: {self.base}. mIoU in %, mean ± standard"]
+        lines[-1] += " deviation over seeds.\n"
+        lines += ["| " + " | ".join(heads) + " |", "|---|---" + "|--:" * (len(heads) - 2) + "|"]
+        lines += ["| " + " | ".join(cells) + " |" for cells in self._cells()]
+        lines += ["", *(f"{line}\n" for line in self.summary())]
+        if plot is not None:
+            lines.append(f"![{plot}]({plot})")
+        return "\n".join(lines).rstrip() + "\n"
+
+    def csv(self) -> str:
+        """A line per variant and domain, in per cent."""
+        axes = list(self.rows[0].choices)
+        seeds = list(self.rows[0].states)
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(
+            ["variant", *axes, "domain", "seeds", "mean", "std"]
+            + [f"seed {s}" for s in seeds]
+            + (["paper"] if self.with_paper else [])
+        )
+        for row in self.rows:
+            for domain in self.columns:
+                score = row.scores.get(domain, Score.of({}))
+                values = [score.mean, score.std, *(score.values.get(s) for s in seeds)]
+                line = [row.label, *row.choices.values(), domain, str(len(score.values))]
+                line += ["" if v is None else f"{100 * v:.4f}" for v in values]
+                if self.with_paper:
+                    line.append(_two(row.paper.get(domain)))
+                writer.writerow(line)
+        return out.getvalue()
+
+    def save(self, out: Path) -> str | None:
+        """results.json, .md, .csv, and .png where matplotlib is; returns why there is no plot."""
+        from mfuser.study.plot import plot_results
+
+        missing = plot_results(self, out / "results.png")
+        write_json(out / "results.json", self.model_dump(mode="json"))
+        write_text(out / "results.md", self.markdown(None if missing else "results.png"))
+        write_text(out / "results.csv", self.csv())
+        return missing
+
+    def _heads(self) -> list[str]:
+        heads = ["variant", "seeds", "trained"]
+        for domain in self.columns:
+            heads.append(domain + (" (source)" if domain in self.seen else ""))
+            if any(domain in row.paper for row in self.rows):
+                heads.append("paper")
+        return heads
+
+    def _cells(self) -> list[list[str]]:
+        lines = []
+        for row in self.rows:
+            trained = "" if row.trained is None else f"{row.trained / 1e6:.2f} M"
+            cells = [row.label, row.state(), trained]
+            for domain in self.columns:
+                score = row.scores.get(domain)
+                cells.append(score.text() if score else "")
+                if any(domain in other.paper for other in self.rows):
+                    cells.append(_two(row.paper.get(domain)))
+            lines.append(cells)
+        return lines
+
+    def _protocol_line(self) -> str:
+        p = self.protocol
+        return (
+            f"Protocol: source {p['source']}; {p['steps']} steps of {p['batch']}; window "
+            f"{p['window'][0]}x{p['window'][1]}, stride {p['stride'][0]}x{p['stride'][1]}; images "
+            f"per domain: {p['images per domain']}; checkpoint: {p['checkpoint']}."
+        )
+
+
+def collect(
+    registry: Registry,
+    name: str,
+    study: StudySpec,
+    variants: Sequence[Variant],
+    jobs: Sequence[Job],
+) -> Results:
+    """What the finished runs found, and how the others stand."""
+    by_label = {job.label: job for job in jobs}
+    rows: list[Row] = []
+    notes: list[str] = []
+    domains: dict[str, bool] = {}
+    protocols: list[dict[str, Any]] = []
+    withheld: dict[str, str] = {}
+    for variant in variants:
+        values: dict[str, dict[int, float]] = {}
+        states: dict[int, str] = {}
+        messages: dict[int, str] = {}
+        images: dict[str, int] = {}
+        for seed in variant.runs:
+            job = by_label[f"{variant.label}, seed {seed}"]
+            states[seed], message = job.state()
+            if message and states[seed] != "finished":
+                messages[seed] = message
+            if states[seed] != "finished":
+                continue
+            report = json.loads((job.folder / REPORT).read_text("utf-8"))
+            protocols.append(report["protocol"])
+            notes += [n for n in report["notes"] if n not in notes]
+            for domain, result in report["domains"].items():
+                domains[domain] = result["seen"]
+                images[domain] = result["images"]
+                if result["miou"] is not None:
+                    values.setdefault(domain, {})[seed] = result["miou"]
+            if report["average"] is not None:
+                values.setdefault(AVERAGE, {})[seed] = report["average"]
+        wanted = paper.row(study.paper, variant.label) if study.paper else None
+        published: dict[str, float] = {}
+        if wanted is not None:
+            run = next(iter(variant.runs.values()))
+            different = paper.differences(registry, run, wanted)
+            if different:
+                more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+                withheld[variant.label] = different[0] + more
+            elif images:
+                published = paper.miou(wanted, images)
+        rows.append(
+            Row(
+                label=variant.label,
+                choices=variant.choices,
+                trained=variant.trained,
+                states=states,
+                messages=messages,
+                scores={d: Score.of(v) for d, v in values.items()},
+                paper=published,
+            )
+        )
+    for reason in dict.fromkeys(withheld.values()):
+        labels = [label for label, r in withheld.items() if r == reason]
+        beside = "any variant" if len(labels) == len(variants) else ", ".join(labels)
+        notes.append(f"The paper's figures do not stand beside {beside}: {reason}.")
+    return Results(
+        study=name,
+        base=study.base,
+        protocol=_common(protocols),
+        notes=notes,
+        domains=[d for d, seen in domains.items() if not seen] + [d for d in domains if domains[d]],
+        seen=[d for d in domains if domains[d]],
+        rows=rows,
+    )
+
+
+def _common(protocols: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all runs share; "varied" where they do not."""
+    if not protocols:
+        return {}
+    first = {k: v for k, v in protocols[0].items() if k != "seed"}
+    for key in first:
+        if any(p.get(key) != first[key] for p in protocols):
+            first[key] = ["varied", "varied"] if isinstance(first[key], list) else "varied"
+    return first
+
+
+def _two(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

@@ -1,0 +1,282 @@
+"""Working through a study: what is done, what is left, one process per run.
+
+OUT/study.json                what the folder holds, resolved
+    VARIANT/seed0/            a run folder
+    VARIANT/seed0.json        how it ended, if it did not end well
+    results.{json,md,csv,png}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from mfuser.checkpoints import FINAL, LAST
+from mfuser.console import Console
+from mfuser.errors import CheckpointError, MFuserError
+from mfuser.run import RUN, read_run, write_json
+from mfuser.study.grid import Variant
+
+STUDY = "study.json"
+REPORT = "report.json"
+
+
+class StudyInterrupted(Exception):
+    """Ctrl-C: what ran has saved."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process's work. done: the file whose presence says that it is finished."""
+
+    label: str
+    folder: Path
+    done: tuple[Path, ...]
+    request: dict[str, Any] = field(repr=False)
+
+    @property
+    def outcome(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.json")
+
+    def state(self) -> tuple[str, str]:
+        """finished, diverged, failed, interrupted, begun or open; and a word of explanation."""
+        if all(path.is_file() for path in self.done):
+            return "finished", ""
+        try:
+            ended = json.loads(self.outcome.read_text("utf-8"))
+            return str(ended["status"]), str(ended["message"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ("begun" if (self.folder / LAST).is_file() else "open"), ""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the command was given and every run needs again."""
+
+    registries: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
+    data_roots: tuple[str, ...] = ()
+    device: str | None = None
+
+    def request(self, work: str, **more: Any) -> dict[str, Any]:
+        return {
+            "work": work,
+            "registries": list(self.registries),
+            "plugins": list(self.plugins),
+            "data_roots": list(self.data_roots),
+            "device": self.device,
+            **more,
+        }
+
+
+def training_jobs(variants: Sequence[Variant], out: Path, inputs: Inputs) -> list[Job]:
+    """Every run, seed by seed: a whole table stands after the first of each."""
+    seeds = list(variants[0].runs)
+    jobs = []
+    for seed in seeds:
+        for variant in variants:
+            folder = out / variant.slug / f"seed{seed}"
+            request = inputs.request("train", run=variant.runs[seed].model_dump(mode="json"))
+            done = (folder / FINAL, folder / REPORT)
+            jobs.append(Job(f"{variant.label}, seed {seed}", folder, done, request))
+    return jobs
+
+
+def open_study(out: Path, name: str, identities: dict[str, dict[str, Any]]) -> None:
+    """Make or reopen a results folder. identities: of each variant, by the name of its folder.
+
+    Variants and seeds may be added to a folder. Raises CheckpointError, and touches nothing, if
+    it holds another study or a variant that was something else.
+    """
+    check_study(out, name, identities)
+    known = _read(out / STUDY).get("variants", {}) if (out / STUDY).is_file() else {}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / STUDY, {"study": name, "variants": {**known, **identities}})
+    except OSError as error:
+        raise CheckpointError(f"the folder {out} cannot be written: {error.strerror}") from error
+
+
+def check_study(out: Path, name: str, identities: dict[str, dict[str, Any]]) -> None:
+    file = out / STUDY
+    if not file.is_file():
+        if out.exists() and not out.is_dir():
+            raise CheckpointError(f"{out} is a file; choose another --out")
+        if out.is_dir() and any(out.iterdir()):
+            raise CheckpointError(
+                f"{out} is not empty and holds no study (there is no {STUDY}); choose another --out"
+            )
+        return
+    begun = _read(file)
+    if begun.get("study") != name:
+        raise CheckpointError(
+            f"{out} holds another study, '{begun.get('study')}', not '{name}'; choose another --out"
+        )
+    for slug, identity in identities.items():
+        before = begun.get("variants", {}).get(slug)
+        if before is not None and before != identity:
+            key, old, new = _difference(before, identity)
+            raise CheckpointError(
+                f"{out} holds study '{name}' with other settings: of {slug}, {key} is {old!r}, not "
+                f"{new!r}; use the same settings or choose another --out"
+            )
+
+
+def check_runs(variants: Sequence[Variant], out: Path) -> None:
+    """Raises CheckpointError where a run's folder holds another run than the study's."""
+    for variant in variants:
+        for seed, run in variant.runs.items():
+            folder = out / variant.slug / f"seed{seed}"
+            if not (folder / RUN).is_file():
+                continue
+            begun = read_run(folder)
+            for key in ("pairing", "recipe", "source", "targets", "seed"):
+                if getattr(begun, key) != getattr(run, key):
+                    raise CheckpointError(
+                        f"{folder} holds another run than the study's (its {key} differs); remove "
+                        "it or choose another --out"
+                    )
+
+
+def share(jobs: Sequence[Job], index: int, of: int) -> list[Job]:
+    """Every `of`-th run, from `index` (from 0): what one process or machine works through."""
+    if not 0 <= index < of:
+        raise MFuserError(f"--index {index} --of {of}: the index goes from 0 to {of - 1}")
+    return list(jobs[index::of])
+
+
+def work_through(jobs: Sequence[Job], console: Console) -> list[tuple[Job, str, str]]:
+    """Run what is not finished, one after another; returns those that failed, with the reason.
+
+    A diverged run would diverge again and is left; a failed or interrupted one is tried again.
+    Raises StudyInterrupted after Ctrl-C, when the run at hand has saved.
+    """
+    troubles: list[tuple[Job, str, str]] = []
+    for number, job in enumerate(jobs, 1):
+        status, message = job.state()
+        head = f"[{number}/{len(jobs)}] {job.label}"
+        if status == "finished":
+            console.say(f"{head}: finished before")
+            continue
+        if status == "diverged":
+            console.say(f"{head}: diverged before (remove {job.outcome} to try again)")
+            troubles.append((job, status, message))
+            continue
+        with _alone(job) as lock:
+            if lock is None:
+                console.say(f"{head}: another process is at it")
+                continue
+            console.say(head)
+            code, stopped = _run(job, lock)
+        status, message = job.state()
+        if stopped:
+            raise StudyInterrupted(f"{job.label}: {status} {message}".rstrip())
+        if status == "finished":
+            continue
+        if status in ("open", "begun"):
+            status, message = "failed", _ended(code)
+            write_json(job.outcome, {"status": status, "message": message})
+        console.say(f"{head}: {status}: {message}")
+        troubles.append((job, status, message))
+    return troubles
+
+
+def _run(job: Job, lock: IO[str]) -> tuple[int, bool]:
+    """The job in its own process -> its exit code, and whether Ctrl-C or SIGTERM was passed on."""
+    job.outcome.unlink(missing_ok=True)
+    request = {**job.request, "folder": str(job.folder), "outcome": str(job.outcome)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mfuser.study.worker"],
+        stdin=subprocess.PIPE,
+        stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else None,
+        text=True,
+        # Its own group: a terminal's Ctrl-C reaches it once, through us.
+        start_new_session=True,
+        # The lock lasts as long as the run, even if this process is killed.
+        pass_fds=(lock.fileno(),) if os.name == "posix" else (),
+    )
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+
+    asked: list[int] = []
+    with _handling(pass_on):
+        process.communicate(json.dumps(request))
+    return process.returncode, bool(asked)
+
+
+@contextmanager
+def _handling(handler: Any) -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = [signal.signal(n, handler) for n in numbers]
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, previous in zip(numbers, before, strict=True):
+            signal.signal(number, previous)
+
+
+@contextmanager
+def _alone(job: Job) -> Iterator[IO[str] | None]:
+    """A lock on one run, freed when its process ends however it ends; None if it is taken."""
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(job.folder.with_name(f".{job.folder.name}.lock"), "w", encoding="utf-8") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield None
+                return
+        yield file
+
+
+def _has_descriptor(stream: Any) -> bool:
+    try:
+        stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True
+
+
+def _ended(code: int) -> str:
+    if code == -signal.SIGKILL if hasattr(signal, "SIGKILL") else False:
+        return "the system killed it, as it does when memory runs out"
+    if code < 0:
+        return f"it ended by signal {-code}"
+    return f"it ended with exit code {code} and no report"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not the description of a study")
+    return value
+
+
+def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any]:
+    """The first key at which two tables differ, and both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            if old.get(key) != new.get(key):
+                return _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    return path, old, new

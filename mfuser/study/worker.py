@@ -1,0 +1,84 @@
+"""One run of a study in a process of its own: a job on standard input, the outcome in a file.
+
+A fresh process per run: memory, threads and Accelerate's state are clean, and a run that the
+system kills takes nothing else with it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from mfuser.checkpoints import FINAL
+from mfuser.console import Console
+from mfuser.errors import MFuserError
+from mfuser.registry import Registry, load_registry
+from mfuser.run import RUN, RunSpec, write_json
+from mfuser.study.adapters import work as measure_adapter
+from mfuser.study.runs import REPORT
+
+INTERRUPTED = 130
+
+
+def train(job: dict[str, Any], registry: Registry) -> None:
+    """Train, or continue, then evaluate: afterwards the folder holds a model and a report."""
+    from mfuser.evaluate import evaluate
+    from mfuser.train import train as train_run
+
+    run, folder, device = RunSpec.model_validate(job["run"]), Path(job["folder"]), job["device"]
+    console = Console()
+    if not (folder / FINAL).is_file():
+        resume = (folder / RUN).is_file()
+        train_run(registry, run, folder, resume=resume, device=device, console=console)
+    pictures = folder / "pictures"
+    report = evaluate(
+        registry,
+        folder,
+        device=device,
+        baselines=bool(run.recipe["baselines"]),
+        pictures=pictures,
+        console=console,
+    )
+    report.save(folder, sorted(f"pictures/{p.name}" for p in pictures.glob("*.png")))
+    assert (folder / REPORT).is_file()
+
+
+def main() -> int:
+    job = json.load(sys.stdin)
+    outcome = Path(job["outcome"])
+    from mfuser.train import Diverged, Interrupted
+
+    try:
+        registry = load_registry(
+            *job["registries"], plugins=job["plugins"], data_roots=job["data_roots"]
+        )
+        if job["work"] == "train":
+            train(job, registry)
+        else:
+            measure_adapter(job, registry)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        step = getattr(stop, "step", None)
+        message = f"after step {step}, saved" if step else "before anything was saved"
+        write_json(outcome, {"status": "interrupted", "message": message})
+        return INTERRUPTED
+    except Diverged as error:
+        write_json(outcome, {"status": "diverged", "message": str(error)})
+        return 2
+    except MFuserError as error:
+        write_json(outcome, {"status": "failed", "message": str(error)})
+        return 2
+    except Exception as error:
+        log = outcome.with_suffix(".log")
+        log.write_text(traceback.format_exc(), "utf-8")
+        message = f"{type(error).__name__}: {error} (see {log})"
+        write_json(outcome, {"status": "failed", "message": message})
+        return 1
+    outcome.unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
