@@ -10,8 +10,8 @@ flushed and renamed: the file of that name is always a whole one. Nothing in it 
 from __future__ import annotations
 
 import json
+import math
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,21 +73,31 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def frozen_fingerprint(model: nn.Module) -> dict[str, str]:
-    """A checksum per encoder of a sample of its frozen tensors: tells other weights from these."""
-    prints = {}
+def frozen_fingerprint(model: nn.Module) -> dict[str, list[float]]:
+    """Two values of every frozen tensor, by encoder: they tell other weights from these.
+
+    Values, not a checksum: positions resampled on another machine differ in their last bits.
+    """
+    prints: dict[str, list[float]] = {}
     for role in ("vfm", "vlm"):
         backbone = getattr(getattr(model, "encoder", None), role, None)
         if backbone is None:
             continue
-        crc = 0
+        values = []
         for _, parameter in sorted(backbone.named_parameters()):
             if not parameter.requires_grad and parameter.device.type != "meta":
                 flat = parameter.detach().flatten()
-                sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu().numpy()
-                crc = zlib.crc32(sample.tobytes(), crc)
-        prints[role] = f"{crc:08x}"
+                values += [flat[len(flat) // 3], flat[2 * len(flat) // 3]]
+        sample = torch.stack(values).double().tolist() if values else []
+        prints[role] = [float(f"{v:.7g}") for v in sample]
     return prints
+
+
+def _same_weights(one: list[float], other: list[float]) -> bool:
+    """Equal but for rounding: 1e-4 is far above that of a resampling, far below a training's."""
+    return len(one) == len(other) and all(
+        math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(one, other, strict=True)
+    )
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
@@ -159,8 +169,8 @@ def restore(model: DGSSModel, checkpoint: Checkpoint, path: Path) -> None:
     expected = trained_state(model)
     _check_names(expected, checkpoint.model, path)
     trained_on = checkpoint.meta.get("frozen", {})
-    for role, crc in frozen_fingerprint(model).items():
-        if trained_on.get(role, crc) != crc:
+    for role, found in frozen_fingerprint(model).items():
+        if not _same_weights(trained_on.get(role, found), found):
             raise CheckpointError(
                 f"{path}: the frozen weights of its {role} are not those it was trained with; give "
                 f"the same weights (--set {role}.weights=…)"

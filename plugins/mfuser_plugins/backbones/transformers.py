@@ -155,6 +155,10 @@ def _prepare(
     source: str,
 ) -> None:
     freeze(backbone, spec.freeze)
+    for name, parameter in backbone.named_parameters():
+        if name.endswith("mask_token"):
+            # Of pre-training by masking; nothing here reads it.
+            parameter.requires_grad_(False)
     backbone.resize(image_size, spec.patch_size)
     if mean is None or std is None:
         own = _statistics(source)
