@@ -8,6 +8,7 @@ of lane blocks); no two tasks write to one place, so results do not depend on th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -24,6 +25,7 @@ from mfuser_kernels.scan.cpu.vector import (
 )
 
 CHUNK = 64  # steps between kept states; two (64, N, W) float32 buffers of the backward fit L2
+AHEAD, CACHE_LINE = 8, 64  # steps, about a microsecond, ten times a memory access; bytes
 FORWARD_LANES, BACKWARD_LANES = 32, 16  # the backward holds twice as many vectors
 
 # Fields of the table that describes one scan to a kernel: addresses, then sizes. Shapes:
@@ -114,6 +116,18 @@ class Kernel:
     def read_row(self, name: str, offset: Value) -> Value:
         return self.v.load(self.at(name, self.rows), offset, self.variant.bf16)
 
+    def fetch_ahead(self, names: Iterable[str], row: Value) -> None:
+        """Prefetch the rows of some steps later.
+
+        A row lies 4 D bytes after the one before, beyond the reach of the processor's own
+        prefetcher: without this, L = 65,536 took twice as long for each token as L = 2,594.
+        """
+        later = self.b.add(row, self.times(self.row, AHEAD))
+        for name in names:
+            if name != "z" or self.variant.gate:
+                for line in range(0, self.lanes * self.itemsize, CACHE_LINE):
+                    self.v.prefetch(self.at(name, self.rows), self.b.add(later, const(line)))
+
     def write_row(self, x: Value, name: str, offset: Value) -> None:
         self.v.store(x, self.at(name, self.rows), offset, self.variant.bf16)
 
@@ -153,6 +167,7 @@ def forward_kernel(variant: Variant, name: str) -> str:
             n_.write(state, k.at("saved", k.kept), k.table_row)
         with loop(b, const(0), k.steps) as t:
             row = b.mul(t, k.row)
+            k.fetch_ahead(("u", "delta", "z"), row)
             u = k.read_row("u", row)
             delta = v.add(k.read_row("delta", row), bias)
             if variant.softplus:
@@ -249,6 +264,7 @@ class Backward(Kernel):
         n_.read(self.h, self.at("saved", self.kept), self.table_row)
         with loop(b, const(0), self.steps) as t:
             row = b.mul(t, self.row)
+            self.fetch_ahead(("u", "delta", "z", "d_out"), row)
             u = self.read_row("u", row)
             delta, slope = v.add(self.read_row("delta", row), self.bias), v.c(1.0)
             if variant.softplus:

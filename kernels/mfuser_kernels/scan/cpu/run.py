@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from mfuser_kernels.scan.inputs import ScanInputs
 TASK_CHANNELS = 64
 # Fewer state updates than this (about 50 us) are not worth waking a thread for.
 ALONE = 1 << 20
+HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 
 
 def padded(x: ScanInputs) -> tuple[int, int]:
@@ -103,7 +106,9 @@ class Layout:
         return self.strip(t).transpose(-1, -2).contiguous()
 
     def empty_rows(self) -> Tensor:
-        return torch.empty((self.x.batch, self.x.length, self.width), dtype=self.dtype)
+        made = torch.empty((self.x.batch, self.x.length, self.width), dtype=self.dtype)
+        _ask_for_huge_pages(made)
+        return made
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32)
@@ -134,6 +139,25 @@ class Layout:
 
         small = self.x.batch * self.x.length * self.width * self.x.states < ALONE
         pool.run(len(tasks), 1 if small else torch.get_num_threads(), worker)
+
+
+def _ask_for_huge_pages(t: Tensor) -> None:
+    """On Linux, let fresh memory come in pieces of 2 MB.
+
+    Its 4 kB pages cost 0.8 us for each of 512-channel tokens when first written, against 2.0 us
+    for the scan itself (one thread, L = 65,536).
+    """
+    start = -(-t.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    size = (t.data_ptr() + t.nbytes - start) // HUGE_PAGE * HUGE_PAGE
+    if size > 0 and sys.platform == "linux":
+        _madvise()(start, size, MADV_HUGEPAGE)  # a mere hint: whether it is taken does not matter
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int]:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
 
 
 def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 
 F32, I1, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(n) for n in (1, 8, 16, 32, 64))
 PTR = ir.PointerType(I8)
@@ -100,6 +101,16 @@ class Vector:
         nearest = self.b.select(self.b.fcmp_unordered("uno", x, x), self.ci(0x7FC0), nearest)
         half = ir.VectorType(I16, self.lanes)
         self.b.store(self.b.trunc(nearest, half), self.pointer(base, offset, half), align=2)
+
+    def prefetch(self, base: Value, offset: Value) -> None:
+        """Ask for the cache line at an address; one outside the tensor does no harm."""
+        name = "llvm.prefetch.p0" if llvm_version_info >= (16,) else "llvm.prefetch.p0i8"
+        kinds = [PTR, I32, I32, I32]
+        function = self.b.module.globals.get(name) or ir.Function(
+            self.b.module, ir.FunctionType(ir.VoidType(), kinds), name
+        )
+        reading, keep, data = I32(0), I32(3), I32(1)
+        self.b.call(function, [self.b.gep(base, [offset]), reading, keep, data])
 
     def broadcast(self, base: Value, offset: Value) -> Value:
         """One float32 from memory in every lane."""
