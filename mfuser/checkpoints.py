@@ -83,13 +83,12 @@ def frozen_fingerprint(model: nn.Module) -> dict[str, list[float]]:
         backbone = getattr(getattr(model, "encoder", None), role, None)
         if backbone is None:
             continue
-        values = []
+        values: list[float] = []
         for _, parameter in sorted(backbone.named_parameters()):
             if not parameter.requires_grad and parameter.device.type != "meta":
                 flat = parameter.detach().flatten()
-                values += [flat[len(flat) // 3], flat[2 * len(flat) // 3]]
-        sample = torch.stack(values).double().tolist() if values else []
-        prints[role] = [float(f"{v:.7g}") for v in sample]
+                values += flat[[len(flat) // 3, 2 * len(flat) // 3]].double().tolist()
+        prints[role] = [float(f"{v:.7g}") for v in values]
     return prints
 
 
