@@ -169,6 +169,9 @@ class DecoderOutput:
 
 
 class Decoder(nn.Module, ABC):
+    reads_alignment: ClassVar[bool] = False
+    """Whether `forward` takes the alignment map (B, K, h, w) as its third argument."""
+
     @abstractmethod
     def forward(self, pyramid: list[Tensor], queries: Tensor | None = None) -> DecoderOutput:
         """Features at strides 4, 8, 16, 32 (finest first), class queries (B, K, C) or None."""

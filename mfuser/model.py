@@ -107,7 +107,8 @@ class DGSSModel(nn.Module):
             queries = self.enhancer(text, encoded.visual)
             expect(self.enhancer, "forward()'s result", queries, tuple(text.shape))
             alignment = score_map(encoded.visual[:, 1:], queries, encoded.grid)
-        output = ModelOutput(self.decoder(pyramid, queries), alignment)
+        read = (alignment,) if self.decoder.reads_alignment else ()
+        output = ModelOutput(self.decoder(pyramid, queries, *read), alignment)
         return output if labels is None else self.losses(output, labels)
 
     def losses(self, output: ModelOutput, labels: Tensor) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
-"""Losses of a set of masks with fixed matching: query k answers for class k.
+"""Losses of a set of masks: matched anew (Mask2Former), or query k answering for class k (tqdm).
 
-Mask2Former's losses on sampled points (arXiv 2112.01527, section 3.3) without the matching, as
-in tqdm (ECCV 2024). Letters: n class masks present in the batch, image by image, classes
-ascending; P points.
+Mask2Former's losses on sampled points (arXiv 2112.01527, section 3.3). Letters: n class masks
+present in the batch, image by image, classes ascending; P points.
 """
 
 from __future__ import annotations
@@ -45,12 +44,27 @@ class MaskLosses:
         masks (B, K, h, w) and classes (B, K, K + 1) logits; present (B, K) and truth
         (n, 1, H, W) from `class_masks`; points (n, P, 2) to use instead of drawn ones.
         """
-        loss_cls = classification_loss(classes, present, self.no_object)
+        return self.matched(masks[present], classes, fixed_labels(present), truth, points)
+
+    def matched(
+        self,
+        chosen: Tensor,
+        classes: Tensor,
+        labels: Tensor,
+        truth: Tensor,
+        points: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The same for any matching.
+
+        chosen (n, h, w): the logits of the query that answers for each mask of truth
+        (n, 1, H, W); classes (B, Q, K + 1) logits and the queries' labels (B, Q), K "no object".
+        """
+        loss_cls = labelled_loss(classes, labels, self.no_object)
         # At least float32: places and sums over thousands of points need it.
-        chosen = masks[present].unsqueeze(1)  # (n, 1, h, w)
+        chosen = chosen.unsqueeze(1)  # (n, 1, h, w)
         chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
         if len(chosen) == 0:
-            nothing = masks.sum() * 0
+            nothing = chosen.sum() * 0
             return {
                 "loss_cls": self.cls_weight * loss_cls,
                 "loss_mask": nothing,
@@ -102,12 +116,16 @@ def most_uncertain(masks: Tensor, candidates: Tensor, count: int) -> Tensor:
     return candidates.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
 
 
-def classification_loss(classes: Tensor, present: Tensor, no_object: float) -> Tensor:
-    """Weighted mean cross-entropy: query k is class k where k is present, else "no object"."""
+def fixed_labels(present: Tensor) -> Tensor:
+    """present (B, K), bool -> labels (B, K): query k is class k where it is there, else K."""
     k = present.shape[1]
-    labels = torch.where(present, torch.arange(k, device=present.device), k)
-    weight = torch.ones(k + 1, device=classes.device, dtype=classes.dtype)
-    weight[k] = no_object
+    return torch.where(present, torch.arange(k, device=present.device), k)
+
+
+def labelled_loss(classes: Tensor, labels: Tensor, no_object: float) -> Tensor:
+    """Weighted mean cross-entropy: classes (B, Q, K + 1), labels (B, Q), K being "no object"."""
+    weight = torch.ones(classes.shape[-1], device=classes.device, dtype=classes.dtype)
+    weight[-1] = no_object
     return F.cross_entropy(classes.flatten(0, 1), labels.flatten(), weight)
 
 

@@ -35,16 +35,17 @@ class ConvNorm(nn.Module):
 class PixelLayer(nn.Module):
     """Deformable self-attention of pixels, attention to the class texts, feed-forward.
 
-    The attention to the texts is tqdm's addition to Mask2Former (ECCV 2024).
+    The attention to the texts is tqdm's addition to Mask2Former (ECCV 2024); without text it is
+    left out.
     """
 
-    def __init__(self, width: int, heads: int, points: int, ffn: int) -> None:
+    def __init__(self, width: int, heads: int, points: int, ffn: int, text: bool = True) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList(
-            [DeformableAttention(width, heads, LEVELS, points), Attention(width, heads)]
-        )
+        self.attentions = nn.ModuleList([DeformableAttention(width, heads, LEVELS, points)])
+        if text:
+            self.attentions.append(Attention(width, heads))
         self.ffns = nn.ModuleList([FeedForward(width, ffn)])
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3 if text else 2))
 
     def forward(
         self,
@@ -52,22 +53,26 @@ class PixelLayer(nn.Module):
         positions: Tensor,
         reference: Tensor,
         shapes: Shapes,
-        text: Tensor,
-        text_positions: Tensor,
+        text: Tensor | None = None,
+        text_positions: Tensor | None = None,
     ) -> Tensor:
         """x (B, N, D), positions (N, D), reference (N, 2), text (B, K, D) -> (B, N, D)."""
-        look, read = self.attentions
-        x = self.norms[0](x + look(x + positions, x, reference, shapes))
-        x = self.norms[1](x + read(x, positions, text, text_positions))
-        return self.norms[2](x + self.ffns[0](x))
+        x = self.norms[0](x + self.attentions[0](x + positions, x, reference, shapes))
+        if text is not None:
+            x = self.norms[1](x + self.attentions[1](x, positions, text, text_positions))
+        return self.norms[-1](x + self.ffns[0](x))
 
 
 class PixelEncoder(nn.Module):
     """The layers, and a norm after the last."""
 
-    def __init__(self, layers: int, width: int, heads: int, points: int, ffn: int) -> None:
+    def __init__(
+        self, layers: int, width: int, heads: int, points: int, ffn: int, text: bool = True
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(PixelLayer(width, heads, points, ffn) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            PixelLayer(width, heads, points, ffn, text) for _ in range(layers)
+        )
         self.post_norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, *context: Tensor | Shapes) -> Tensor:
@@ -79,7 +84,8 @@ class PixelEncoder(nn.Module):
 class PixelDecoder(nn.Module):
     """Pyramid and class texts -> the mask feature and three levels for the query decoder.
 
-    Mask2Former's pixel decoder (arXiv 2112.01527, section 3.2.1) with text in every layer.
+    Mask2Former's pixel decoder (arXiv 2112.01527, section 3.2.1) with text in every layer, or
+    (`text_dim` None) without any.
     Levels may have any sizes; none is derived from another.
     """
 
@@ -87,7 +93,7 @@ class PixelDecoder(nn.Module):
         self,
         channels: tuple[int, ...],
         num_classes: int,
-        text_dim: int,
+        text_dim: int | None,
         width: int,
         heads: int,
         points: int,
@@ -101,14 +107,17 @@ class PixelDecoder(nn.Module):
             ConvNorm(level, width, 1, norm_groups, bias=True) for level in reversed(coarser)
         )
         self.level_encoding = nn.Embedding(LEVELS, width)
-        self.text_proj = nn.Linear(text_dim, width)
-        self.text_pos_embed = nn.Embedding(num_classes, width)
-        self.encoder = PixelEncoder(layers, width, heads, points, ffn)
+        reads = text_dim is not None
+        self.text_proj = nn.Linear(text_dim, width) if text_dim is not None else None
+        self.text_pos_embed = nn.Embedding(num_classes, width) if reads else None
+        self.encoder = PixelEncoder(layers, width, heads, points, ffn, reads)
         self.lateral_convs = nn.ModuleList([ConvNorm(finest, width, 1, norm_groups)])
         self.output_convs = nn.ModuleList([ConvNorm(width, width, 3, norm_groups)])
         self.mask_feature = nn.Conv2d(width, width, 1)
 
-    def forward(self, pyramid: list[Tensor], text: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, pyramid: list[Tensor], text: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Levels (B, C_i, h_i, w_i), finest first, text (B, K, C).
 
         -> mask feature (B, D, h_0, w_0); levels (B, D, h_i, w_i), coarsest first.
@@ -126,9 +135,11 @@ class PixelDecoder(nn.Module):
             ]
         )
         reference = torch.cat([pixel_centres(shape, tokens) for shape in shapes])
-        tokens = self.encoder(
-            tokens, positions, reference, shapes, self.text_proj(text), self.text_pos_embed.weight
-        )
+        read: list[Tensor] = []
+        if self.text_proj is not None and self.text_pos_embed is not None:
+            assert text is not None, "built to read text"
+            read = [self.text_proj(text), self.text_pos_embed.weight]
+        tokens = self.encoder(tokens, positions, reference, shapes, *read)
         sizes = [h * w for h, w in shapes]
         levels = [
             part.transpose(1, 2).unflatten(-1, shape)

@@ -5,52 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from mfuser import Decoder, DecoderOutput, DecoderSpec, MFuserError, hookimpl
+from mfuser import DecoderOutput, DecoderSpec, MFuserError, hookimpl
+from mfuser_plugins.decoders._mask_decoder import MaskDecoder, MaskDecoderSpec, deep_names
 from mfuser_plugins.decoders._mask_losses import MaskLosses, class_masks
-from mfuser_plugins.decoders._pixel_decoder import LEVELS, PixelDecoder
-from mfuser_plugins.decoders._transformer import Attention, FeedForward, sine_positions
 
 
-class QueryLayer(nn.Module):
-    """Masked attention to pixels, self-attention of queries, feed-forward."""
-
-    def __init__(self, width: int, heads: int, ffn: int) -> None:
-        super().__init__()
-        self.attentions = nn.ModuleList([Attention(width, heads), Attention(width, heads)])
-        self.ffns = nn.ModuleList([FeedForward(width, ffn)])
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-
-    def forward(
-        self, x: Tensor, positions: Tensor, memory: Tensor, memory_positions: Tensor, hidden: Tensor
-    ) -> Tensor:
-        """x (B, Q, D), memory (B, N, D), hidden (B, Q, N) -> (B, Q, D)."""
-        read, talk = self.attentions
-        x = self.norms[0](x + read(x, positions, memory, memory_positions, hidden))
-        x = self.norms[1](x + talk(x, positions, x, positions))
-        return self.norms[2](x + self.ffns[0](x))
-
-
-class QueryDecoder(nn.Module):
-    """The layers, and the norm before every prediction."""
-
-    def __init__(self, layers: int, width: int, heads: int, ffn: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(QueryLayer(width, heads, ffn) for _ in range(layers))
-        self.post_norm = nn.LayerNorm(width)
-
-
-class TextMask2Former(Decoder):
-    """Query k is the text of class k, and answers for class k: no Hungarian matching.
-
-    Predictions before the first layer and after each; each layer attends where the prediction
-    before it sees its mask, one pyramid level after the other, coarsest first (Mask2Former, arXiv
-    2112.01527). Parameters are named as in the released checkpoints.
-    """
+class TextMask2Former(MaskDecoder):
+    """Query k is the text of class k, and answers for class k: no Hungarian matching."""
 
     def __init__(
         self,
@@ -67,64 +30,27 @@ class TextMask2Former(Decoder):
         norm_groups: int = 32,
         losses: MaskLosses | None = None,
     ) -> None:
-        super().__init__()
-        if len(channels) != LEVELS + 1:
-            raise MFuserError(
-                f"text_mask2former takes {LEVELS + 1} pyramid levels, not {len(channels)}"
-            )
-        self.num_classes = num_classes
-        self.losses = losses or MaskLosses()
-        self.pixel_decoder = PixelDecoder(
+        super().__init__(
+            "text_mask2former",
             channels,
             num_classes,
             text_dim,
+            num_classes,
             width,
             heads,
             points,
             pixel_layers,
             pixel_ffn,
+            layers,
+            ffn,
             norm_groups,
-        )
-        self.transformer_decoder = QueryDecoder(layers, width, heads, ffn)
-        self.text_proj = nn.Sequential(
-            nn.Linear(text_dim, width), nn.ReLU(), nn.Linear(width, width)
-        )
-        self.query_embed = nn.Embedding(num_classes, width)
-        self.level_embed = nn.Embedding(LEVELS, width)
-        self.cls_embed = nn.Linear(width, num_classes + 1)
-        self.mask_embed = nn.Sequential(
-            nn.Linear(width, width),
-            nn.ReLU(),
-            nn.Linear(width, width),
-            nn.ReLU(),
-            nn.Linear(width, width),
+            losses,
         )
 
     def forward(self, pyramid: list[Tensor], queries: Tensor | None = None) -> DecoderOutput:
         if queries is None:
             raise MFuserError("text_mask2former takes class queries from text, and got none")
-        mask_feature, levels = self.pixel_decoder(pyramid, queries)
-        shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
-        memories = [
-            level.flatten(2).transpose(1, 2) + encoding
-            for level, encoding in zip(levels, self.level_embed.weight, strict=True)
-        ]
-        positions = [sine_positions(shape, memories[0].shape[-1], memories[0]) for shape in shapes]
-        x = self.text_proj(queries)
-        output = DecoderOutput([])
-        self._predict(x, mask_feature, output)
-        for i, layer in enumerate(self.transformer_decoder.layers):
-            level = i % LEVELS
-            hidden = background(output.masks[-1], shapes[level])
-            x = layer(x, self.query_embed.weight, memories[level], positions[level], hidden)
-            self._predict(x, mask_feature, output)
-        return output
-
-    def _predict(self, x: Tensor, mask_feature: Tensor, output: DecoderOutput) -> None:
-        """Append the prediction of queries x (B, Q, D)."""
-        x = self.transformer_decoder.post_norm(x)
-        output.classes.append(self.cls_embed(x))
-        output.masks.append(torch.einsum("bqd,bdhw->bqhw", self.mask_embed(x), mask_feature))
+        return self.decode(self.text_proj(queries), pyramid, queries)
 
     def loss(
         self, output: DecoderOutput, labels: Tensor, points: list[Tensor] | None = None
@@ -135,33 +61,15 @@ class TextMask2Former(Decoder):
         in the batch; None draws them.
         """
         present, truth = class_masks(labels, self.num_classes)
-        last = len(output.masks) - 1
-        named = {}
-        for i, (masks, classes) in enumerate(zip(output.masks, output.classes, strict=True)):
-            losses = self.losses(masks, classes, present, truth, points[i] if points else None)
-            prefix = "" if i == last else f"d{i}."
-            named.update({prefix + name: loss for name, loss in losses.items()})
-        return named
-
-    def semantic_logits(self, output: DecoderOutput, size: tuple[int, int]) -> Tensor:
-        """Sum over queries of class probability times mask probability, in [0, Q]."""
-        classes = output.classes[-1].softmax(-1)[..., :-1]
-        scores = torch.einsum("bqk,bqhw->bkhw", classes, output.masks[-1].sigmoid())
-        return F.interpolate(scores, size, mode="bilinear", align_corners=False)
+        return deep_names(
+            [
+                self.losses(masks, classes, present, truth, points[i] if points else None)
+                for i, (masks, classes) in enumerate(zip(output.masks, output.classes, strict=True))
+            ]
+        )
 
 
-@torch.no_grad()
-def background(masks: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Where each query need not look: (B, Q, h, w) logits -> (B, Q, N), bool, N = that shape.
-
-    A query whose whole mask is background looks everywhere.
-    """
-    resized = F.interpolate(masks, shape, mode="bilinear", align_corners=False)
-    hidden = (resized < 0).flatten(2)
-    return hidden & ~hidden.all(-1, keepdim=True)
-
-
-class TextMask2FormerSpec(DecoderSpec, name="text_mask2former"):
+class TextMask2FormerSpec(MaskDecoderSpec, name="text_mask2former"):
     """A Mask2Former whose queries are the class texts, with fixed matching.
 
     width, heads: of both transformers; points: samples per head and level of the deformable
@@ -184,31 +92,6 @@ class TextMask2FormerSpec(DecoderSpec, name="text_mask2former"):
         "num_points": 64,
     }
 
-    width: PositiveInt = 256
-    heads: PositiveInt = 8
-    points: PositiveInt = 4
-    pixel_layers: PositiveInt = 6
-    pixel_ffn: PositiveInt = 2048
-    layers: PositiveInt = 9
-    ffn: PositiveInt = 2048
-    norm_groups: PositiveInt = 32
-    num_points: PositiveInt = 12_544
-    oversample: float = Field(default=3.0, ge=1)
-    importance: float = Field(default=0.75, ge=0, le=1)
-    cls_weight: NonNegativeFloat = 2.0
-    mask_weight: NonNegativeFloat = 5.0
-    dice_weight: NonNegativeFloat = 5.0
-    no_object: NonNegativeFloat = 0.1
-
-    @model_validator(mode="after")
-    def _divides(self) -> TextMask2FormerSpec:
-        # 4: sine and cosine of two axes.
-        divisors = {"heads": self.heads, "norm_groups": self.norm_groups, "2 x 2 axes": 4}
-        for what, divisor in divisors.items():
-            if self.width % divisor:
-                raise ValueError(f"width {self.width} is not a multiple of {divisor} ({what})")
-        return self
-
     def build(
         self, channels: tuple[int, ...], num_classes: int, text_dim: int | None
     ) -> TextMask2Former:
@@ -225,15 +108,7 @@ class TextMask2FormerSpec(DecoderSpec, name="text_mask2former"):
             self.layers,
             self.ffn,
             self.norm_groups,
-            MaskLosses(
-                self.num_points,
-                self.oversample,
-                self.importance,
-                self.cls_weight,
-                self.mask_weight,
-                self.dice_weight,
-                self.no_object,
-            ),
+            self.losses(),
         )
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from mfuser_plugins.decoders._mask_losses import (
     MaskLosses,
     class_masks,
-    classification_loss,
     dice_loss,
+    fixed_labels,
+    labelled_loss,
     most_uncertain,
     sample,
 )
@@ -93,7 +94,7 @@ def test_losses_by_hand() -> None:
     want = entropy([2, 0, 1], 0) + 0.1 * (
         entropy([0, 1, 3], 2) + entropy([1, 1, 1], 2) + entropy([0, 0, 4], 2)
     )
-    assert math.isclose(classification_loss(classes, present, 0.1).item(), want / 1.3)
+    assert math.isclose(labelled_loss(classes, fixed_labels(present), 0.1).item(), want / 1.3)
 
     logits = torch.tensor([[0.0, 2.0], [-1.0, 3.0]]).double()
     targets = torch.tensor([[1.0, 0.0], [0.0, 0.25]]).double()

@@ -12,11 +12,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mfuser import DecoderOutput, MFuserError
-from mfuser_plugins.decoders.text_mask2former import (
-    TextMask2Former,
-    TextMask2FormerSpec,
-    background,
-)
+from mfuser_plugins.decoders._mask_decoder import background
+from mfuser_plugins.decoders.text_mask2former import TextMask2Former, TextMask2FormerSpec
 
 GOLDEN = Path(__file__).parents[4] / "shared/golden/decoder.safetensors"
 SMALL: dict[str, Any] = {

@@ -1,0 +1,69 @@
+"""No decoder: the similarity of pixels and class texts is the segmentation (MaskCLIP)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from pydantic import PositiveFloat
+from torch import Tensor
+
+from mfuser import IGNORE, Decoder, DecoderOutput, DecoderSpec, MFuserError, hookimpl
+
+
+class TextSimilarity(Decoder):
+    """The alignment map, cosine similarities of the dense visual embedding and the class texts,
+    over a temperature.
+
+    As MaskCLIP (Zhou et al., ECCV 2022, arXiv 2112.01071, section 3.2) reads a vision-language
+    model's own dense embedding. It has no parameters and reads no pyramid: what learns are the
+    parts before it.
+    """
+
+    reads_alignment: ClassVar[bool] = True
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(
+        self,
+        pyramid: list[Tensor],
+        queries: Tensor | None = None,
+        alignment: Tensor | None = None,
+    ) -> DecoderOutput:
+        """alignment: (B, K, h, w), cosine similarities."""
+        if alignment is None:
+            raise MFuserError("text_similarity reads the alignment map, and got none")
+        return DecoderOutput([alignment / self.temperature])
+
+    def loss(self, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy, mean over labelled pixels; beside it the model's own alignment loss."""
+        logits = self.semantic_logits(output, (labels.shape[-2], labels.shape[-1]))
+        valid = (labels != IGNORE).sum().clamp(min=1)
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return {"loss_ce": loss / valid}
+
+    def semantic_logits(self, output: DecoderOutput, size: tuple[int, int]) -> Tensor:
+        return F.interpolate(output.masks[-1], size, mode="bilinear", align_corners=False)
+
+
+class TextSimilaritySpec(DecoderSpec, name="text_similarity"):
+    """Pixels go to the class whose text they are most similar to: the alignment map alone.
+
+    temperature: of the softmax over classes.
+    """
+
+    needs_text: ClassVar[bool] = True
+
+    temperature: PositiveFloat = 0.07
+
+    def build(
+        self, channels: tuple[int, ...], num_classes: int, text_dim: int | None
+    ) -> TextSimilarity:
+        return TextSimilarity(self.temperature)
+
+
+@hookimpl
+def mfuser_components() -> list[type[DecoderSpec]]:
+    return [TextSimilaritySpec]
