@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -74,6 +74,9 @@ class Components:
                 )
             known[component.name] = component
         self._unions: dict[str, TypeAdapter[Any]] = {}
+
+    def __iter__(self) -> Iterator[Component]:
+        return (c for kind in self._by_kind for c in self.kind(kind).values())
 
     def kind(self, kind: str) -> dict[str, Component]:
         """Name -> component of one kind."""
@@ -228,6 +231,11 @@ def installed_components() -> Components:
 def components(kind: str) -> dict[str, type[Spec]]:
     """Name -> spec class of the installed components of a kind (`mfuser.KINDS`)."""
     return {name: c.spec for name, c in installed_components().kind(kind).items()}
+
+
+def offered_by(name: str) -> list[type[Spec]]:
+    """The spec classes that a module or .py file offers; it has been loaded before."""
+    return list(_import(name).mfuser_components())
 
 
 def _register(

@@ -99,4 +99,10 @@ def _fail(message: str, arguments: list[str], code: int = 2) -> None:
     sys.exit(code)
 
 
-from mfuser.cli import ablate, convert, show, work  # noqa: E402, F401  (they add their commands)
+from mfuser.cli import (  # noqa: E402, F401  (they add their commands)
+    ablate,
+    convert,
+    plugin,
+    show,
+    work,
+)

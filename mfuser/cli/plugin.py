@@ -1,0 +1,114 @@
+"""Commands for plugin authors: plugin new, plugin check."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from mfuser.cli import Group, cli, emit
+from mfuser.cli.options import data_options, json_option
+from mfuser.scaffold import KINDS
+
+FAILED = 1
+
+
+@cli.group(cls=Group)
+def plugin() -> None:
+    """A plugin of your own: a package to start from, and its conformance tests."""
+
+
+@plugin.command()
+@click.argument("name")
+@click.option(
+    "--kind", type=click.Choice(KINDS), required=True, help="What the plugin's component is."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Folder of the package. Default: ./NAME.",
+)
+@json_option
+def new(name: str, kind: str, out: Path | None, as_json: bool) -> None:
+    """Write the package NAME: a component that works, its spec, a test, pyproject.toml, README."""
+    from mfuser.scaffold import write
+
+    folder = out or Path(name)
+    written = write(name, kind, folder)
+    if as_json:
+        emit({"folder": str(folder), "kind": kind, "files": [str(p) for p in written]})
+        return
+    for path in written:
+        click.echo(f"  {path}")
+    click.echo(
+        f"next:\n  pip install -e {folder}\n  pytest {folder}\n"
+        f"  mfuser plugin check {name.replace('-', '_')}"
+    )
+
+
+@plugin.command()
+@click.argument("module")
+@click.option(
+    "--pairings",
+    type=click.IntRange(min=1),
+    default=None,
+    help="At most so many pairings of each component, spread over the partners. Default: all.",
+)
+@data_options
+@json_option
+def check(module: str, pairings: int | None, data_roots: tuple[str, ...], as_json: bool) -> None:
+    """Run the conformance suite on every component of MODULE.
+
+    MODULE is a module that can be imported, a .py file, or an installed plugin's name. Nothing is
+    downloaded: components are built at the options that their specs declare as `tiny`. Exit code 1
+    if a check fails.
+    """
+    from mfuser.testing import check_component, plugin_components
+
+    # What lies in the working directory can be checked before it is installed.
+    sys.path.insert(0, str(Path.cwd()))
+    start = time.perf_counter()
+    components, offered = plugin_components(module)
+    reports = []
+    for component in offered:
+        root = _root(component.name, data_roots) if component.kind == "dataset" else None
+        report = check_component(
+            component.spec, root=root, components=components, pairings=pairings
+        )
+        reports.append(report)
+        if not as_json:
+            click.echo(str(report))
+    seconds = time.perf_counter() - start
+    failed = [f"{r.name}: {v.check}" for r in reports for v in r.failed]
+    passed = all(r.passed for r in reports)
+    if as_json:
+        emit(
+            {
+                "plugin": module,
+                "passed": passed,
+                "seconds": round(seconds, 2),
+                "components": [r.as_json() for r in reports],
+            }
+        )
+    else:
+        tried = sum(v.outcome != "skipped" for r in reports for v in r.verdicts)
+        verdict = f"{len(failed)} failed ({', '.join(failed)})" if failed else "all passed"
+        skipped = sum(v.outcome == "skipped" for r in reports for v in r.verdicts)
+        left = f", {skipped} not tried" if skipped else ""
+        click.echo(f"{module}: {tried} checks in {seconds:.0f} s, {verdict}{left}")
+    if not passed:
+        raise click.exceptions.Exit(FAILED)
+
+
+def _root(dataset: str, given: tuple[str, ...]) -> Path | None:
+    """Where a dataset lies, if the command line says so: NAME=FOLDER, or a folder of folders."""
+    for text in given:
+        name, sep, path = text.partition("=")
+        if sep and name == dataset:
+            return Path(path).expanduser()
+        if not sep:
+            return Path(text).expanduser() / dataset
+    return None

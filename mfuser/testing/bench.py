@@ -1,0 +1,265 @@
+"""One component on the bench: built alone, fed by hand, at shapes nobody chooses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfuser.contracts import built
+from mfuser.interfaces import (
+    Decoder,
+    FusionAdapter,
+    TextEnhancer,
+    VisionBackbone,
+    VisionLanguageBackbone,
+)
+from mfuser.specs import (
+    DecoderSpec,
+    EnhancerSpec,
+    FusionSpec,
+    Spec,
+    TokenShape,
+    VisionLanguageSpec,
+    VisionSpec,
+)
+from mfuser.testing.partners import CLASSES, IMAGE, labels_for
+
+Inputs = dict[str, Any]
+
+
+class Bench(ABC):
+    """How a component of one kind is built and called.
+
+    A case is what it is built for (widths, grids, sizes); the first is the one that most checks
+    use, all of them are what "shapes at odd sizes" tries.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    @abstractmethod
+    def cases(self) -> Iterator[Any]: ...
+
+    @abstractmethod
+    def make(self, case: Any) -> nn.Module | None:
+        """The component's module; None where it has none by design."""
+
+    @abstractmethod
+    def inputs(self, case: Any, batch: int) -> Inputs:
+        """Random inputs, float32 on the CPU."""
+
+    @abstractmethod
+    def call(self, module: Any, inputs: Inputs) -> dict[str, Tensor]:
+        """Outputs by name."""
+
+    @abstractmethod
+    def expected(self, case: Any, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+        """Shapes of the outputs."""
+
+    def build(self, case: Any, seed: int = 0) -> Any:
+        """A module from this seed; the global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.make(case)
+
+    def feed(self, case: Any, batch: int = 2, seed: int = 1) -> Inputs:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.inputs(case, batch)
+
+    def describe(self, case: Any) -> str:
+        return str(case)
+
+
+Pair = tuple[TokenShape | None, TokenShape | None]
+
+
+class FusionBench(Bench):
+    spec: FusionSpec
+
+    def cases(self) -> Iterator[Pair]:
+        wide, narrow = TokenShape(48, (3, 5), 1), TokenShape(32, (2, 4), 0)
+        yield wide, narrow
+        yield narrow, TokenShape(32, (2, 4), 0)
+        yield TokenShape(32, (7, 3), 5), wide
+        if self.spec.single_tower:
+            yield wide, None
+            yield None, narrow
+
+    def describe(self, case: Pair) -> str:
+        def one(shape: TokenShape | None) -> str:
+            if shape is None:
+                return "none"
+            prefix = f" + {shape.num_prefix_tokens}" if shape.num_prefix_tokens else ""
+            return f"width {shape.embed_dim}, {shape.grid[0]}x{shape.grid[1]}{prefix} tokens"
+
+        return f"vfm {one(case[0])}; vlm {one(case[1])}"
+
+    def make(self, case: Pair) -> FusionAdapter | None:
+        return built(self.spec, FusionAdapter, lambda: self.spec.build(*case), optional=True)
+
+    def inputs(self, case: Pair, batch: int) -> Inputs:
+        tokens = [torch.randn(batch, s.num_tokens, s.embed_dim) if s else None for s in case]
+        return {"tokens": tokens, "grids": [s.grid if s else None for s in case]}
+
+    def call(self, module: Any, inputs: Inputs) -> dict[str, Tensor]:
+        offsets = module(*inputs["tokens"], *inputs["grids"])
+        return {
+            f"{r}_offset": o for r, o in zip(("vfm", "vlm"), offsets, strict=True) if o is not None
+        }
+
+    def expected(self, case: Pair, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+        given = zip(("vfm", "vlm"), inputs["tokens"], strict=True)
+        return {f"{r}_offset": tuple(t.shape) for r, t in given if t is not None}
+
+
+class EnhancerBench(Bench):
+    spec: EnhancerSpec
+
+    def cases(self) -> Iterator[tuple[int, int, int]]:
+        yield from [(24, 3, 15), (24, 1, 6), (40, 19, 35)]
+
+    def describe(self, case: Any) -> str:
+        return f"text_dim {case[0]}, {case[1]} classes, {case[2]} patches"
+
+    def make(self, case: Any) -> TextEnhancer:
+        return built(self.spec, TextEnhancer, lambda: self.spec.build(case[0], case[1]))
+
+    def inputs(self, case: Any, batch: int) -> Inputs:
+        width, classes, patches = case
+        return {
+            "text": torch.randn(batch, classes, width),
+            "visual": torch.randn(batch, 1 + patches, width),
+        }
+
+    def call(self, module: Any, inputs: Inputs) -> dict[str, Tensor]:
+        return {"queries": module(inputs["text"], inputs["visual"])}
+
+    def expected(self, case: Any, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+        return {"queries": tuple(inputs["text"].shape)}
+
+
+class DecoderBench(Bench):
+    """A case: (channels of the levels, classes, text width, size of the finest level)."""
+
+    spec: DecoderSpec
+    SIZE = (37, 61)
+    """Of the scores asked for: odd, and no multiple of a level."""
+
+    def cases(self) -> Iterator[Any]:
+        yield (16, 16, 16, 16), 3, 24, (12, 20)
+        yield (16, 16, 16, 16), 19, 40, (9, 17)
+        yield (24, 16, 16, 8), 1, 24, (16, 8)
+        if not self.spec.needs_text:
+            yield (16, 16, 16, 16), 3, None, (11, 13)
+
+    def describe(self, case: Any) -> str:
+        channels, classes, text, size = case
+        return (
+            f"channels {channels}, {classes} classes, text_dim {text}, finest level "
+            f"{size[0]}x{size[1]}"
+        )
+
+    def make(self, case: Any) -> Decoder:
+        return built(self.spec, Decoder, lambda: self.spec.build(case[0], case[1], case[2]))
+
+    def inputs(self, case: Any, batch: int) -> Inputs:
+        channels, classes, text, size = case
+        sizes = [size]
+        for _ in channels[1:]:
+            sizes.append((max(1, sizes[-1][0] // 2), max(1, sizes[-1][1] // 2)))
+        return {
+            "pyramid": [torch.randn(batch, c, *s) for c, s in zip(channels, sizes, strict=True)],
+            "queries": torch.randn(batch, classes, text) if text else None,
+            "labels": labels_for(batch, self.SIZE, classes),
+        }
+
+    def call(self, module: Any, inputs: Inputs) -> dict[str, Tensor]:
+        output = module(inputs["pyramid"], inputs["queries"])
+        return {"scores": module.semantic_logits(output, self.SIZE)}
+
+    def losses(self, module: Any, inputs: Inputs) -> dict[str, Tensor]:
+        """Named losses, their random points drawn from one seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            output = module(inputs["pyramid"], inputs["queries"])
+            return dict(module.loss(output, inputs["labels"]))
+
+    def expected(self, case: Any, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+        return {"scores": (len(inputs["pyramid"][0]), case[1], *self.SIZE)}
+
+
+class BackboneBench(Bench):
+    """A case: an image size."""
+
+    spec: VisionSpec | VisionLanguageSpec
+
+    def cases(self) -> Iterator[tuple[int, int]]:
+        yield from [IMAGE, (64, 64), (53, 71)]
+
+    def describe(self, case: Any) -> str:
+        return f"images of {case[0]}x{case[1]}"
+
+    def make(self, case: Any) -> VisionBackbone:
+        text = isinstance(self.spec, VisionLanguageSpec)
+        kind = VisionLanguageBackbone if text else VisionBackbone
+        backbone: VisionBackbone = built(self.spec, kind, lambda: self.spec.build(case))
+        return backbone
+
+    def inputs(self, case: Any, batch: int) -> Inputs:
+        return {"images": torch.rand(batch, 3, *case)}
+
+    def call(self, module: Any, inputs: Inputs) -> dict[str, Tensor]:
+        stream = module.embed(module.normalise(inputs["images"]))
+        outputs = {"embed": stream.tokens}
+        tokens = stream.tokens
+        for i in range(module.depth):
+            tokens = module.block(i, tokens, stream.state)
+            outputs[f"block {i}"] = tokens
+        outputs["finish"] = tokens = module.finish(tokens, stream.state)
+        if isinstance(module, VisionLanguageBackbone):
+            outputs["global"], outputs["dense"] = module.project(tokens, stream.state)
+            ids = module.tokenize(list(CLASSES), 5).to(tokens.device)
+            outputs["text"] = module.encode_text(ids)
+            context = torch.zeros(2, module.context_dim, dtype=tokens.dtype, device=tokens.device)
+            outputs["prompted text"] = module.encode_text(ids, context)
+        return outputs
+
+    def expected(self, case: Any, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+        module = self.build(case)
+        batch = len(inputs["images"])
+        sequence = (batch, module.token_shape.num_tokens, module.embed_dim)
+        shapes: dict[str, tuple[int, ...]] = {n: sequence for n in ("embed", "finish")}
+        shapes |= {f"block {i}": sequence for i in range(module.depth)}
+        if isinstance(module, VisionLanguageBackbone):
+            patches = module.grid[0] * module.grid[1]
+            shapes["global"] = (batch, 1, module.text_dim)
+            shapes["dense"] = (batch, patches, module.text_dim)
+            shapes["text"] = shapes["prompted text"] = (len(CLASSES), module.text_dim)
+        return shapes
+
+
+BENCHES: dict[str, type[Bench]] = {
+    "vision": BackboneBench,
+    "vision_language": BackboneBench,
+    "fusion": FusionBench,
+    "enhancer": EnhancerBench,
+    "decoder": DecoderBench,
+}
+
+
+def moved(inputs: Any, how: Any) -> Any:
+    """Floating tensors in nested inputs after `how`, others moved to the same device only."""
+    if isinstance(inputs, Tensor):
+        if inputs.is_floating_point():
+            return inputs.to(how)
+        return inputs.to(how) if isinstance(how, torch.device) else inputs
+    if isinstance(inputs, dict):
+        return {k: moved(v, how) for k, v in inputs.items()}
+    if isinstance(inputs, list):
+        return [moved(v, how) for v in inputs]
+    return inputs

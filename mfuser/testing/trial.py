@@ -1,0 +1,92 @@
+"""A component among others: one training step of a tiny pairing, and a sliding window."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mfuser.assembly import build_model
+from mfuser.model import DGSSModel
+from mfuser.pairing import PairingSpec
+from mfuser.testing.partners import CLASSES, IMAGE, ROLES, labels_for
+from mfuser.testing.verdict import Broken
+
+PLACE = {
+    "vfm": "encoder.vfm",
+    "vlm": "encoder.vlm",
+    "fusion": "encoder.adapters",
+    "enhancer": "enhancer",
+    "decoder": "decoder",
+}
+
+
+def trial(spec: PairingSpec, kind: str) -> str:
+    """Assembly, a training step and a sliding window"""
+    model = build_model(spec).train()
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    fixed = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    fixed |= {
+        n: b.clone()
+        for n, b in model.named_buffers()
+        if n.startswith(("encoder.vfm.", "encoder.vlm."))
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        images = torch.rand(2, 3, *IMAGE)
+        losses = model(images, labels_for(2, IMAGE, len(CLASSES)))
+        total = torch.stack(list(losses.values())).sum()
+    if not total.isfinite():
+        raise Broken(
+            "the losses of a training step",
+            ", ".join(f"{k} {float(v.detach()):.3g}" for k, v in losses.items()),
+            "finite numbers",
+            "look for divisions by zero and logarithms",
+        )
+    total.backward()
+    _gradients(model, PLACE[ROLES[kind]])
+    optimiser.step()
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, before in fixed.items():
+        if not torch.equal(now[name], before):
+            raise Broken(
+                "a training step",
+                f"the frozen '{name}' has changed",
+                "frozen tensors as they were",
+                "look for running statistics and in-place updates in forward()",
+            )
+    scores = model.segment(torch.rand(3, IMAGE[0] + 13, IMAGE[1] + 22))
+    if not scores.isfinite().all():
+        raise Broken(
+            f"a sliding window over an image of {IMAGE[0] + 13}x{IMAGE[1] + 22} after the step",
+            "scores that are not finite",
+            "finite numbers",
+            "",
+        )
+    frozen = sum(n in dict(model.named_parameters()) for n in fixed)
+    loss = float(total.detach())
+    return f"a training step (loss {loss:.2f}; {frozen} frozen tensors unchanged) and a window"
+
+
+def _gradients(model: DGSSModel, place: str) -> None:
+    module: nn.Module | None = model
+    for name in place.split("."):
+        module = getattr(module, name)
+    if module is None:
+        return
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.grad is None:
+            raise Broken(
+                "backward() from the losses of a training step",
+                f"no gradient reaches '{name}'",
+                "a gradient in everything that trains",
+                "use it in forward(), remove it, or requires_grad_(False)",
+            )
+        if not p.grad.isfinite().all():
+            raise Broken(
+                "backward() from the losses of a training step",
+                f"the gradient of '{name}' is not finite",
+                "finite numbers",
+                "look for sqrt(0), norms of zero and logarithms",
+            )
