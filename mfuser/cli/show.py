@@ -28,7 +28,7 @@ def list_(
     registry = open_registry(registries, plugins)
     from mfuser.specs import KINDS
 
-    tables = {"pairings": "pairing", "recipes": "recipe", "datasets": "dataset"}
+    tables = {"pairings": "pairing", "recipes": "recipe", "datasets": "dataset", "studies": "study"}
     # "datasets" is both: components and named tables.
     known = [*tables, *KINDS, "plugins"]
     if kind is not None and kind not in known:

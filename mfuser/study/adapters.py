@@ -66,6 +66,8 @@ def adapters(registry: Registry, name: str, study: AdapterStudySpec) -> dict[str
             measure.layout(spec, shape, label)
         except MFuserError as error:
             raise RegistryError(f"{place}, {label}: {error}") from error
+        if study.paper is not None:
+            paper.row(study.paper, label)
         found[label] = spec
     return found
 

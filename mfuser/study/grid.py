@@ -13,6 +13,7 @@ from mfuser.errors import MFuserError, RegistryError
 from mfuser.pairing import PairingSpec
 from mfuser.registry import Registry, Table, merge
 from mfuser.run import Domain, RunSpec
+from mfuser.study import paper
 from mfuser.study.spec import StudySpec, is_alternative
 
 
@@ -65,8 +66,17 @@ def variants(registry: Registry, name: str, study: StudySpec) -> list[Variant]:
                     + (f" and '{variant.label}'" if other.label != variant.label else "")
                     + ": give one a label of its own, {label = …, set = {…}}"
                 )
+        _check_paper(registry, name, study, variant.label)
         found.append(variant)
     return found
+
+
+def _check_paper(registry: Registry, name: str, study: StudySpec, label: str) -> None:
+    try:
+        if study.paper is not None:
+            paper.row(study.paper, label)
+    except MFuserError as error:
+        raise RegistryError(f"{_place(registry, name)}: {error}") from error
 
 
 def check_data(registry: Registry, found: Sequence[Variant]) -> None:
@@ -124,7 +134,7 @@ def value_label(axis: str, value: Any) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return "x".join(map(_plain, value))
+        return ("x" if len(value) == 2 else ",").join(map(_plain, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -139,7 +149,9 @@ def _variant(
         settings = merge(settings, choice.settings)
         recipe = merge(recipe, choice.recipe)
     label = ", ".join(c.label for c in choices)
-    shown = ", ".join(f"{c.axis} = {c.label}" for c in choices)
+    shown = ", ".join(
+        f"{c.axis} = {c.label.removeprefix(c.axis.rpartition('.')[2] + '=')}" for c in choices
+    )
     runs: dict[int, RunSpec] = {}
     try:
         pairing = registry.pairing(base, settings)
