@@ -213,6 +213,8 @@ def predict(
     from mfuser.predict import find_images
     from mfuser.predict import predict as predict_images
 
+    if scale != scale:  # click's range lets NaN through
+        raise click.UsageError("--scale takes a factor, not nan")
     written = predict_images(
         registry,
         run,
