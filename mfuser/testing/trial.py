@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from mfuser.assembly import build_model
+from mfuser.contracts import origin
+from mfuser.errors import PluginError
 from mfuser.model import DGSSModel
 from mfuser.pairing import PairingSpec
 from mfuser.testing.partners import CLASSES, IMAGE, ROLES, labels_for
-from mfuser.testing.verdict import Broken
+from mfuser.testing.verdict import Broken, NotTried
 
 PLACE = {
     "vfm": "encoder.vfm",
@@ -22,6 +24,16 @@ PLACE = {
 
 def trial(spec: PairingSpec, kind: str) -> str:
     """Assembly, a training step and a sliding window"""
+    try:
+        return _trial(spec, kind)
+    except PluginError as error:
+        own = getattr(spec, ROLES[kind])
+        if origin(own) in str(error):
+            raise
+        raise NotTried(f"a partner does not work here: {error}") from error
+
+
+def _trial(spec: PairingSpec, kind: str) -> str:
     model = build_model(spec).train()
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     fixed = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}

@@ -125,11 +125,16 @@ def _doc(check: Callable[[], str]) -> str:
 
 def _place(error: BaseException) -> str:
     """The innermost line outside this package, torch and pydantic: the author's own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     frames = traceback.extract_tb(error.__traceback__)
     own = [
         f
         for f in frames
-        if not any(part in f.filename for part in ("/torch/", "/pydantic", "/mfuser/testing/"))
+        if not any(
+            part in f.filename
+            for part in ("/torch/", "/pydantic", "/mfuser/testing/", "/mfuser/contracts.py")
+        )
     ]
     frame = (own or frames)[-1]
     return f"{frame.filename}, line {frame.lineno}"
