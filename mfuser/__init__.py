@@ -19,6 +19,7 @@ _HOME = {
     "VisionSpec": "specs",
     "VisionLanguageSpec": "specs",
     "FusionSpec": "specs",
+    "TuningSpec": "specs",
     "EnhancerSpec": "specs",
     "DecoderSpec": "specs",
     "DatasetSpec": "specs",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from mfuser.specs import FusionSpec as FusionSpec
     from mfuser.specs import Options as Options
     from mfuser.specs import TokenShape as TokenShape
+    from mfuser.specs import TuningSpec as TuningSpec
     from mfuser.specs import VisionLanguageSpec as VisionLanguageSpec
     from mfuser.specs import VisionSpec as VisionSpec
     from mfuser.specs import component_of as component_of

@@ -116,6 +116,7 @@ def _assemble(spec: PairingSpec, tokens: Literal["all", "if there", "none"] = "a
     vfm, vlm = backbones.get("vfm"), backbones.get("vlm")
     assert vlm is None or isinstance(vlm, VisionLanguageBackbone)
 
+    _tune(spec, backbones)
     positions = len(lockstep([b.depth for b in backbones.values()]))
     taps = _taps(spec.taps, positions)
     encoder = PairEncoder(
@@ -185,6 +186,17 @@ def _taps(taps: Sequence[int] | None, positions: int) -> tuple[int, ...]:
             f"(0 to {positions - 1})"
         )
     return tuple(taps)
+
+
+def _tune(spec: PairingSpec, backbones: Mapping[str, VisionBackbone]) -> None:
+    """Change the chosen encoders in place."""
+    if spec.tuning is None:
+        return
+    for role in spec.tuning.encoders or backbones:
+        try:
+            spec.tuning.build(backbones[role])
+        except MFuserError as error:
+            raise placed(error, f"tuning '{spec.tuning.name}' of the {role}") from error
 
 
 def _adapters(

@@ -22,6 +22,7 @@ from mfuser.specs import (
     FusionSpec,
     ImageSize,
     Options,
+    TuningSpec,
     VisionLanguageSpec,
     VisionSpec,
     component_of,
@@ -98,6 +99,7 @@ class PairingSpec(Options):
     """Everything that decides the model; it rebuilds the model from there alone.
 
     vfm, vlm: the encoders; "none" leaves one out. A vision-language model may serve as VFM.
+    tuning: small trained changes inside the encoders, beside fusion; "none", or e.g. "lora".
     taps: positions (blocks of the shallower encoder, from 0) whose tokens feed the pyramid. None:
         after a third, a half, two thirds and all of the depth, 7, 11, 15, 23 of 24 as released.
     image_size: what the model is trained on, and the sliding window it is tested with.
@@ -114,6 +116,7 @@ class PairingSpec(Options):
     fusion: Annotated[SerializeAsAny[FusionSpec], component_of("fusion")] = Field(
         default="none", validate_default=True
     )
+    tuning: Annotated[SerializeAsAny[TuningSpec] | None, component_of("tuning"), Absent] = None
     enhancer: Annotated[SerializeAsAny[EnhancerSpec], component_of("enhancer")] = Field(
         default="none", validate_default=True
     )
@@ -147,6 +150,13 @@ class PairingSpec(Options):
                 f"fusion '{self.fusion.name}' joins two encoders, and there is only one; use "
                 'fusion = "none" or add the other'
             )
+        if self.tuning is not None:
+            absent = set(self.tuning.encoders or ()) - set(self.encoders())
+            if absent:
+                raise ValueError(
+                    f"tuning '{self.tuning.name}' is to change the '{absent.pop()}', and there is "
+                    "none; leave 'encoders' out to tune those that are there"
+                )
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError("'classes' needs at least one name, and no name twice")
         ids = self.prompt.ids

@@ -25,7 +25,7 @@ from mfuser.errors import DataError, RegistryError, suggest
 from mfuser.pairing import PairingSpec
 from mfuser.plugins import Components, installed_components, load_components
 from mfuser.recipe import RecipeSpec
-from mfuser.specs import DatasetSpec, Spec
+from mfuser.specs import KINDS, DatasetSpec, Spec
 from mfuser.study.spec import KINDS as STUDY_KINDS
 from mfuser.study.spec import AnyStudy
 
@@ -296,7 +296,7 @@ class Registry:
 
     def _spec_of(self, table: Any) -> type[Spec] | None:
         name = table.get("name") if isinstance(table, dict) else None
-        for kind in ("vision", "vision_language", "fusion", "enhancer", "decoder", "dataset"):
+        for kind in KINDS:
             if name in (found := self.components.kind(kind)):
                 spec = found[name].spec
                 if set(table) - {"name"} <= set(spec.model_fields) or kind != "vision":

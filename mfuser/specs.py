@@ -153,6 +153,24 @@ class FusionSpec(Spec):
         raise NotImplementedError
 
 
+class TuningSpec(Spec):
+    """Small trained changes of the encoders' own layers, beside fusion.
+
+    encoders: which of the two; None: those that are there.
+    """
+
+    kind: ClassVar[str] = "tuning"
+
+    encoders: tuple[Literal["vfm", "vlm"], ...] | None = None
+
+    def build(self, backbone: interfaces.VisionBackbone) -> None:
+        """Change a backbone in place; called once for each chosen encoder.
+
+        What is added and takes gradients is trained and saved with the model.
+        """
+        raise NotImplementedError
+
+
 class EnhancerSpec(Spec):
     """What turns class text embeddings into class queries for this image."""
 
@@ -219,6 +237,7 @@ KINDS: dict[str, type[Spec]] = {
         VisionSpec,
         VisionLanguageSpec,
         FusionSpec,
+        TuningSpec,
         EnhancerSpec,
         DecoderSpec,
         DatasetSpec,

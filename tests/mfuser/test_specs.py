@@ -70,8 +70,10 @@ def test_a_component_can_be_subclassed_under_another_name() -> None:
     }
 
 
-def test_kinds_are_the_six_of_the_architecture() -> None:
-    assert list(KINDS) == ["vision", "vision_language", "fusion", "enhancer", "decoder", "dataset"]
+def test_kinds_are_those_of_the_architecture_and_tuning() -> None:
+    assert list(KINDS) == [
+        *("vision", "vision_language", "fusion", "tuning", "enhancer", "decoder", "dataset"),
+    ]
 
 
 @pytest.mark.parametrize(
