@@ -7,12 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from mfuser.errors import MFuserError, suggest
-from mfuser.pairing import PairingSpec
 from mfuser.recipe import RecipeSpec
-from mfuser.registry import Registry, merge
+from mfuser.registry import Registry, load_registry, shipped
 from mfuser.run import RunSpec, domains
 from mfuser.study.spec import AdapterStudySpec, PaperReference
 
@@ -32,6 +29,12 @@ INCIDENTAL = (
 def figures() -> dict[str, Any]:
     """paper.toml."""
     return tomllib.loads(Path(__file__).with_name("paper.toml").read_text("utf-8"))
+
+
+@functools.cache
+def _as_shipped() -> Registry:
+    """The registry without any user's file on top."""
+    return load_registry(shipped())
 
 
 def source() -> str:
@@ -65,9 +68,9 @@ def differences(registry: Registry, run: RunSpec, wanted: dict[str, Any]) -> lis
     """
     protocol = figures()["protocol"]
     try:
-        table = merge(protocol["pairing"], wanted.get("change", {}))
-        pairing = PairingSpec.model_validate(table, context={"components": registry.components})
-    except (ValidationError, ValueError):
+        name = wanted.get("pairing", protocol["pairing"])
+        pairing = _as_shipped().pairing(name, wanted.get("change", {}))
+    except MFuserError:
         return ["the paper's parts are not all installed"]
     found = _compare("", run.pairing, pairing.model_dump(mode="json"))
     weights = str(run.pairing["vfm"].get("weights")) if run.pairing["vfm"] else ""
