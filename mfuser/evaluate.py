@@ -29,7 +29,7 @@ from mfuser.model import DGSSModel
 from mfuser.recipe import RecipeSpec
 from mfuser.registry import Registry
 from mfuser.report import DomainResult, Report
-from mfuser.run import Domain, RunSpec, brief, make_folder
+from mfuser.run import Domain, RunSpec, brief, check_writable
 
 TOGETHER = 4
 """Images of one size that are segmented in one pass."""
@@ -84,7 +84,7 @@ def evaluate(
     stride = stride or recipe.stride
     limit = limit or recipe.test_images
     if pictures is not None and accelerator.is_main_process:
-        make_folder(pictures)
+        check_writable(pictures)
     datasets = {domain.name: domain.build(registry, "val") for domain in chosen}
     scored = {n: _scored_classes(model, run, recipe, n, d) for n, d in datasets.items()}
     rows = {"trained": model}

@@ -25,6 +25,17 @@ def window_origins(size: int, window: int, stride: int) -> list[int]:
     return [min(i * stride, size - window) for i in range(count)]
 
 
+def check_window(size: tuple[int, int], window: tuple[int, int]) -> None:
+    """Raises MFuserError for an image of `size` (height, width) smaller than the window."""
+    height, width = size
+    if height < window[0] or width < window[1]:
+        raise MFuserError(
+            f"an image of {height}x{width} pixels is smaller than the window of "
+            f"{window[0]}x{window[1]} (height x width); enlarge it (predict --scale, a "
+            "dataset's test_size), or train with a smaller image_size"
+        )
+
+
 def sliding_window(
     scores: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -38,12 +49,7 @@ def sliding_window(
     Raises MFuserError for images smaller than the window.
     """
     height, width = images.shape[-2:]
-    if height < window[0] or width < window[1]:
-        raise MFuserError(
-            f"an image of {height}x{width} pixels is smaller than the window of "
-            f"{window[0]}x{window[1]} (height x width); enlarge it (predict --scale, a "
-            "dataset's test_size), or train with a smaller image_size"
-        )
+    check_window((height, width), window)
     if (height, width) == tuple(window):
         return scores(images)
     step = stride or default_stride(window)

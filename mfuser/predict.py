@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from mfuser.console import Console
 from mfuser.data.images import UnreadableImage, read_image
 from mfuser.errors import DataError, MFuserError, placed
 from mfuser.evaluate import predict_ids
+from mfuser.inference import check_window
 from mfuser.registry import Registry
-from mfuser.run import make_folder
+from mfuser.run import check_writable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -63,13 +65,15 @@ def predict(
         raise MFuserError(f"scale is a factor above 0, not {scale}")
     images = list(dict.fromkeys(images))
     names = file_names(images)
-    if not skip_unreadable:
-        for path in images:  # before anything is written
-            read_image(path)
+    sizes = _sizes(images, scale, skip_unreadable)
+    check_writable(out)
     model, _ = load_model(run, registry, list(settings))
+    for path, (height, width) in sizes.items():  # before anything is written
+        with located(path):
+            check_window((height, width), model.spec.image_size)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(where)
-    make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     table = draw.palette(model.classes)
     written: list[dict[str, Any]] = []
     with console.task("segmenting", len(images)) as task:
@@ -108,6 +112,32 @@ def predict(
     return written
 
 
+def _sizes(images: Sequence[Path], scale: float, skip: bool) -> dict[Path, tuple[int, int]]:
+    """(height, width) that every readable image is segmented in; each is read to its end."""
+    sizes = {}
+    for path in images:
+        try:
+            sizes[path] = _scaled(read_image(path), scale)
+        except UnreadableImage:
+            if not skip:
+                raise
+    return sizes
+
+
+def _scaled(image: np.ndarray, scale: float) -> tuple[int, int]:
+    height, width = image.shape[:2]
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+@contextmanager
+def located(path: Path) -> Iterator[None]:
+    """Errors name the image."""
+    try:
+        yield
+    except MFuserError as error:
+        raise placed(error, str(path)) from error
+
+
 def _segment(
     model: Any,
     path: Path,
@@ -117,16 +147,14 @@ def _segment(
     stride: tuple[int, int] | None,
 ) -> np.ndarray:
     height, width = image.shape[:2]
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    size = _scaled(image, scale)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(where)
     if size != (height, width):
         pixels = torch.nn.functional.interpolate(
             pixels.float() / 255, size, mode="bilinear", align_corners=False, antialias=scale < 1
         )
-    try:
+    with located(path):
         scores = model.segment(pixels, stride=stride)
-    except MFuserError as error:
-        raise placed(error, str(path)) from error
     return predict_ids(scores[0], (height, width))
 
 

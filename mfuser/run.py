@@ -161,16 +161,19 @@ def open_folder(folder: Path, run: RunSpec, resume: bool) -> RunSpec:
     """
     run = check_folder(folder, run, resume)
     if not (folder / RUN).is_file():
-        make_folder(folder)
+        check_writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RUN, run.model_dump(mode="json"))
     return run
 
 
-def make_folder(folder: Path) -> None:
-    """The folder, there and writable. Raises CheckpointError."""
+def check_writable(folder: Path) -> None:
+    """Raises CheckpointError where the folder takes no files or cannot be made; makes nothing."""
+    above = folder
+    while not above.exists() and above != above.parent:
+        above = above.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=above):
             pass
     except OSError as error:
         reason = "a file of that name is there" if folder.is_file() else error.strerror

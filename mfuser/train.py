@@ -364,7 +364,7 @@ def _sampler(
 def _check_crop(source: Dataset, crop: tuple[int, int]) -> None:
     """The first image tells early what every image would."""
     try:
-        height, width = source.label(0).shape
+        height, width = source[0].label.shape
     except UnreadableImage:
         return  # fatal or skipped, as the recipe says, where it is read
     if height < crop[0] or width < crop[1]:
