@@ -136,6 +136,18 @@ def write_registry(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignore[no-untyped-def]
+    """The folder of a finished run of `plain`; copy it before writing into it."""
+    from mfuser.run import RunSpec
+    from mfuser.train import train
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    pairing, recipe = tiny.pairing("plain"), tiny.recipe("tiny")
+    train(tiny, RunSpec.of(tiny, "plain", "tiny", pairing=pairing, recipe=recipe), folder)
+    return folder
+
+
 class Outcome:
     """What a command line came to."""
 
