@@ -224,6 +224,8 @@ def load_model(
         raise CheckpointError(f"{error}{hint}") from error
     if checkpoint.meta.get("complete"):
         model = unfilled(spec)
+        if model.encoder.vlm is not None and model.ids is None:
+            raise CheckpointError(f"{file}: {model.without_ids} (--set vlm.tokenizer=FOLDER)")
         fill(model, checkpoint.model, file)
         for role, (mean, std) in checkpoint.meta.get("statistics", {}).items():
             model.encoder.backbones[role].set_statistics(tuple(mean), tuple(std))

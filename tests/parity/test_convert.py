@@ -44,7 +44,8 @@ def registry_file(tmp_path: Path, reference: ModuleType) -> Callable[..., Path]:
         table = reference.spec(kind, **changes)
         path = tmp_path / "registry.toml"
         lines = [f"{k} = {inline(v)}" for k, v in table.items()]
-        path.write_text("\n".join([f"[pairing.{kind}]", *lines]) + "\n", "utf-8")
+        streets = ["[dataset.toy]", 'name = "streets"', "size = [64, 96]", 'domain = "night"']
+        path.write_text("\n".join([f"[pairing.{kind}]", *lines, *streets]) + "\n", "utf-8")
         return path
 
     return write
@@ -106,8 +107,9 @@ def test_converted_file_is_all_that_is_needed(
     assert np.array_equal(predicted, wanted.numpy())
     if kind == "eva":
         result = mfuser(
-            "evaluate", out, "--targets", "streets:night", "--limit", 1, "--device", "cpu", "--json"
-        )
+            "evaluate", out, "--targets", "toy", "--limit", 1, "--device", "cpu",
+            "--registry", registry, "--json",
+        )  # fmt: skip
         assert result.code == 0, result.err
         report = json.loads(result.out)
         assert report["protocol"]["source"] == "gta" and report["protocol"]["steps"] == 20000
@@ -236,6 +238,26 @@ def test_other_files_are_refused(
         assert result.code == 2 and message in result.err, (name, result.err)
         assert "Traceback" not in result.err and not out.exists()
     assert not Path("pwned").exists()
+
+
+def test_class_texts_may_come_after_the_conversion(
+    reference: ModuleType,
+    registry_file: Callable[..., Path],
+    mfuser: Callable[..., Any],
+    inside: Path,
+) -> None:
+    """SigLIP's tokenizer has to be downloaded; without it the file is written all the same."""
+    registry = registry_file("eva", prompt={"context": 8, "slots": 5})
+    file = save(inside / "a.pth", reference.state("eva"))
+    out = inside / "a.safetensors"
+    result = mfuser("convert", file, "--pairing", "eva", "--out", out, "--registry", registry)
+    assert result.code == 0 and "no class texts yet" in result.out
+    Image.new("RGB", (56, 56)).save(inside / "photo.png")
+    result = mfuser("predict", out, inside / "photo.png")
+    assert result.code == 2 and "--set vlm.tokenizer=FOLDER" in result.err
+    ids = reference.class_ids("eva").tolist()
+    result = mfuser("predict", out, inside / "photo.png", "--set", f"prompt.ids={ids}")
+    assert result.code == 0, result.err
 
 
 def test_another_kind_than_the_pairing_is_refused(
