@@ -23,10 +23,11 @@ from mfuser.specs import (
     FusionSpec,
     Spec,
     TokenShape,
+    TuningSpec,
     VisionLanguageSpec,
     VisionSpec,
 )
-from mfuser.testing.partners import CLASSES, IMAGE, labels_for
+from mfuser.testing.partners import CLASSES, IMAGE, everything, labels_for, partners
 
 Inputs = dict[str, Any]
 
@@ -243,10 +244,24 @@ class BackboneBench(Bench):
         return shapes
 
 
+class TuningBench(BackboneBench):
+    """A frozen backbone, changed by the component."""
+
+    spec: TuningSpec  # type: ignore[assignment]
+
+    def make(self, case: Any) -> VisionBackbone:
+        partner = next(iter(partners("vision", everything()).values()))
+        assert isinstance(partner, VisionSpec)
+        backbone = partner.build(case)
+        built(self.spec, type(None), lambda: self.spec.build(backbone), optional=True)
+        return backbone
+
+
 BENCHES: dict[str, type[Bench]] = {
     "vision": BackboneBench,
     "vision_language": BackboneBench,
     "fusion": FusionBench,
+    "tuning": TuningBench,
     "enhancer": EnhancerBench,
     "decoder": DecoderBench,
 }

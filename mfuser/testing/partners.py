@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,6 +23,7 @@ ROLES = {
     "vision": "vfm",
     "vision_language": "vlm",
     "fusion": "fusion",
+    "tuning": "tuning",
     "enhancer": "enhancer",
     "decoder": "decoder",
 }
@@ -61,7 +62,7 @@ def pairing(components: Components, **parts: Any) -> PairingSpec:
     given.setdefault("pyramid", {"width": 16})
     given.setdefault("prompt", {"context": 2})
     for kind, role in ROLES.items():
-        if role not in given:
+        if role not in given and kind != "tuning":
             given[role] = _plainest(kind, components)
     decoder = given["decoder"]
     if given["vlm"] in (None, "none") and isinstance(decoder, Spec) and "decoder" not in parts:
@@ -124,8 +125,3 @@ def everything() -> Components:
     from mfuser.plugins import installed_components
 
     return installed_components()
-
-
-def options(given: Mapping[str, Any]) -> str:
-    """Options for people: "state_size = 8, every = 2"."""
-    return ", ".join(f"{k} = {v!r}" for k, v in given.items())

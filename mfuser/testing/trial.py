@@ -17,6 +17,7 @@ PLACE = {
     "vfm": "encoder.vfm",
     "vlm": "encoder.vlm",
     "fusion": "encoder.adapters",
+    "tuning": "encoder",
     "enhancer": "enhancer",
     "decoder": "decoder",
 }
