@@ -17,7 +17,7 @@ from mfuser import MFuserError, VisionLanguageBackbone
 from mfuser_plugins.backbones._resample import Resampling, resample_kernel, resample_positions
 from mfuser_plugins.backbones._stepping import Size, Stepped, Stepper
 from mfuser_plugins.backbones._text import ClipText, load_tokenizer, tokenize
-from mfuser_plugins.backbones._timm import stepper_class
+from mfuser_plugins.backbones._timm_families import stepper_class
 
 
 class ClipStepper(Stepper):

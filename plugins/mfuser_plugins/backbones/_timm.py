@@ -1,14 +1,15 @@
-"""timm's vision transformers: one stepper per class."""
+"""timm's vision transformers, stepped: the base of all, and the ViT, EVA and BEiT families."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models import beit, deit, eva, vision_transformer
+from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 
 from mfuser import MFuserError
@@ -25,23 +26,61 @@ SPARE = (
 
 
 class TimmStepper(Stepper):
-    """What the families have in common: `patch_embed`, `blocks`, `set_input_size`."""
+    """What the families have in common: `patch_embed`, `blocks`, `set_input_size`.
+
+    model: as `strip` leaves it.
+    """
+
+    has_table: ClassVar[bool] = True
+    """Whether the class has a `pos_embed`: a table, or None. Files saved at another size are
+    then loaded at theirs."""
+    any_prefix: ClassVar[bool] = True
+    """Whether the class says how many prefix tokens its blocks see; else they see none."""
 
     def __init__(self, model: Any, how: Resampling) -> None:
         self.model = model
         self.how = how
-        self.embed_dim = model.embed_dim
-        self.depth = len(model.blocks)
-        self.num_prefix_tokens = model.num_prefix_tokens
-        embed = model.patch_embed
+        self.embed_dim = self._width()
+        self.depth = len(self.blocks)
+        self.num_prefix_tokens = int(model.num_prefix_tokens) if self.any_prefix else 0
         # Convolutional stems (hybrids, ViTamin) have no kernel that could be resampled.
-        self.plain = isinstance(embed, PatchEmbed)
+        self.plain = isinstance(self._stem, PatchEmbed)
+        size, patch = self._default_size()
+        super().__init__(size, patch, self._table_names())
+
+    def _default_size(self) -> tuple[Size, Size]:
+        """Image and patch size as the library built it."""
+        return tuple(self._stem.img_size), tuple(self._stem.feat_ratio(as_scalar=False))
+
+    def _width(self) -> int:
+        return int(self.model.embed_dim)
+
+    @property
+    def blocks(self) -> Any:
+        return self.model.blocks
+
+    @property
+    def _stem(self) -> Any:
+        """What makes patches of images."""
+        return self.model.patch_embed
+
+    def _table_names(self) -> list[str]:
         tables = ["patch_embed.proj.weight"] if self.plain else []
-        if model.pos_embed is not None:
+        if self.has_table and self.model.pos_embed is not None:
             tables.append("pos_embed")
-        tables += [n for n, _ in model.named_parameters() if n.endswith("position_bias_table")]
-        ratio = embed.feat_ratio(as_scalar=False)
-        super().__init__(tuple(embed.img_size), tuple(ratio), tables)
+        named = self.model.named_parameters()
+        return tables + [n for n, _ in named if n.endswith("position_bias_table")]
+
+    @staticmethod
+    def strip(model: Any) -> Any:
+        """The part of a loaded model that is stepped; classifier and pooling are dropped."""
+        model.reset_classifier(0, "")
+        return model
+
+    @staticmethod
+    def keep(model: Any, depth: int) -> None:
+        """Keep the first blocks of a stripped model."""
+        model.blocks = model.blocks[:depth]
 
     @property
     def sized(self) -> nn.Module:
@@ -55,7 +94,8 @@ class TimmStepper(Stepper):
     @staticmethod
     def convert(tensors: Tensors, model: nn.Module) -> Tensors:
         """Official checkpoints of the family -> timm's names."""
-        raise NotImplementedError
+        result: Tensors = sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model)
+        return result
 
     def grid_of(self, size: Size) -> Size:
         h, w = self.model.patch_embed.dynamic_feat_size(size)
@@ -64,8 +104,8 @@ class TimmStepper(Stepper):
     def resize(self, size: Size, patch_size: Size) -> None:
         if not self.plain and patch_size != self.patch_size:
             raise MFuserError(
-                "patch_size cannot be changed: this model's stem is a stack of convolutions, "
-                f"with patches of {self.patch_size[0]} pixels in all"
+                "patch_size cannot be changed: this model's stem is no single kernel that could be "
+                f"resampled; its patches are of {self.patch_size[0]} pixels in all"
             )
         super().resize(size, patch_size)
 
@@ -92,6 +132,15 @@ class TimmStepper(Stepper):
             grid = self.grid_of(self.image_size)
             images = images[..., : grid[0] * self.patch_size[0], : grid[1] * self.patch_size[1]]
         return embed(images)
+
+    def finish(self, tokens: Tensor, state: Any) -> Tensor:
+        """The final norm, or the tokens where there is none."""
+        # With average pooling the norm moved to fc_norm; a few models have neither.
+        model = self.model
+        norm: Callable[[Tensor], Tensor] = (
+            model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
+        )
+        return norm(tokens)
 
 
 class ViTStepper(TimmStepper):
@@ -154,34 +203,10 @@ class BeitStepper(TimmStepper):
         return self.model.blocks[i](tokens, shared_rel_pos_bias=state)
 
 
-STEPPERS: dict[type[nn.Module], type[TimmStepper]] = {
-    vision_transformer.VisionTransformer: ViTStepper,
-    deit.VisionTransformerDistilled: ViTStepper,
-    eva.Eva: EvaStepper,
-    beit.Beit: BeitStepper,
-}
-
-
-def stepper_class(model: nn.Module, name: str) -> type[TimmStepper]:
-    """The stepper of a model's class. Raises MFuserError for families that have none."""
-    found = STEPPERS.get(type(model))
-    if found is None:
-        known = ", ".join(sorted(cls.__name__ for cls in STEPPERS))
-        raise MFuserError(
-            f"timm model '{name}' is of class {type(model).__name__}, which cannot be stepped "
-            "block by block with tokens of one width and one grid here; the classes that can: "
-            f"{known} (such as vit_*, deit*, eva*, dinov3, beit*)"
-        )
-    return found
-
-
 class TimmBackbone(Stepped):
     """A timm model as vision backbone."""
 
+    stepper: TimmStepper
+
     def finish(self, tokens: Tensor, state: Any) -> Tensor:
-        # With average pooling the norm moved to fc_norm; a few models have neither.
-        model: Any = self.model
-        norm: Callable[[Tensor], Tensor] = (
-            model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
-        )
-        return norm(tokens)
+        return self.stepper.finish(tokens, state)

@@ -200,7 +200,7 @@ def load(model: Any, tensors: dict[str, Tensor], name: str, source: str) -> None
     tensors = convert_state_dict(model, dict(tensors))
     if "visual.pos_embed" in tensors and isinstance(model.visual, TimmModel):
         # BAAI's EVA-CLIP files have the image tower where open_clip has a wrapper.
-        from mfuser_plugins.backbones._timm import stepper_class
+        from mfuser_plugins.backbones._timm_families import stepper_class
 
         convert = stepper_class(model.visual.trunk, name).convert
         trunk = convert(tensors, model.visual.trunk)

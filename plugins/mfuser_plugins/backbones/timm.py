@@ -31,7 +31,11 @@ Statistics = tuple[float, float, float]
 
 
 class TimmSpec(VisionSpec, name="timm"):
-    """A vision transformer of the timm library (VisionTransformer, Eva, Beit classes).
+    """A vision transformer of the timm library: ViT, EVA, DINOv3, BEiT, SAM, NaFlex, CaiT, XCiT, …
+
+    Staged models (Swin, Swin v2, ConvNeXt, Hiera) serve through their longest stage: what is
+    before it makes the tokens, what follows it is left out. `mfuser list backbones --all` lists
+    the models.
 
     model: timm's name, with or without a tag: "vit_large_patch14_dinov2.lvd142m".
     weights: None: those of the tag in `model` (or timm's default tag), from the hub or its cache.
@@ -39,7 +43,8 @@ class TimmSpec(VisionSpec, name="timm"):
         "random".
     depth: keep the first blocks only.
     interpolation, antialias: how positions are resampled. Bicubic without antialiasing is what
-        DINOv2 and the released models use; timm itself antialiases.
+        DINOv2 and the released models use; timm itself antialiases. NaFlex and the encoders of
+        language models resample by themselves, as published.
     patch_resample: how the patch kernel is resampled: like an image, as the released models, or
         "pinv", FlexiViT's pseudo-inverse.
     mean, std: image statistics; None: those of the tag.
@@ -64,7 +69,8 @@ class TimmSpec(VisionSpec, name="timm"):
 
     def build(self, image_size: Size) -> TimmBackbone:
         """Raises WeightsError for weights that are missing or do not fit, MFuserError otherwise."""
-        from mfuser_plugins.backbones._timm import TimmBackbone, stepper_class
+        from mfuser_plugins.backbones._timm import TimmBackbone
+        from mfuser_plugins.backbones._timm_families import stepper_class
 
         file = None
         name = self.model
@@ -84,21 +90,22 @@ class TimmSpec(VisionSpec, name="timm"):
         family = stepper_class(model, name)
         if source is not None:
             load(model, read_tensors(source), name, f"'{file or name}'")
-        # Pooling and classifier are no part of a backbone.
-        model.reset_classifier(0, "")
-        if self.depth is not None:
-            if self.depth > len(model.blocks):
-                raise MFuserError(
-                    f"depth = {self.depth}: timm model '{name}' has {len(model.blocks)} blocks"
-                )
-            model.blocks = model.blocks[: self.depth]
+        cfg = model.pretrained_cfg
+        model = family.strip(model)
         freeze(model, self.freeze)
         how = Resampling(self.interpolation, self.antialias, self.patch_resample)
-        backbone = TimmBackbone(model, family(model, how))
+        stepper = family(model, how)
+        if self.depth is not None:
+            if self.depth > stepper.depth:
+                raise MFuserError(
+                    f"depth = {self.depth}: timm model '{name}' has {stepper.depth} blocks"
+                )
+            family.keep(model, self.depth)
+            stepper = family(model, how)
+        backbone = TimmBackbone(model, stepper)
         backbone.resize(image_size, self.patch_size)
-        cfg = model.pretrained_cfg
         backbone.set_statistics(self.mean or cfg["mean"], self.std or cfg["std"])
-        if self.weights != RANDOM and file is None:
+        if file is None and (self.weights != RANDOM or "." in name):
             backbone.license = cfg.get("license")
         return backbone
 
@@ -151,11 +158,14 @@ def published(name: str) -> Path:
 
 def load(model: Any, tensors: dict[str, Tensor], name: str, source: str) -> None:
     """Tensors in timm's or an official naming -> the model. Raises WeightsError on any misfit."""
-    from mfuser_plugins.backbones._timm import SPARE, stepper_class
+    from mfuser_plugins.backbones._timm import SPARE
+    from mfuser_plugins.backbones._timm_families import stepper_class
 
-    _adopt_size(model, tensors)
+    family = stepper_class(model, name)
+    if family.has_table and family.any_prefix:
+        _adopt_size(model, tensors)
     try:
-        converted = stepper_class(model, name).convert(dict(tensors), model)
+        converted = family.convert(dict(tensors), model)
     except Exception as error:
         raise WeightsError(
             f"{source} does not fit timm model '{name}': its {len(tensors)} tensors "
