@@ -64,7 +64,7 @@ class Mask2Former(MaskDecoder):
 
     def forward(self, pyramid: list[Tensor], queries: Tensor | None = None) -> DecoderOutput:
         """Class queries are ignored."""
-        return self.decode(self.query_feat.weight.expand(len(pyramid[0]), -1, -1), pyramid)
+        return self.decode(self.query_feat.weight.repeat(len(pyramid[0]), 1, 1), pyramid)
 
     def loss(self, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
         """Weighted losses: `loss_*` of the last prediction, `d<i>.loss_*` of the i-th."""
