@@ -106,17 +106,21 @@ def conforms(spec: type[Spec], **arguments: Any) -> Report:
     return report
 
 
-def check_plugin(name: str, roots: dict[str, Path] | None = None) -> list[Report]:
+def check_plugin(
+    name: str, roots: dict[str, Path] | None = None, pairings: int | None = None
+) -> list[Report]:
     """Every check of every component that a plugin offers.
 
     name: a module, a .py file, or an installed plugin by the name of its entry point.
-    roots: folders of datasets, by name.
+    roots: folders of datasets, by name. pairings: as in `check_component`.
 
     Raises PluginError if the plugin cannot be loaded or offers nothing.
     """
     components, offered = plugin_components(name)
     return [
-        check_component(c.spec, root=(roots or {}).get(c.name), components=components)
+        check_component(
+            c.spec, root=(roots or {}).get(c.name), components=components, pairings=pairings
+        )
         for c in offered
     ]
 

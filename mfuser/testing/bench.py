@@ -156,7 +156,7 @@ class DecoderBench(Bench):
         yield (16, 16, 16, 16), 19, 40, (9, 17)
         yield (24, 16, 16, 8), 1, 24, (16, 8)
         if not self.spec.needs_text:
-            yield (16, 16, 16, 16), 3, None, (11, 13)
+            yield (16, 16, 16, 16), 3, None, (17, 19)
 
     def describe(self, case: Any) -> str:
         channels, classes, text, size = case
@@ -176,18 +176,24 @@ class DecoderBench(Bench):
         return {
             "pyramid": [torch.randn(batch, c, *s) for c, s in zip(channels, sizes, strict=True)],
             "queries": torch.randn(batch, classes, text) if text else None,
+            "alignment": 2 * torch.rand(batch, classes, *sizes[-1]) - 1 if text else None,
             "labels": labels_for(batch, self.SIZE, classes),
         }
 
     def call(self, module: Any, inputs: Inputs) -> dict[str, Tensor]:
-        output = module(inputs["pyramid"], inputs["queries"])
+        output = self._output(module, inputs)
         return {"scores": module.semantic_logits(output, self.SIZE)}
+
+    @staticmethod
+    def _output(module: Any, inputs: Inputs) -> Any:
+        read = [inputs["alignment"]] if module.reads_alignment else []
+        return module(inputs["pyramid"], inputs["queries"], *read)
 
     def losses(self, module: Any, inputs: Inputs) -> dict[str, Tensor]:
         """Named losses, their random points drawn from one seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)
-            output = module(inputs["pyramid"], inputs["queries"])
+            output = self._output(module, inputs)
             return dict(module.loss(output, inputs["labels"]))
 
     def expected(self, case: Any, inputs: Inputs) -> dict[str, tuple[int, ...]]:
