@@ -364,11 +364,11 @@ def _sampler(
 def _check_crop(source: Dataset, crop: tuple[int, int]) -> None:
     """The first image tells early what every image would."""
     try:
-        height, width = source[0].label.shape
+        height, width = source[0].image.shape[:2]
     except UnreadableImage:
         return  # fatal or skipped, as the recipe says, where it is read
     if height < crop[0] or width < crop[1]:
-        raise MFuserError(
+        raise DataError(
             f"{source.name(0)} is {height}x{width}, smaller than the crop of {crop[0]}x{crop[1]} "
             "(height x width): set a smaller image_size, e.g. --set image_size="
             f"{min(height, width)}"
