@@ -114,7 +114,7 @@ def test_an_axis_is_replaced_and_nested_and_dotted_keys_are_one(write_registry) 
         ('p = [{ label = "x", sett = {} }]', "", ["'sett'", "label, set, pairing, recipe"]),
         ('p = [{ label = "x", set = 3 }]', "", ["'set' is a table"]),
         (
-            'p = [{ label = "x", set = { vlm = "none", decoder = { name = "text_mask2former" } } }]',
+            'p = [{ label = "x", set = { vlm = "none", decoder = "text_mask2former" } }]',
             "",
             ["p = x", "class queries from text"],
         ),
