@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from mfuser import MFuserError, Stream, VisionBackbone, VisionSpec, WeightsError, hookimpl
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 mfuser_requires = ">=0.1,<0.2"
@@ -42,14 +42,14 @@ class Block(nn.Module):
 class Dino(VisionBackbone):
     """A vision transformer with a class token and absolute positions, stepped block by block."""
 
-    def __init__(self, width: int, depth: int, heads: int, patch: int) -> None:
+    def __init__(self, width: int, depth: int, patch: int) -> None:
         super().__init__()
         self.embed_dim, self.depth, self.num_prefix_tokens = width, depth, 1
         self.patch_size = (patch, patch)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (224 // patch) ** 2, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, width // 64) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.set_statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -83,27 +83,20 @@ class DinoSpec(VisionSpec, name="dino"):
 
     weights: an official file (dino_deitsmall16_pretrain.pth, dino_vitbase16_pretrain.pth, …), or
         "random".
-    width, depth, heads: of the transformer; the defaults are ViT-S.
+    width, depth: of the transformer, with heads of 64; the defaults are ViT-S.
     patch: the patch size of the weights.
     """
 
-    tiny: ClassVar[Mapping[str, Any]] = {"weights": "random", "width": 32, "depth": 2, "heads": 2}
+    tiny: ClassVar[Mapping[str, Any]] = {"weights": "random", "width": 64, "depth": 2}
 
     weights: str
-    width: PositiveInt = 384
+    width: PositiveInt = Field(default=384, multiple_of=64)
     depth: PositiveInt = 12
-    heads: PositiveInt = 6
     patch: Literal[8, 16] = 16
-
-    @model_validator(mode="after")
-    def _divides(self) -> DinoSpec:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
 
     def build(self, image_size: tuple[int, int]) -> Dino:
         """Raises WeightsError for a file that is missing or does not fit."""
-        model = Dino(self.width, self.depth, self.heads, self.patch)
+        model = Dino(self.width, self.depth, self.patch)
         if self.weights != "random":
             try:
                 model.load_state_dict(torch.load(self.weights, "cpu", weights_only=True))

@@ -15,10 +15,10 @@ def test_conforms():
 def test_stepping_equals_another_implementation(tmp_path):
     """timm's ViT as the oracle: the same tensors under the same names, the same tokens."""
     timm = pytest.importorskip("timm")
-    options = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0}
+    options = {"embed_dim": 128, "depth": 3, "num_heads": 2, "num_classes": 0}
     oracle = timm.create_model("vit_small_patch16_224", **options).eval()
     torch.save(oracle.state_dict(), tmp_path / "weights.pth")
-    size = {"width": 48, "depth": 3, "heads": 3, "weights": str(tmp_path / "weights.pth")}
+    size = {"width": 128, "depth": 3, "weights": str(tmp_path / "weights.pth")}
     backbone = DinoSpec(name="dino", **size).build((224, 224))
     images = torch.rand(1, 3, 224, 224)
     with torch.no_grad():

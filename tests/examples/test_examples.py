@@ -1,0 +1,116 @@
+"""The packages of strangers under examples/: installed and tested as a stranger would."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = {
+    "mfuser-dino": ("vision", "dino"),
+    "mfuser-bottleneck": ("fusion", "bottleneck"),
+    "mfuser-kitti": ("dataset", "kitti"),
+}
+
+
+@pytest.fixture(scope="module")
+def installed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The three packages, built as wheels and installed into an empty folder."""
+    target = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    pip += ["--no-build-isolation", "--disable-pip-version-check", "--target", str(target)]
+    folders = [str(root / "examples" / name) for name in EXAMPLES]
+    ran = subprocess.run([*pip, *folders], capture_output=True, text=True)
+    if "BackendUnavailable" in ran.stderr or "No module named 'hatchling'" in ran.stderr:
+        pytest.skip("hatchling, which builds the packages, is not installed")
+    assert ran.returncode == 0, ran.stderr
+    return target
+
+
+def run(site: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=site, env=env, capture_output=True, text=True
+    )
+
+
+def test_installed_packages_are_found(installed: Path) -> None:
+    ran = run(installed, "-m", "mfuser", "list", "--json")
+    assert ran.returncode == 0, ran.stderr
+    listed = json.loads(ran.stdout)
+    for kind, name in EXAMPLES.values():
+        assert name in [c["name"] for c in listed[kind]]
+    assert not listed["plugins"]
+
+
+def test_a_check_takes_less_than_a_minute(installed: Path) -> None:
+    # Its entry point's name is all a user knows of it.
+    ran = run(installed, "-m", "mfuser", "plugin", "check", "kitti", "--json")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert json.loads(ran.stdout)["seconds"] < 60
+
+
+def test_a_pairing_of_two_strangers(installed: Path) -> None:
+    """A backbone and an adapter that have never met, in the demo pairing."""
+    settings = ["fusion={name='bottleneck', tokens=2}"]
+    settings += ["vfm={name='dino', weights='random', width=64, depth=2}"]
+    command = [part for s in settings for part in ("--set", s)]
+    ran = run(installed, "-m", "mfuser", "describe", "demo", *command, "--json")
+    assert ran.returncode == 0, ran.stderr
+    shown = json.loads(ran.stdout)
+    parts = {p["part"]: p for p in shown["parts"]}
+    assert parts["fusion"]["component"] == "bottleneck" and parts["fusion"]["trained"] > 0
+    assert parts["vfm"]["component"] == "dino" and parts["vfm"]["trained"] == 0
+
+
+def test_their_own_tests_pass(root: Path, installed: Path) -> None:
+    tests = [str(root / "examples" / package / "tests") for package in EXAMPLES]
+    options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-c", os.devnull]
+    # The suite in full is what `mfuser plugin check` runs; here, what the packages add to it.
+    ran = run(installed, "-m", "pytest", *options, *tests, "-k", "not conforms")
+    assert ran.returncode == 0 and "8 passed" in ran.stdout, ran.stdout
+
+
+@pytest.mark.parametrize("package", EXAMPLES)
+def test_it_conforms(package: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mfuser.testing import check_plugin
+
+    monkeypatch.syspath_prepend(str(root / "examples" / package))
+    module = package.replace("-", "_")
+    (report,) = check_plugin(module, pairings=3)
+    assert (report.kind, report.name) == EXAMPLES[package]
+    assert report.passed, report
+
+
+def code_lines(path: Path, without: set[str]) -> int:
+    """Lines of code, without blank ones, comments, docstrings and the classes named."""
+    source = path.read_text("utf-8")
+    tree = ast.parse(source)
+    left_out: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name in without:
+            left_out.update(range(node.lineno, (node.end_lineno or 0) + 1))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            left_out.update(range(node.lineno, (node.end_lineno or 0) + 1))
+    lines = enumerate(source.splitlines(), 1)
+    return sum(1 for n, line in lines if n not in left_out and line.split("#")[0].strip())
+
+
+def test_what_mfuser_asks_for_is_short(root: Path) -> None:
+    """Beside its mathematics a fusion adapter takes 40 lines, and a vision transformer 60."""
+    bottleneck = root / "examples" / "mfuser-bottleneck" / "mfuser_bottleneck.py"
+    assert code_lines(bottleneck, {"Bottleneck"}) <= 40
+    dino = root / "examples" / "mfuser-dino" / "mfuser_dino.py"
+    assert code_lines(dino, {"Block"}) <= 60
+
+
+def test_the_mathematics_names_nothing_of_mfuser(root: Path) -> None:
+    source = (root / "examples" / "mfuser-bottleneck" / "mfuser_bottleneck.py").read_text("utf-8")
+    (maths,) = [n for n in ast.parse(source).body if getattr(n, "name", "") == "Bottleneck"]
+    names = {n.id for n in ast.walk(maths) if isinstance(n, ast.Name)}
+    assert not names & {"FusionAdapter", "FusionSpec", "TokenShape", "hookimpl"}
