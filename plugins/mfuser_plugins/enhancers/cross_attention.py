@@ -58,6 +58,7 @@ class CrossAttentionEnhancerSpec(EnhancerSpec, name="cross_attention"):
 
     width: of the enhancer, between projections from and to the joint text-image width.
     heads: of both attentions; they divide the width.
+    layers: of the enhancer, one after the other.
     gamma_init: as for mtenhancer.
     """
 
