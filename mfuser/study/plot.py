@@ -29,7 +29,7 @@ def plot_results(results: Results, path: Path) -> str | None:
             score = row.scores.get(column)
             if score is not None and score.mean is not None:
                 values = [100 * v for v in score.values.values()]
-                axis.plot(values, [y] * len(values), ".", color="0.6", zorder=1)
+                axis.plot(values, [y] * len(values), ".", color="0.3", zorder=4)
                 spread = 100 * score.std if score.std is not None else None
                 axis.errorbar(
                     100 * score.mean, y, xerr=spread, fmt="o", color="C0", capsize=3, zorder=2
@@ -40,6 +40,7 @@ def plot_results(results: Results, path: Path) -> str | None:
         axis.set_xlabel("mIoU in %", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", alpha=0.3)
+    axes[0].set_ylim(-0.5, len(rows) - 0.5)
     axes[0].set_yticks(range(len(rows)), [row.label for row in rows])
     figure.suptitle(
         f"{results.study}: dots are seeds, bars standard deviations"
