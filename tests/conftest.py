@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -146,6 +147,24 @@ def trained(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ig
     pairing, recipe = tiny.pairing("plain"), tiny.recipe("tiny")
     train(tiny, RunSpec.of(tiny, "plain", "tiny", pairing=pairing, recipe=recipe), folder)
     return folder
+
+
+@pytest.fixture
+def begin(tiny):  # type: ignore[no-untyped-def]
+    """What a run of a tiny pairing is, with settings of its recipe."""
+    from mfuser.run import RunSpec
+
+    def make(pairing: str = "plain", *recipe: str, **kwargs: Any) -> RunSpec:
+        return RunSpec.of(
+            tiny,
+            pairing,
+            "tiny",
+            pairing=tiny.pairing(pairing),
+            recipe=tiny.recipe("tiny", recipe),
+            **kwargs,
+        )
+
+    return make
 
 
 class Outcome:

@@ -1,0 +1,78 @@
+"""The house: who imports whom, how long files are, and that nothing names one machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCES = ("mfuser", "plugins", "kernels")
+MACHINE = re.compile(r"(?<![\w.])/(?:home|work|root|Users|mnt|data)/\w")
+
+
+def sources(root: Path, *folders: str) -> list[Path]:
+    return [p for f in folders for p in sorted((root / f).rglob("*.py"))]
+
+
+def test_imports_point_one_way(root: Path) -> None:
+    pytest.importorskip("importlinter")
+    from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+    assert (
+        lint_imports(config_filename=str(root / "pyproject.toml"), no_cache=True)
+        == EXIT_STATUS_SUCCESS
+    )
+
+
+def test_the_framework_names_no_plugin(root: Path) -> None:
+    """Not even in an import inside a function, which import-linter follows, or in a string."""
+    for path in sources(root, "mfuser"):
+        text = path.read_text("utf-8")
+        assert not re.search(r"import_module\(.*mfuser_plugins", text), path
+        assert not re.search(r"^\s*(from|import) mfuser_(plugins|kernels)", text, re.M), path
+
+
+def test_files_are_short(root: Path) -> None:
+    long = {
+        str(p.relative_to(root)): count
+        for p in sources(root, *SOURCES)
+        if (count := len(p.read_text("utf-8").splitlines())) > 400
+    }
+    assert not long
+
+
+def test_no_file_names_one_machine(root: Path) -> None:
+    files = [
+        *sources(root, *SOURCES, "tests", "benchmarks"),
+        *root.glob("*.toml"),
+        *root.glob("*.md"),
+        *(root / "docs").rglob("*.md"),
+        root / "Makefile",
+    ]
+    named = {
+        str(p.relative_to(root)): m[0]
+        for p in files
+        if p != Path(__file__) and (m := MACHINE.search(p.read_text("utf-8")))
+    }
+    assert not named
+
+
+def test_plugins_import_nothing_heavy(root: Path) -> None:
+    """`mfuser list` imports every plugin: the libraries wait until a model is built."""
+    code = (
+        "import sys\n"
+        "from mfuser.plugins import load_components\n"
+        "found = load_components()\n"
+        "assert not found.broken, found.broken\n"
+        "heavy = {'timm', 'open_clip', 'transformers', 'cv2', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_package_is_typed(root: Path) -> None:
+    for package in ("mfuser", "plugins/mfuser_plugins", "kernels/mfuser_kernels"):
+        assert (root / package / "py.typed").is_file(), package
