@@ -58,7 +58,7 @@ class CrossAttentionEnhancerSpec(EnhancerSpec, name="cross_attention"):
 
     width: of the enhancer, between projections from and to the joint text-image width.
     heads: of both attentions; they divide the width.
-    layers: of the enhancer, one after the other.
+    layers: of the enhancer, one after the other. dropout: within them, while training.
     gamma_init: as for mtenhancer.
     """
 
