@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mfuser import DGSSModel, MFuserError, VisionBackbone, build_model, components
-from mfuser.checkpoints import trained_state
+from mfuser import DGSSModel, MFuserError, VisionBackbone, build_model, checkpoints, components
 from mfuser_plugins.tuning.lora import LoraSpec, LowRank, merge, tune
 
 SIZE = (64, 96)
@@ -118,7 +118,7 @@ def test_beside_fusion_it_trains_and_is_saved(tiny) -> None:  # type: ignore[no-
     assert isinstance(model, DGSSModel)
     plain = build_model("tiny", tiny)
     images, labels = torch.rand(2, 3, 64, 96), torch.randint(0, 19, (2, 64, 96))
-    added = set(trained_state(model)) - set(trained_state(plain))
+    added = set(checkpoints.trained_state(model)) - set(checkpoints.trained_state(plain))
     assert {name.split(".")[1] for name in added} == {"vfm", "vlm"}
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -147,3 +147,17 @@ def test_one_encoder_alone(tiny) -> None:  # type: ignore[no-untyped-def]
 def test_errors_name_encoder_and_option(tiny) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(MFuserError, match="tuning 'lora' of the vfm: layers: 'atn' fits no"):
         build_model("lone", tiny, tuning={"name": "lora", "layers": ["atn"]})
+
+
+def test_checkpoints_hold_the_updates(tiny, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    options = {"tuning": {"name": "lora", "rank": 2}}
+    tuned = build_model("plain", tiny, **options)
+    randomise(tuned)
+    path = tmp_path / "model.safetensors"
+    meta = {"step": 1, "run": {}, "pairing": {}}
+    checkpoints.write(path, checkpoints.Checkpoint(checkpoints.trained_state(tuned), {}, meta))
+    fresh = build_model("plain", tiny, **options)
+    images = torch.rand(1, 3, 64, 96)
+    assert not torch.allclose(fresh.segment(images), tuned.segment(images))
+    checkpoints.restore(fresh, checkpoints.read(path), path)
+    assert torch.equal(fresh.segment(images), tuned.segment(images))
