@@ -1,4 +1,4 @@
-"""What a pairing comes to: parameters, operations, grids. Laid out without weights."""
+"""What a pairing comes to: parameters, operations, memory, fit. Laid out without weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mfuser import fit
 from mfuser.assembly import sketch
 from mfuser.pairing import PairingSpec
 
@@ -25,7 +26,8 @@ PARTS = {
 
 
 def describe(spec: PairingSpec) -> dict[str, Any]:
-    """Parts with trained and frozen parameters and GFLOPs of one image; encoders' shapes."""
+    """Parts with trained and frozen parameters and GFLOPs of one image; encoders' shapes; how they
+    fit: schedule, resampling, projections, memory, time, warnings."""
     model = sketch(spec)
     images = torch.empty(1, 3, *spec.image_size, device="meta")
     flops: dict[str, dict[Any, int]] = {}
@@ -55,13 +57,15 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
             }
         )
     encoder = model.encoder
+    gflops = counter.get_total_flops() / 1e9 if counter else None
+    speed = fit.speed()
     return {
         "image_size": list(spec.image_size),
         "classes": len(spec.classes),
         "parts": parts,
         "trained": sum(p["trained"] for p in parts),
         "frozen": sum(p["frozen"] for p in parts),
-        "gflops": counter.get_total_flops() / 1e9 if counter else None,
+        "gflops": gflops,
         "encoders": {
             role: {
                 "model": getattr(getattr(spec, role), "model", getattr(spec, role).name),
@@ -79,6 +83,13 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
         "adapters after": [int(p) for p in encoder.adapters],
         "taps": list(encoder.taps),
         "common grid": list(encoder.grid),
+        "resampling": fit.resampling(model),
+        "projections": fit.projections(model),
+        "memory": fit.memory(model, images),
+        "time": None
+        if gflops is None
+        else {"gflops per second here": speed, "seconds at least": gflops / speed},
+        "warnings": fit.warnings(spec, model),
     }
 
 
@@ -113,7 +124,12 @@ def render(name: str, facts: dict[str, Any]) -> list[Table | str]:
         "all", "", f"{facts['trained']:,}", f"{facts['frozen']:,}", _number(facts["gflops"])
     )
     positions = len(facts["schedule"])
-    lines = [
+    lines = [f"blocks of a position: {_schedule(facts)}"]
+    for what in ("resampling", "projections"):
+        lines += [f"{what}: {'; '.join(facts[what]) or 'none'}"]
+    trains = [f"{p['part']} {p['trained']:,}" for p in facts["parts"] if p["trained"]]
+    lines += [f"trains: {', '.join(trains) or 'nothing'}"]
+    lines += [
         f"{positions} positions; adapters after {_ranges(facts['adapters after'])}; "
         f"taps after {', '.join(map(str, facts['taps']))} (from 0); pyramid on a "
         f"{facts['common grid'][0]}x{facts['common grid'][1]} grid",
@@ -122,6 +138,16 @@ def render(name: str, facts: dict[str, Any]) -> list[Table | str]:
         if facts["gflops"] is not None
         else "GFLOPs: not available, some operation here cannot be laid out without values",
     ]
+    if facts["memory"] is not None:
+        parts_of = ", ".join(f"{what} {gib:.2f}" for what, gib in facts["memory"].items())
+        total = sum(facts["memory"].values())
+        lines.append(f"memory of a training step, one image, float32: {total:.2f} GiB ({parts_of})")
+    if facts["time"] is not None:
+        lines.append(
+            f"time of one image, forward: at least {facts['time']['seconds at least']:.2g} s here, "
+            f"at the {facts['time']['gflops per second here']:,.0f} GFLOP/s of a matrix product"
+        )
+    lines += [f"warning: {text}" for text in facts["warnings"]]
     return [encoders, parts, *lines]
 
 
@@ -142,6 +168,18 @@ def _flops_below(flops: dict[str, dict[Any, int]], path: str) -> int:
     below = [n for n in flops if n.startswith(f"DGSSModel.{path}.")]
     outer = [n for n in below if not any(n != m and n.startswith(m + ".") for m in below)]
     return sum(sum(flops[n].values()) for n in outer)
+
+
+def _schedule(facts: dict[str, Any]) -> str:
+    """ "vfm 1, vlm 2", or "vfm 1, vlm 1 to 2" where they do not divide."""
+    counts = zip(
+        *([stop - start for start, stop in blocks] for blocks in facts["schedule"]), strict=True
+    )
+    roles = []
+    for role, of_role in zip(facts["encoders"], counts, strict=True):
+        low, high = min(of_role), max(of_role)
+        roles.append(f"{role} {low}" if low == high else f"{role} {low} to {high}")
+    return ", ".join(roles)
 
 
 def _number(value: float | None) -> str:

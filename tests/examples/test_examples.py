@@ -73,7 +73,7 @@ def test_their_own_tests_pass(root: Path, installed: Path) -> None:
     options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-c", os.devnull]
     # The suite in full is what `mfuser plugin check` runs; here, what the packages add to it.
     ran = run(installed, "-m", "pytest", *options, *tests, "-k", "not conforms")
-    assert ran.returncode == 0 and "8 passed" in ran.stdout, ran.stdout
+    assert ran.returncode == 0 and "7 passed" in ran.stdout, ran.stdout
 
 
 @pytest.mark.parametrize("package", EXAMPLES)
