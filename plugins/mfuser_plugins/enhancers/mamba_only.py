@@ -56,6 +56,7 @@ class MambaOnlySpec(EnhancerSpec, name="mamba_only"):
 
     width: of the enhancer, between projections from and to the joint text-image width; even.
     state_size: N, states per channel of the scan.
+    layers: of the enhancer, one after the other. dropout: within them, while training.
     gamma_init: as for mtenhancer.
     """
 

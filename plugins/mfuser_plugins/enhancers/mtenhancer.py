@@ -71,6 +71,7 @@ class MTEnhancerSpec(EnhancerSpec, name="mtenhancer"):
     width: of the enhancer, between projections from and to the joint text-image width.
     heads: of the self-attention; they divide the width.
     state_size: N, states per channel of the scan.
+    layers: of the enhancer, one after the other. dropout: within them, while training.
     gamma_init: the gain on what is added to the text. "normal": drawn per channel with standard
         deviation 1, as released; a number: that everywhere, e.g. 1e-4 to start from the text.
     """
