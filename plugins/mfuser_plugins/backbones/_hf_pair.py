@@ -1,4 +1,4 @@
-"""CLIP and SigLIP of transformers, stepped on both sides."""
+"""CLIP, MetaCLIP 2, SigLIP and SigLIP 2 of transformers, stepped on both sides."""
 
 from __future__ import annotations
 
@@ -116,4 +116,9 @@ class SiglipPair(PairBackbone):
         return model.logit_scale.exp().reshape(()), model.logit_bias.reshape(())
 
 
-PAIRS: dict[str, type[PairBackbone]] = {"clip": ClipPair, "siglip": SiglipPair}
+PAIRS: dict[str, type[PairBackbone]] = {
+    "clip": ClipPair,
+    "metaclip_2": ClipPair,
+    "siglip": SiglipPair,
+    "siglip2": SiglipPair,
+}

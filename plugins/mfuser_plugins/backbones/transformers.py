@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from mfuser import MFuserError, VisionLanguageSpec, VisionSpec, WeightsError, hookimpl
 from mfuser.errors import suggest
-from mfuser.specs import BackboneSpec, Size
+from mfuser.specs import BackboneInfo, BackboneSpec, Size
 from mfuser_plugins.backbones._resample import PatchResample, Resampling
 from mfuser_plugins.backbones._stepping import Stepped, freeze
 from mfuser_plugins.backbones._weights import RANDOM
@@ -33,8 +33,10 @@ _TINY_CLIP = {
 
 
 class HuggingFaceVisionSpec(VisionSpec, name="transformers"):
-    """A vision transformer of transformers: DINOv2 (with registers), DINOv3, ViT, MSN, DeiT,
-    I-JEPA, or the image tower of CLIP or SigLIP.
+    """A vision transformer of transformers: DINOv2, DINOv3, ViT, MAE, BEiT, SigLIP, CLIP, …
+
+    The types are listed by `mfuser list backbones --all`; of CLIP, MetaCLIP 2, SigLIP, SigLIP 2
+    and AIMv2 it is the image tower.
 
     model: a folder made by save_pretrained, a name of the Hugging Face hub, or "random".
     config: of model = "random": {model_type = "dinov2", hidden_size = 96, …}.
@@ -52,15 +54,22 @@ class HuggingFaceVisionSpec(VisionSpec, name="transformers"):
     mean: Statistics | None = None
     std: Statistics | None = None
 
+    @classmethod
+    def catalogue(cls) -> list[BackboneInfo]:
+        from mfuser_plugins.backbones._hf import LAYOUTS
+
+        return [BackboneInfo(kind, tried=True) for kind in LAYOUTS]
+
     def build(self, image_size: Size) -> HuggingFaceBackbone:
         """Raises WeightsError for weights that are missing or do not fit, MFuserError otherwise."""
-        from mfuser_plugins.backbones._hf import HuggingFaceBackbone, HuggingFaceStepper
+        from mfuser_plugins.backbones._hf import HuggingFaceBackbone
+        from mfuser_plugins.backbones._hf import stepper as stepper_of
         from mfuser_plugins.backbones._hf_pair import PAIRS
 
         model = load(self.model, self.config)
-        if model.config.model_type in PAIRS:
+        if model.config.model_type in (*PAIRS, "aimv2"):
             model = model.vision_model
-        stepper = HuggingFaceStepper(model, Resampling(patch=self.patch_resample))
+        stepper = stepper_of(model, Resampling(patch=self.patch_resample))
         if self.depth is not None:
             if self.depth > stepper.depth:
                 raise MFuserError(
@@ -74,7 +83,7 @@ class HuggingFaceVisionSpec(VisionSpec, name="transformers"):
 
 
 class HuggingFacePairSpec(VisionLanguageSpec, name="transformers"):
-    """CLIP or SigLIP of transformers.
+    """CLIP, MetaCLIP 2, SigLIP or SigLIP 2 of transformers.
 
     model: a folder made by save_pretrained, a name of the Hugging Face hub, or "random".
     config: of model = "random": {model_type = "clip", projection_dim = 64, vision_config = {…},
@@ -94,9 +103,15 @@ class HuggingFacePairSpec(VisionLanguageSpec, name="transformers"):
     mean: Statistics | None = None
     std: Statistics | None = None
 
+    @classmethod
+    def catalogue(cls) -> list[BackboneInfo]:
+        from mfuser_plugins.backbones._hf_pair import PAIRS
+
+        return [BackboneInfo(kind, tried=True) for kind in PAIRS]
+
     def build(self, image_size: Size) -> PairBackbone:
         """Raises WeightsError for weights that are missing or do not fit, MFuserError otherwise."""
-        from mfuser_plugins.backbones._hf import HuggingFaceStepper
+        from mfuser_plugins.backbones._hf import stepper as stepper_of
         from mfuser_plugins.backbones._hf_pair import PAIRS
         from mfuser_plugins.backbones._text_hf import Tokenizer
 
@@ -108,7 +123,7 @@ class HuggingFacePairSpec(VisionLanguageSpec, name="transformers"):
                 f"that is supported here (there is: {', '.join(PAIRS)}); as a VFM it may serve, "
                 'and with a text encoder of its own as vision of name = "dual_encoder"'
             )
-        stepper = HuggingFaceStepper(model.vision_model, Resampling(patch=self.patch_resample))
+        stepper = stepper_of(model.vision_model, Resampling(patch=self.patch_resample))
         source = self.tokenizer or ("simple" if self.model == RANDOM else self.model)
         vocabulary = int(model.config.text_config.vocab_size)
         backbone = family(model, stepper, Tokenizer(source, vocabulary))
@@ -139,7 +154,7 @@ def load(source: str, config: dict[str, Any]) -> Any:
         except Exception as error:
             from mfuser_plugins.backbones._hf import LAYOUTS
 
-            known = suggest(str(kind), [*LAYOUTS, "clip", "siglip"])
+            known = suggest(str(kind), [*LAYOUTS, "clip", "siglip", "siglip2", "metaclip_2"])
             raise MFuserError(
                 f"transformers cannot build config = {config}: {type(error).__name__}: "
                 f"{' '.join(str(error).split())[:200]}{known}"
