@@ -13,7 +13,7 @@ This module imports pydantic alone: specs can be listed and validated without to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -101,6 +101,25 @@ class TokenShape:
         return self.num_prefix_tokens + self.grid[0] * self.grid[1]
 
 
+@dataclass(frozen=True)
+class BackboneInfo:
+    """A model that a backbone component can build, as `mfuser list backbones --all` shows it.
+
+    tokens: of a 448x448 image, prefix included. licence: of the published weights, where their
+        publisher states one. tried: whether it was laid out and stepped. refused: why it cannot
+        be used.
+    """
+
+    name: str
+    width: int | None = None
+    depth: int | None = None
+    patch: int | None = None
+    tokens: int | None = None
+    licence: str | None = None
+    tried: bool = False
+    refused: str | None = None
+
+
 class BackboneSpec(Spec):
     """What every backbone can be told.
 
@@ -112,6 +131,11 @@ class BackboneSpec(Spec):
 
     freeze: bool = True
     patch_size: PositiveInt | None = None
+
+    @classmethod
+    def catalogue(cls) -> Iterable[BackboneInfo]:
+        """Optional: the models this component knows by name, without building any."""
+        return ()
 
 
 class VisionSpec(BackboneSpec):

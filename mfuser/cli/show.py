@@ -19,18 +19,37 @@ from mfuser.errors import suggest
 
 @cli.command("list")
 @click.argument("kind", required=False)
+@click.argument("pattern", required=False)
+@click.option("--all", "everything", is_flag=True, help="With backbones: every model, one by one.")
 @registry_options
 @json_option
 def list_(
-    kind: str | None, registries: tuple[str, ...], plugins: tuple[str, ...], as_json: bool
+    kind: str | None,
+    pattern: str | None,
+    everything: bool,
+    registries: tuple[str, ...],
+    plugins: tuple[str, ...],
+    as_json: bool,
 ) -> None:
-    """What is installed and declared: pairings, recipes and the components of each kind."""
+    """What is installed and declared: pairings, recipes and the components of each kind.
+
+    `list backbones` shows the backbone components, `list backbones --all [PATTERN]` the models
+    they can build, PATTERN being part of a name or a wildcard pattern.
+    """
+    if (everything or pattern is not None) and not (everything and kind == "backbones"):
+        raise click.UsageError("--all and PATTERN go together with 'backbones': list backbones "
+                               "--all [PATTERN]")  # fmt: skip
     registry = open_registry(registries, plugins)
+    if everything:
+        from mfuser.cli.backbones import show_all
+
+        show_all(registry, pattern, as_json)
+        return
     from mfuser.specs import KINDS
 
     tables = {"pairings": "pairing", "recipes": "recipe", "datasets": "dataset", "studies": "study"}
     # "datasets" is both: components and named tables.
-    known = [*tables, *KINDS, "plugins"]
+    known = [*tables, *KINDS, "backbones", "plugins"]
     if kind is not None and kind not in known:
         raise click.UsageError(f"nothing of the kind '{kind}' is listed{suggest(kind, known)}")
     shown: dict[str, Any] = {}
@@ -48,7 +67,9 @@ def list_(
             for c in registry.components.kind(component_kind).values()
         ]
     shown["plugins"] = [{"name": b.plugin, "broken": b.cause} for b in registry.components.broken]
-    if kind is not None:
+    if kind == "backbones":
+        shown = {k: shown[k] for k in ("vision", "vision_language")}
+    elif kind is not None:
         shown = {kind: shown[kind]}
     if as_json:
         emit(shown)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mfuser import MFuserError, VisionLanguageSpec, WeightsError, hookimpl
 from mfuser.errors import suggest
-from mfuser.specs import Size
+from mfuser.specs import BackboneInfo, Size
 from mfuser_plugins.backbones._resample import Interpolation, PatchResample, Resampling
 from mfuser_plugins.backbones._stepping import freeze
 from mfuser_plugins.backbones._weights import (
@@ -80,6 +80,12 @@ class OpenClipSpec(VisionLanguageSpec, name="open_clip"):
     mean: Statistics | None = None
     std: Statistics | None = None
     options: dict[str, Any] = {}
+
+    @classmethod
+    def catalogue(cls) -> list[BackboneInfo]:
+        from mfuser_plugins.backbones.catalogue import listed
+
+        return listed("open_clip")
 
     def build(self, image_size: Size) -> ClipBackbone:
         """Raises WeightsError for weights that are missing or do not fit, MFuserError otherwise."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mfuser import MFuserError, VisionSpec, WeightsError, hookimpl
 from mfuser.errors import suggest
-from mfuser.specs import Size
+from mfuser.specs import BackboneInfo, Size
 from mfuser_plugins.backbones._resample import Interpolation, PatchResample, Resampling
 from mfuser_plugins.backbones._stepping import freeze
 from mfuser_plugins.backbones._weights import (
@@ -66,6 +66,12 @@ class TimmSpec(VisionSpec, name="timm"):
     mean: Statistics | None = None
     std: Statistics | None = None
     options: dict[str, Any] = {}
+
+    @classmethod
+    def catalogue(cls) -> list[BackboneInfo]:
+        from mfuser_plugins.backbones.catalogue import listed
+
+        return listed("timm")
 
     def build(self, image_size: Size) -> TimmBackbone:
         """Raises WeightsError for weights that are missing or do not fit, MFuserError otherwise."""

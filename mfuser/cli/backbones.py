@@ -1,0 +1,62 @@
+"""`mfuser list backbones --all`: every model that the installed plugins can build."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from mfuser.cli import emit
+from mfuser.registry import Registry
+from mfuser.specs import BackboneInfo, BackboneSpec
+
+COLUMNS = ("width", "depth", "patch", "tokens")
+
+
+def show_all(registry: Registry, pattern: str | None, as_json: bool) -> None:
+    found = models(registry, pattern)
+    if as_json:
+        emit(found)
+        return
+    if not found:
+        click.echo(f"no model's name matches '{pattern}'")
+        return
+    width = max(len(e["name"]) for e in found)
+    library = max(len(e["component"]) for e in found)
+    header = " ".join(f"{c:>6}" for c in COLUMNS)
+    click.secho(f"{'':<{library}}  {'model':<{width}} {header}  tried  licence", bold=True)
+    for e in found:
+        row = f"{e['component']:<{library}}  {e['name']:<{width}} "
+        if e["refused"]:
+            click.echo(f"{row} refused: {e['refused']}")
+            continue
+        numbers = " ".join(f"{'?' if e[c] is None else e[c]:>6}" for c in COLUMNS)
+        tried = "yes" if e["tried"] else "no"
+        click.echo(f"{row}{numbers}  {tried:<5}  {e['licence'] or '?'}")
+    usable = sum(not e["refused"] for e in found)
+    click.echo(f"{usable} models, {len(found) - usable} refused; tokens of a 448x448 image")
+
+
+def models(registry: Registry, pattern: str | None) -> list[dict[str, Any]]:
+    """Component and facts of each model whose name holds, or matches, the pattern."""
+    listed: list[dict[str, Any]] = []
+    for kind in ("vision", "vision_language"):
+        for component in registry.components.kind(kind).values():
+            spec = component.spec
+            assert issubclass(spec, BackboneSpec)
+            listed += [
+                {"component": component.name, "kind": kind, **asdict(info)}
+                for info in spec.catalogue()
+                if _matches(info, pattern)
+            ]
+    return listed
+
+
+def _matches(info: BackboneInfo, pattern: str | None) -> bool:
+    if pattern is None:
+        return True
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(info.name.lower(), pattern.lower())
+    return pattern.lower() in info.name.lower()

@@ -1,0 +1,82 @@
+"""What the libraries' architectures are, as found by laying each out (benchmarks/pairs.py)."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mfuser.specs import BackboneInfo
+
+CATALOGUE = Path(__file__).with_name("catalogue.json")
+
+MODULES = (
+    "vision_transformer", "vision_transformer_hybrid", "vitamin", "deit", "eva", "beit",
+    "vision_transformer_relpos", "vision_transformer_sam", "naflexvit", "cait", "xcit",
+    "qwen3_vit", "deepseek_vit", "gemma4_vit", "swin_transformer", "swin_transformer_v2",
+    "swin_transformer_v2_cr", "convnext", "hiera",
+)  # fmt: skip
+"""The modules of timm.models whose classes have a stepper."""
+
+
+def candidates(library: str) -> list[str]:
+    """Names of the architectures that may be stepped: open_clip's, timm's of `MODULES`."""
+    if library == "open_clip":
+        import open_clip
+
+        return list(open_clip.list_models())
+    import timm
+
+    return [name for name in timm.list_models() if family_of("timm", name) in MODULES]
+
+
+def family_of(library: str, name: str) -> str:
+    """The module of timm.models, or the kind of an open_clip model's image tower."""
+    if library == "timm":
+        import timm
+
+        return str(timm.model_entrypoint(name).__module__.rpartition(".")[2])
+    import open_clip
+
+    vision = open_clip.get_model_config(name)["vision_cfg"]
+    if "timm_model_name" in vision:
+        return f"timm {family_of('timm', vision['timm_model_name'].partition('.')[0])}"
+    return "ModifiedResNet" if isinstance(vision["layers"], list) else "VisionTransformer"
+
+
+@cache
+def known(library: str) -> dict[str, dict[str, Any]]:
+    """Architecture -> width, depth, patch, tokens, prefix, parameters, or {refused: why}."""
+    content: dict[str, Any] = json.loads(CATALOGUE.read_text("utf-8"))
+    found: dict[str, dict[str, Any]] = content.get(library, {})
+    return found
+
+
+def listed(library: str) -> list[BackboneInfo]:
+    """The architectures of a library; those the catalogue does not hold were not tried."""
+    found = known(library)
+    licences = timm_licences() if library == "timm" else {}
+    return [entry(name, found.get(name), licences.get(name)) for name in candidates(library)]
+
+
+def entry(name: str, facts: dict[str, Any] | None, licence: str | None) -> BackboneInfo:
+    if facts is None:
+        return BackboneInfo(name, licence=licence)
+    if "refused" in facts:
+        return BackboneInfo(name, licence=licence, tried=True, refused=facts["refused"])
+    shown = {key: facts[key] for key in ("width", "depth", "patch", "tokens")}
+    return BackboneInfo(name, licence=licence, tried=True, **shown)
+
+
+@cache
+def timm_licences() -> dict[str, str]:
+    """Architecture -> the licences of its weights."""
+    import timm
+
+    licences: dict[str, set[str]] = {}
+    for tagged in timm.list_pretrained():
+        cfg = timm.get_pretrained_cfg(tagged)
+        if cfg is not None and cfg.license:
+            licences.setdefault(tagged.partition(".")[0], set()).add(cfg.license)
+    return {name: ", ".join(sorted(found)) for name, found in licences.items()}

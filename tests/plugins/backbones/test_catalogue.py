@@ -1,0 +1,65 @@
+"""`mfuser list backbones`: the components, and every model one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import PositiveInt
+
+from mfuser.specs import BackboneInfo, VisionSpec
+from mfuser_plugins.backbones import catalogue
+
+
+def test_backbones_lists_the_components(mfuser: Callable[..., Any]) -> None:
+    shown = json.loads(mfuser("list", "backbones", "--json").out)
+    assert set(shown) == {"vision", "vision_language"}
+    assert "timm" in {e["name"] for e in shown["vision"]}
+    assert "open_clip" in {e["name"] for e in shown["vision_language"]}
+
+
+def test_all_lists_models_with_their_facts(
+    mfuser: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"width": 1024, "depth": 24, "patch": 14, "tokens": 1029}
+    content = {
+        "timm": {"vit_large_patch14_reg4_dinov2": facts},
+        "open_clip": {"RN50": {"refused": "no stream of tokens"}},
+    }
+    monkeypatch.setattr(catalogue, "known", lambda library: content[library])
+    shown = json.loads(mfuser("list", "backbones", "--all", "patch14_reg4_dinov2", "--json").out)
+    entries = {e["name"]: e for e in shown}
+    large = entries["vit_large_patch14_reg4_dinov2"]
+    assert large["component"] == "timm" and large["licence"] == "apache-2.0" and large["tried"]
+    assert {k: large[k] for k in facts} == facts
+    small = entries["vit_small_patch14_reg4_dinov2"]
+    assert not small["tried"] and small["width"] is None
+    plain = mfuser("list", "backbones", "--all", "rn50")
+    assert plain.code == 0 and "refused: no stream of tokens" in plain.out
+    wildcard = json.loads(mfuser("list", "backbones", "--all", "hiera_*_224", "--json").out)
+    assert {e["licence"] for e in wildcard} == {"cc-by-nc-4.0"}
+    none = mfuser("list", "backbones", "--all", "nothing")
+    assert "no model's name matches 'nothing'" in none.out
+
+
+def test_all_goes_with_backbones_alone(mfuser: Callable[..., Any]) -> None:
+    for arguments in (("vision", "vit"), ("--all",), ("backbones", "vit")):
+        outcome = mfuser("list", *arguments)
+        assert outcome.code == 2 and "list backbones --all" in outcome.err
+
+
+def test_a_component_without_a_catalogue_lists_nothing() -> None:
+    class Quiet(VisionSpec, name="quiet"):
+        width: PositiveInt = 8
+
+    assert list(Quiet.catalogue()) == []
+    assert BackboneInfo("a").tried is False
+
+
+def test_every_module_of_the_catalogue_exists() -> None:
+    families = {catalogue.family_of("timm", name) for name in catalogue.candidates("timm")}
+    assert families == set(catalogue.MODULES)
+    assert catalogue.family_of("open_clip", "RN50") == "ModifiedResNet"
+    assert catalogue.family_of("open_clip", "EVA02-L-14") == "timm eva"
