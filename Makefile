@@ -4,13 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 
-.PHONY: demo test check lint types imports format clean
+.PHONY: demo test check lint types imports reference format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/mfuser train demo --out $(OUT)
+	$(BIN)/mfuser train demo --out $(OUT) $(if $(wildcard $(OUT)/run.json),--resume)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: lint types imports
 
@@ -23,6 +23,9 @@ types: $(VENV)/.installed-dev
 
 imports: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
+
+reference: $(VENV)/.installed-dev
+	$(BIN)/python -m mfuser.reference > docs/reference.md
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

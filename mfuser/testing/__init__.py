@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from mfuser.errors import MFuserError, PluginError
 from mfuser.plugins import Component, Components
 from mfuser.specs import DatasetSpec, Spec
-from mfuser.testing import datasets, modules, partners, specs
+from mfuser.testing import datasets, kinds, modules, partners, specs
 from mfuser.testing.bench import BENCHES
 from mfuser.testing.partners import everything, tiny
 from mfuser.testing.trial import trial
@@ -41,8 +41,8 @@ FOR_EVERY_MODULE = (
     ("devices", modules.devices),
     ("gradients", modules.gradients),
 )
-FOR_BACKBONES = (("frozen", modules.frozen), ("image sizes", modules.resizing))
-FOR_DECODERS = (("losses", modules.losses),)
+FOR_BACKBONES = (("frozen", kinds.frozen), ("image sizes", kinds.resizing))
+FOR_DECODERS = (("losses", kinds.losses),)
 FOR_DATASETS = (
     ("samples", datasets.samples),
     ("names and classes", datasets.consistent),

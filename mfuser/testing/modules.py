@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfuser.errors import MFuserError
 from mfuser.interfaces import VisionBackbone, VisionLanguageBackbone
@@ -64,7 +64,7 @@ def odd_shapes(bench: Bench) -> str:
                         "finite numbers",
                         "look for divisions by zero, logarithms and uninitialised tensors",
                     )
-            if not _same(before, inputs):
+            if not same(before, inputs):
                 raise Broken(
                     f"{what}, batch {batch}",
                     "the inputs have changed",
@@ -82,14 +82,14 @@ def deterministic(bench: Bench) -> str:
     inputs = bench.feed(case)
     with torch.no_grad():
         a, again, b = (bench.call(m, inputs) for m in (one, one, two))
-    if gap := _gap(a, again):
+    if gap := gap(a, again):
         raise Broken(
             "the same input twice, in evaluation mode",
             f"{gap[0]} differs by {gap[1]:.2g}",
             "the same output",
             "draw random numbers only while self.training",
         )
-    if gap := _gap(a, b):
+    if gap := gap(a, b):
         raise Broken(
             "two modules built from one seed",
             f"{gap[0]} differs by {gap[1]:.2g}",
@@ -106,12 +106,12 @@ def modes(bench: Bench) -> str:
     inputs = bench.feed(case, 3)
     with torch.no_grad():
         together = bench.call(module, inputs)
-        alone = bench.call(module, _sample(inputs, 0))
+        alone = bench.call(module, sample(inputs, 0))
     for name, value in alone.items():
         whole = together[name]
         if whole.shape[0] == value.shape[0]:
             continue  # no batch axis: class texts
-        if gap := _gap({name: whole[:1]}, {name: value}, CLOSE):
+        if gap := gap({name: whole[:1]}, {name: value}, CLOSE):
             raise Broken(
                 "one sample alone and the same among three, in evaluation mode",
                 f"{name} differs by {gap[1]:.2g} (relative)",
@@ -157,7 +157,7 @@ def state_dict(bench: Bench) -> str:
     assert not result.missing_keys and not result.unexpected_keys
     inputs = bench.feed(case)
     with torch.no_grad():
-        gap = _gap(bench.call(one, inputs), bench.call(two, inputs))
+        gap = gap(bench.call(one, inputs), bench.call(two, inputs))
     if gap:
         raise Broken(
             "state_dict() of a module built from seed 0, loaded into one from seed 5",
@@ -185,7 +185,7 @@ def dtypes(bench: Bench) -> str:
                     "create tensors in the input's dtype: torch.zeros(…, dtype=tokens.dtype)",
                 )
         # Sums in float32 through a whole backbone: 1e-5 relative was the largest seen.
-        if gap := _gap({k: v.double() for k, v in single.items()}, double, 1e-3):
+        if gap := gap({k: v.double() for k, v in single.items()}, double, 1e-3):
             raise Broken(
                 "the same in float32 and float64",
                 f"{gap[0]} differs by {gap[1]:.2g} (relative)",
@@ -305,132 +305,7 @@ def _given(bench: Bench) -> dict[str, Any]:
     return {n: getattr(spec, n) for n in spec.model_fields_set - {"name", "freeze"}}
 
 
-def frozen(bench: Bench) -> str:
-    """What trains in a frozen backbone; its statistics and sizes"""
-    assert isinstance(bench, BackboneBench)
-    case = first(bench)
-    module = module_of(bench, case)
-    if not bench.spec.freeze:
-        raise NotTried("freeze = false in its tiny options")
-    trains = [
-        n
-        for n, p in module.named_parameters()
-        if p.requires_grad and not n.startswith(module.always_trains)
-    ]
-    if trains:
-        raise Broken(
-            "freeze = true",
-            f"{len(trains)} tensors train, e.g. '{trains[0]}'",
-            "none",
-            "call module.requires_grad_(False) in build() if self.freeze; what is new and "
-            'always trains is named by the class: always_trains = ("projection",)',
-        )
-    for name in ("mean", "std"):
-        value = getattr(module, name)
-        if tuple(value.shape) != (1, 3, 1, 1):
-            raise Broken(
-                f"the buffer '{name}'",
-                f"shape {tuple(value.shape)}",
-                "(1, 3, 1, 1)",
-                "call self.set_statistics(mean, std) with three numbers each",
-            )
-    if tuple(module.image_size) != tuple(case):
-        raise Broken(
-            f"build(image_size={case})",
-            f"image_size is {tuple(module.image_size)}",
-            f"{case}",
-            "set self.image_size in resize()",
-        )
-    return "nothing in it trains with freeze = true"
-
-
-def resizing(bench: Bench) -> str:
-    """Images of a wrong size; another size and back"""
-    assert isinstance(bench, BackboneBench)
-    case, *others = bench.cases()
-    module = module_of(bench, case)
-    wrong = torch.rand(1, 3, case[0] * 2, case[1])
-    try:
-        with torch.no_grad():
-            module.embed(wrong)
-    except MFuserError:
-        pass
-    else:
-        raise Broken(
-            f"embed() of images of {tuple(wrong.shape)} where {case} is set",
-            "they were taken",
-            "MFuserError that gives both sizes",
-            "compare images.shape[-2:] with self.image_size at the top of embed()",
-        )
-    inputs = bench.feed(case)
-    with torch.no_grad():
-        before = bench.call(module, inputs)
-        done = []
-        for other in others:
-            try:
-                module.resize(other)
-            except MFuserError:
-                continue  # it says what it cannot do
-            fresh = bench.build(other)
-            if tuple(module.grid) != tuple(fresh.grid):
-                raise Broken(
-                    f"resize({other})",
-                    f"grid {module.grid}",
-                    f"{fresh.grid}, as built for it",
-                    "set self.grid and self.image_size in resize()",
-                )
-            bench.call(module, bench.feed(other))
-            done.append(other)
-        module.resize(case)
-        gap = _gap(before, bench.call(module, inputs), CLOSE)
-    if gap:
-        raise Broken(
-            f"resize() to {done} and back to {case}",
-            f"{gap[0]} differs by {gap[1]:.2g} (relative)",
-            "what it was: positions are resampled from the original table",
-            "keep the table as loaded, and resample from it on every resize()",
-        )
-    return f"a wrong size is refused; {', '.join(f'{h}x{w}' for h, w in done)} and back agree"
-
-
-def losses(bench: Bench) -> str:
-    """Losses of labels with every class, one class, and none"""
-    assert isinstance(bench, DecoderBench)
-    for case in bench.cases():
-        module = module_of(bench, case).train()
-        for what, value in (("every class", None), ("one class", 0), ("nothing but ignored", 255)):
-            inputs = bench.feed(case)
-            if value is not None:
-                inputs["labels"] = torch.full_like(inputs["labels"], value)
-            found = bench.losses(module, inputs)
-            tried = f"{bench.describe(case)}; labels of {what}"
-            for name, loss in found.items():
-                if loss.dim() or not loss.isfinite():
-                    raise Broken(
-                        tried,
-                        f"'{name}' is {loss.tolist()}"
-                        if loss.numel() < 5
-                        else f"'{name}' has shape {tuple(loss.shape)}",
-                        "a finite scalar",
-                        "divide by the number of valid pixels, clamped to at least 1",
-                    )
-            again = bench.losses(module, inputs)
-            if value is None and not isinstance(module, nn.Identity):
-                stochastic = any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
-                gap = _gap(found, again, CLOSE)
-                if gap and not stochastic:
-                    raise Broken(
-                        f"{tried}, twice from one seed",
-                        f"'{gap[0]}' differs",
-                        "the same",
-                        "draw points with torch's generator",
-                    )
-    return "finite for labels of every class, of one, and of ignored pixels alone"
-
-
-def _gap(
-    a: dict[str, Tensor], b: dict[str, Tensor], allowed: float = 0
-) -> tuple[str, float] | None:
+def gap(a: dict[str, Tensor], b: dict[str, Tensor], allowed: float = 0) -> tuple[str, float] | None:
     """The first output that differs by more than `allowed`, relative to its largest value."""
     for name, value in a.items():
         other = b[name]
@@ -443,21 +318,21 @@ def _gap(
     return None
 
 
-def _sample(inputs: Any, index: int) -> Any:
+def sample(inputs: Any, index: int) -> Any:
     if isinstance(inputs, Tensor):
         return inputs[index : index + 1]
     if isinstance(inputs, dict):
-        return {k: v if k == "grids" else _sample(v, index) for k, v in inputs.items()}
+        return {k: v if k == "grids" else sample(v, index) for k, v in inputs.items()}
     if isinstance(inputs, list):
-        return [_sample(v, index) for v in inputs]
+        return [sample(v, index) for v in inputs]
     return inputs
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return bool(torch.equal(a, b))
     if isinstance(a, dict):
-        return all(_same(a[k], b[k]) for k in a)
+        return all(same(a[k], b[k]) for k in a)
     if isinstance(a, list):
-        return all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return all(same(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
