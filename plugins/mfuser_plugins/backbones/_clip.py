@@ -7,16 +7,20 @@ from typing import Any, Literal
 import timm
 import torch
 import torch.nn.functional as F
+from open_clip.coca_model import CoCa
+from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CLIPVisionCfg, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from timm.layers import AttentionPoolLatent, DropPath
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from mfuser import MFuserError, VisionLanguageBackbone
 from mfuser_plugins.backbones._resample import Resampling, resample_kernel, resample_positions
 from mfuser_plugins.backbones._stepping import Size, Stepped, Stepper
 from mfuser_plugins.backbones._text import ClipText, load_tokenizer, tokenize
+from mfuser_plugins.backbones._text_towers import CocaText, HuggingFaceTower, reachable_config
 from mfuser_plugins.backbones._timm_families import stepper_class
 
 
@@ -85,7 +89,7 @@ class ClipBackbone(Stepped, VisionLanguageBackbone):
     def __init__(self, model: Any, stepper: Stepper, name: str, text_cfg: dict[str, Any]) -> None:
         super().__init__(model, stepper)
         self.name = name
-        self.text = ClipText(model, name)
+        self.text = text_tower(model, name)
         self.text_dim = self.text.text_dim
         self.context_dim = self.text.width
         self.alignment: Literal["softmax", "sigmoid"] = (
@@ -163,6 +167,27 @@ class ClipBackbone(Stepped, VisionLanguageBackbone):
         return model.logit_scale.exp().reshape(()), None if bias is None else bias.reshape(())
 
 
+class CocaBackbone(ClipBackbone):
+    """CoCa, whose attention pool has 256 queries of another width than the tokens.
+
+    The global embedding is the library's. No token can be a query, so the dense ones are each
+    token's own value through the pool: what the pool would give if it attended to that alone.
+    """
+
+    def project(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Tensor]:
+        tower: Any = self.model.get_submodule("visual")
+        pool = tower.attn_pool
+        pooled = tower.ln_post(pool(tokens))[:, 0]
+        attention = pool.attn
+        width = attention.embed_dim
+        weight = attention.v_proj_weight
+        if weight is None:
+            weight = attention.in_proj_weight[2 * width :]
+        values = F.linear(pool.ln_k(tokens[:, 1:]), weight, attention.in_proj_bias[2 * width :])
+        dense = tower.ln_post(attention.out_proj(values))
+        return (pooled @ tower.proj)[:, None], dense @ tower.proj
+
+
 class TimmClipBackbone(ClipBackbone):
     """An open_clip model whose image tower is timm's: EVA02-CLIP, SigLIP, ViTamin, PE."""
 
@@ -176,7 +201,7 @@ class TimmClipBackbone(ClipBackbone):
         trunk = tower.trunk
         pooled = tower.head(trunk.forward_head(tokens))
         dense = tokens[:, self.num_prefix_tokens :]
-        if trunk.attn_pool is not None:
+        if attention_pool(trunk) is not None:
             # timm's ViT hides the prefix tokens from the pool, its Eva shows them.
             shown = self._pool_keys(trunk, tokens)
             dense = attend(trunk.attn_pool, dense, shown)
@@ -209,6 +234,20 @@ def attend(pool: Any, queries: Tensor, tokens: Tensor) -> Tensor:
     return out
 
 
+def attention_pool(trunk: Any) -> Any:
+    """A timm trunk's attention pool; None where its class has none."""
+    return None if isinstance(trunk, VisionTransformerRelPos) else trunk.attn_pool
+
+
+def text_tower(model: Any, name: str) -> ClipText | HuggingFaceTower:
+    """The text side by its class. Raises MFuserError for classes that are not supported."""
+    if not isinstance(model, CLIP) and isinstance(model.text, HFTextEncoder):
+        return HuggingFaceTower(model.text, name)
+    if isinstance(model, CoCa):
+        return CocaText(model, name)
+    return ClipText(model, name)
+
+
 class SizedTimmModel(TimmModel):
     """open_clip's TimmModel whose trunk takes further options (depth, embed_dim, …)."""
 
@@ -229,6 +268,10 @@ class SizedTimmModel(TimmModel):
             self.head.add_module("proj", linear)
 
 
+TRUNKS = (timm.models.VisionTransformer, timm.models.Eva, VisionTransformerRelPos)
+"""timm's classes whose tokens lead into the joint space."""
+
+
 def create(name: str, cfg: dict[str, Any]) -> Any:
     """An open_clip model from its configuration, without weights.
 
@@ -238,16 +281,9 @@ def create(name: str, cfg: dict[str, Any]) -> Any:
     cfg = {key: dict(value) if isinstance(value, dict) else value for key, value in cfg.items()}
     vision, text = cfg["vision_cfg"], cfg["text_cfg"]
     custom = cfg.pop("custom_text", False)
-    if "multimodal_cfg" in cfg or vision.get("attentional_pool"):
-        raise MFuserError(
-            f"open_clip model '{name}' is a CoCa model, whose attention pool gives no embedding "
-            "per patch; use a CLIP, EVA02-CLIP, SigLIP or SigLIP 2 model"
-        )
     if text.get("hf_model_name"):
-        raise MFuserError(
-            f"open_clip model '{name}' has the Hugging Face text tower '{text['hf_model_name']}', "
-            'which open_clip cannot build without a network; use name = "dual_encoder"'
-        )
+        text["hf_model_pretrained"], custom = False, True
+        reachable_config(name, text["hf_model_name"])
     trunk_options = vision.pop("timm_model_kwargs", None)
     tower = None
     try:
@@ -259,7 +295,8 @@ def create(name: str, cfg: dict[str, Any]) -> Any:
             vision = {"layers": 1, "width": 1, "head_width": 1, "image_size": 1, "patch_size": 1}
         vision["timm_model_pretrained"] = False
         parts = {**cfg, "vision_cfg": vision, "text_cfg": text}
-        model = (CustomTextCLIP if custom else CLIP)(**parts)
+        kind = CoCa if "multimodal_cfg" in cfg else CustomTextCLIP if custom else CLIP
+        model = kind(**parts)
     except Exception as error:
         raise MFuserError(
             f"open_clip cannot build '{name}' with these options: {type(error).__name__}: {error}"
@@ -276,12 +313,21 @@ def wrap(model: Any, name: str, text_cfg: dict[str, Any], how: Resampling) -> Cl
     if type(tower) is VisionTransformer:
         if tower.pool_type not in ("tok", "avg"):
             raise MFuserError(f"open_clip model '{name}' pools '{tower.pool_type}': not supported")
-        backbone = ClipBackbone(model, ClipStepper(tower, how), name, text_cfg)
+        pooled = tower.attn_pool is not None
+        backbone = (CocaBackbone if pooled else ClipBackbone)(
+            model, ClipStepper(tower, how), name, text_cfg
+        )
         joint = int(tower.proj.shape[1])
     elif isinstance(tower, TimmModel):
         trunk = tower.trunk
+        if not isinstance(trunk, TRUNKS):
+            raise MFuserError(
+                f"open_clip model '{name}' has an image tower of class {type(trunk).__name__} "
+                "(timm), which has no stream of tokens up to its joint space; use a vision "
+                "transformer (ViT-*, EVA*, *SigLIP*, ViTamin-*)"
+            )
         family = stepper_class(trunk, f"{name}' (its image tower '{type(trunk).__name__}")
-        pool = trunk.attn_pool if trunk.global_pool in ("map", "prr") else None
+        pool = attention_pool(trunk) if trunk.global_pool in ("map", "prr") else None
         if pool is not None and not isinstance(pool, AttentionPoolLatent):
             raise MFuserError(f"open_clip model '{name}' pools by {type(pool).__name__}")
         backbone = TimmClipBackbone(model, family(trunk, how), name, text_cfg)

@@ -48,6 +48,8 @@ class ClipText:
     alone will do.
     """
 
+    takes_class_token = False
+
     def __init__(self, model: nn.Module, name: str) -> None:
         own = isinstance(model, CLIP | TextTransformer)
         parts: Any = model if own else model.get_submodule("text")
@@ -67,10 +69,12 @@ class ClipText:
                 f"open_clip model '{name}' pools text by '{self.pool}'; supported are "
                 f"{', '.join(POOLS)}"
             )
-        if not plain and (parts.cls_emb is not None or parts.use_pad_mask):
+        appended = not plain and (parts.cls_emb is not None or parts.use_pad_mask)
+        if appended != self.takes_class_token:
             raise MFuserError(
-                f"open_clip model '{name}' appends a class token to its text (CoCa), which is not "
-                "supported"
+                f"open_clip model '{name}': its text tower "
+                f"{'appends a class token or masks padding' if appended else 'has no class token'}"
+                ", which is not supported in a model of this class"
             )
         self.width = int(parts.token_embedding.weight.shape[1])
         self.vocabulary = int(parts.token_embedding.weight.shape[0])

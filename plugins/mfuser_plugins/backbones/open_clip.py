@@ -111,6 +111,9 @@ class OpenClipSpec(VisionLanguageSpec, name="open_clip"):
             if "input_resolution" in tensors and not cfg.get("quick_gelu"):
                 raise gelu_mismatch(self.model, self.weights, quick_gelu=False)
             load(model, tensors, self.model, f"'{self.weights}'")
+        if "multimodal_cfg" in cfg:
+            # What CoCa writes captions with.
+            model.text_decoder = None
         backbone.adapt(self.class_embeddings, self.drop_path, self.tanh_gelu, self.context_length)
         freeze(model, self.freeze)
         if model.logit_bias is None:
