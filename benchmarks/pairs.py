@@ -9,7 +9,8 @@ python benchmarks/pairs.py --json
 
 An architecture counts if a model of it, its fixed partner and the default fusion assembles on the
 meta device, and if its own stepping (embed, every block, the end; for open_clip the projection and
-the class texts too) gives the shapes it declares. The catalogue is what
+the class texts too) gives the shapes it declares. Hugging Face text towers are laid out with their
+type's default configuration, not the hub's. The catalogue is what
 `mfuser list backbones --all` reads.
 """
 
@@ -18,7 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import resource
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -65,11 +68,28 @@ def pairing(library: str, name: str) -> PairingSpec:
         vlm: Any = FixedClip(model=PARTNERS["timm"], weights="random")
     else:
         vfm = FixedViT(model=PARTNERS["open_clip"], weights="random")
-        vlm = OpenClipSpec(model=name, weights="random")
+        vlm = OpenClipSpec(model=name, weights="random", options=hub_free(name))
     options: dict[str, Any] = {"fusion": "mvfuser", "enhancer": "mtenhancer"}
     return PairingSpec.model_validate(
         {"vfm": vfm, "vlm": vlm, "decoder": "text_mask2former", "image_size": SIZE, **options}
     )
+
+
+TEXT_TYPES = {"roberta": "roberta", "xlm": "xlm-roberta", "google": "mt5", "facebook": "m2m_100"}
+
+
+def hub_free(name: str) -> dict[str, Any]:
+    """For a Hugging Face text tower, whose configuration is on the hub: its type's default one."""
+    import open_clip
+    from transformers import AutoConfig
+
+    source = open_clip.get_model_config(name)["text_cfg"].get("hf_model_name")
+    if source is None:
+        return {}
+    folder = Path(tempfile.mkdtemp())
+    kind = TEXT_TYPES[re.split("[-/]", source)[0]]
+    AutoConfig.for_model(kind).save_pretrained(folder)
+    return {"text_cfg": {"hf_model_name": str(folder)}}
 
 
 @torch.no_grad()
@@ -251,7 +271,8 @@ def table(found: dict[str, dict[str, Any]], trained: dict[str, Any]) -> str:
         f"{n} timm and {m} open_clip architectures, {n * m:,} pairs: each of the {n + m} assembles "
         f"with a fixed partner (`{PARTNERS['timm']}`, `{PARTNERS['open_clip']}`) and the default "
         f"fusion at {SIZE}x{SIZE} on the meta device, and its own stepping gives the shapes it "
-        "declares.",
+        "declares. Hugging Face text towers have their type's default configuration, not the "
+        "hub's.",
         "",
     ]
     done = {k: v for k, v in trained.items() if "too large" not in v}

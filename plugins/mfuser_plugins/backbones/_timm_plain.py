@@ -40,6 +40,8 @@ class HandSizedStepper(TimmStepper):
         model = self.model
         model.patch_embed.set_input_size(img_size=size, patch_size=patch_size)
         table = model.pos_embed
+        if table is None:
+            return
         shape = self._table_shape(*self.grid_of(size))
         if table.shape[1:-1] != shape:
             model.pos_embed = nn.Parameter(
@@ -50,15 +52,13 @@ class HandSizedStepper(TimmStepper):
         return (h * w,)
 
     def _fill(self, source: Tensors, source_grid: Size) -> None:
-        table, new = source["pos_embed"], self.model.pos_embed
-        grid = self.grid_of(self.image_size)
-        rows = resample_positions(
-            table.reshape(-1, table.shape[-1]), source_grid, grid, 0, self.how
-        )
-        new.copy_(rows.view(new.shape))
+        if (table := source.get("pos_embed")) is not None:
+            grid = self.grid_of(self.image_size)
+            rows = table.reshape(-1, table.shape[-1])
+            resampled = resample_positions(rows, source_grid, grid, 0, self.how)
+            self.model.pos_embed.copy_(resampled.view(self.model.pos_embed.shape))
         kernel = source["patch_embed.proj.weight"]
-        resampled = resample_kernel(kernel, self.patch_size, self.how)
-        self.model.patch_embed.proj.weight.copy_(resampled)
+        self.model.patch_embed.proj.weight.copy_(resample_kernel(kernel, self.patch_size, self.how))
 
 
 class CaitStepper(HandSizedStepper):
@@ -95,8 +95,10 @@ class SamStepper(HandSizedStepper):
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
         model = self.model
-        maps = model.pos_drop(self._patches(images) + model.pos_embed)  # (B, h, w, D)
-        maps = model.norm_pre(model.patch_drop(maps))
+        maps = self._patches(images)  # (B, h, w, D)
+        if model.pos_embed is not None:
+            maps = maps + model.pos_embed
+        maps = model.norm_pre(model.patch_drop(model.pos_drop(maps)))
         return maps.flatten(1, 2), tuple(maps.shape[1:3])
 
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:

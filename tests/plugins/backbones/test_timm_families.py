@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit_srelpos_small_patch16_224": SMALL,  # shared bias
     "vit_relpos_base_patch16_cls_224": SMALL,  # class token
     "samvit_base_patch16": SAM,  # windows that do not divide the grid, one global block
+    "samvit_base_patch16_224": SAM,  # no absolute positions
     "naflexvit_base_patch16_gap": SMALL,
     "naflexvit_so400m_patch16_radio_v4": SMALL,  # ten prefix tokens
     "cait_xxs24_224": SMALL,
