@@ -36,7 +36,7 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
         with torch.no_grad(), FlopCounterMode(display=False, depth=4) as counter:
             model(images)
         flops = counter.get_flop_counts()
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, AssertionError):  # the counter's own, too
         counter = None
     parts = []
     for part, path in PARTS.items():

@@ -7,7 +7,7 @@ from torch import nn
 
 from mfuser.errors import MFuserError
 from mfuser.testing.bench import BackboneBench, Bench, DecoderBench
-from mfuser.testing.modules import CLOSE, first, gap, module_of
+from mfuser.testing.modules import CLOSE, first, module_of, widest_gap
 from mfuser.testing.verdict import Broken, NotTried
 
 
@@ -88,7 +88,7 @@ def resizing(bench: Bench) -> str:
             bench.call(module, bench.feed(other))
             done.append(other)
         module.resize(case)
-        gap = gap(before, bench.call(module, inputs), CLOSE)
+        gap = widest_gap(before, bench.call(module, inputs), CLOSE)
     if gap:
         raise Broken(
             f"resize() to {done} and back to {case}",
@@ -123,7 +123,7 @@ def losses(bench: Bench) -> str:
             again = bench.losses(module, inputs)
             if value is None and not isinstance(module, nn.Identity):
                 stochastic = any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
-                gap = gap(found, again, CLOSE)
+                gap = widest_gap(found, again, CLOSE)
                 if gap and not stochastic:
                     raise Broken(
                         f"{tried}, twice from one seed",

@@ -82,14 +82,14 @@ def deterministic(bench: Bench) -> str:
     inputs = bench.feed(case)
     with torch.no_grad():
         a, again, b = (bench.call(m, inputs) for m in (one, one, two))
-    if gap := gap(a, again):
+    if gap := widest_gap(a, again):
         raise Broken(
             "the same input twice, in evaluation mode",
             f"{gap[0]} differs by {gap[1]:.2g}",
             "the same output",
             "draw random numbers only while self.training",
         )
-    if gap := gap(a, b):
+    if gap := widest_gap(a, b):
         raise Broken(
             "two modules built from one seed",
             f"{gap[0]} differs by {gap[1]:.2g}",
@@ -106,12 +106,12 @@ def modes(bench: Bench) -> str:
     inputs = bench.feed(case, 3)
     with torch.no_grad():
         together = bench.call(module, inputs)
-        alone = bench.call(module, sample(inputs, 0))
+        alone = bench.call(module, one_of(inputs, 0))
     for name, value in alone.items():
         whole = together[name]
         if whole.shape[0] == value.shape[0]:
             continue  # no batch axis: class texts
-        if gap := gap({name: whole[:1]}, {name: value}, CLOSE):
+        if gap := widest_gap({name: whole[:1]}, {name: value}, CLOSE):
             raise Broken(
                 "one sample alone and the same among three, in evaluation mode",
                 f"{name} differs by {gap[1]:.2g} (relative)",
@@ -157,7 +157,7 @@ def state_dict(bench: Bench) -> str:
     assert not result.missing_keys and not result.unexpected_keys
     inputs = bench.feed(case)
     with torch.no_grad():
-        gap = gap(bench.call(one, inputs), bench.call(two, inputs))
+        gap = widest_gap(bench.call(one, inputs), bench.call(two, inputs))
     if gap:
         raise Broken(
             "state_dict() of a module built from seed 0, loaded into one from seed 5",
@@ -185,7 +185,7 @@ def dtypes(bench: Bench) -> str:
                     "create tensors in the input's dtype: torch.zeros(…, dtype=tokens.dtype)",
                 )
         # Sums in float32 through a whole backbone: 1e-5 relative was the largest seen.
-        if gap := gap({k: v.double() for k, v in single.items()}, double, 1e-3):
+        if gap := widest_gap({k: v.double() for k, v in single.items()}, double, 1e-3):
             raise Broken(
                 "the same in float32 and float64",
                 f"{gap[0]} differs by {gap[1]:.2g} (relative)",
@@ -305,7 +305,9 @@ def _given(bench: Bench) -> dict[str, Any]:
     return {n: getattr(spec, n) for n in spec.model_fields_set - {"name", "freeze"}}
 
 
-def gap(a: dict[str, Tensor], b: dict[str, Tensor], allowed: float = 0) -> tuple[str, float] | None:
+def widest_gap(
+    a: dict[str, Tensor], b: dict[str, Tensor], allowed: float = 0
+) -> tuple[str, float] | None:
     """The first output that differs by more than `allowed`, relative to its largest value."""
     for name, value in a.items():
         other = b[name]
@@ -318,13 +320,13 @@ def gap(a: dict[str, Tensor], b: dict[str, Tensor], allowed: float = 0) -> tuple
     return None
 
 
-def sample(inputs: Any, index: int) -> Any:
+def one_of(inputs: Any, index: int) -> Any:
     if isinstance(inputs, Tensor):
         return inputs[index : index + 1]
     if isinstance(inputs, dict):
-        return {k: v if k == "grids" else sample(v, index) for k, v in inputs.items()}
+        return {k: v if k == "grids" else one_of(v, index) for k, v in inputs.items()}
     if isinstance(inputs, list):
-        return [sample(v, index) for v in inputs]
+        return [one_of(v, index) for v in inputs]
     return inputs
 
 
