@@ -257,10 +257,16 @@ class SizedTimmModel(TimmModel):
         if cfg.timm_drop_path is not None:
             options = {"drop_path_rate": cfg.timm_drop_path, **options}
         projected = cfg.timm_proj == "linear"
-        classes = 0 if projected or cfg.timm_proj == "none" else embed_dim
-        self.trunk = timm.create_model(
-            cfg.timm_model_name, num_classes=classes, global_pool=cfg.timm_pool, **options
-        )
+        if projected:
+            # Pooled as timm does by default, unless the configuration says otherwise.
+            self.trunk = timm.create_model(cfg.timm_model_name, **options)
+            pool = {"global_pool": cfg.timm_pool} if cfg.timm_pool else {}
+            self.trunk.reset_classifier(0, **pool)
+        else:
+            classes = 0 if cfg.timm_proj == "none" else embed_dim
+            self.trunk = timm.create_model(
+                cfg.timm_model_name, num_classes=classes, global_pool=cfg.timm_pool, **options
+            )
         self.head = nn.Sequential()
         if projected:
             self.head.add_module("drop", nn.Dropout(cfg.timm_drop))

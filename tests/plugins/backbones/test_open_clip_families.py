@@ -65,6 +65,7 @@ def check_images(backbone: Any, **options: Any) -> None:
         for i in range(backbone.depth):
             tokens = backbone.block(i, tokens, stream.state)
         pooled, dense = backbone.project(backbone.finish(tokens, stream.state))
+        assert pooled.shape == (2, 1, backbone.text_dim)
         assert torch.equal(pooled[:, 0], backbone.model.encode_image(images, **options))
         assert dense.shape == (2, backbone.grid[0] * backbone.grid[1], backbone.text_dim)
         assert dense.isfinite().all()
@@ -128,6 +129,13 @@ def test_cocas_file_is_loaded_with_its_decoder(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_relative_positions_equal_the_library() -> None:
     backbone = build("vit_relpos_medium_patch16_cls_224", RELPOS)
+    check_images(backbone)
+
+
+@torch.no_grad()
+def test_options_of_a_projected_trunk_leave_its_pooling_alone() -> None:
+    small = {"timm_model_kwargs": {"depth": 1}}
+    backbone = build("ViTamin-S", {"embed_dim": 32, "text_cfg": TEXT, "vision_cfg": small})
     check_images(backbone)
 
 
