@@ -1,6 +1,7 @@
-"""Other ways to compute the scan, for comparison: what each project does, on (B, L, D) inputs.
+"""Other ways to compute the scan, for comparison: what each project does.
 
-Each takes u, delta, A, B, C, D, delta_bias with softplus, B and C as (B, L, N), and returns out.
+Each takes u, delta, A, B, C, D, delta_bias with softplus, and returns out; `given` lays tensors
+out as each project's own model does.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ Scan = Callable[..., Tensor]
 
 
 def mamba_ref(u, delta, A, B, C, D, delta_bias):
-    """The steps of mamba-ssm's selective_scan_ref: all decays at once, a loop that indexes time."""
-    u, delta = u.float().transpose(1, 2), delta.float().transpose(1, 2)
-    B, C = B.float().transpose(1, 2), C.float().transpose(1, 2)
+    """The steps of mamba-ssm's selective_scan_ref: all decays at once, a loop that indexes time.
+
+    u, delta (B, D, L), B, C (B, N, L), out (B, D, L).
+    """
     delta = F.softplus(delta + delta_bias[:, None])
     decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
     drive = torch.einsum("bdl,bnl,bdl->bdln", delta, B, u)
@@ -27,13 +29,15 @@ def mamba_ref(u, delta, A, B, C, D, delta_bias):
     for t in range(u.shape[2]):
         state = decay[:, :, t] * state + drive[:, :, t]
         ys.append(torch.einsum("bdn,bn->bd", state, C[:, :, t]))
-    return (torch.stack(ys, 2) + u * D[:, None]).transpose(1, 2)
+    return torch.stack(ys, 2) + u * D[:, None]
 
 
 def transformers_slow(u, delta, A, B, C, D, delta_bias):
-    """The steps of transformers' MambaMixer without its kernels."""
-    u, delta = u.transpose(1, 2), delta.transpose(1, 2)
-    delta = F.softplus(delta + delta_bias[:, None])
+    """The steps of transformers' MambaMixer without its kernels.
+
+    u (B, D, L), delta (B, L, D), B, C (B, L, N), out (B, D, L).
+    """
+    delta = F.softplus(delta + delta_bias).transpose(1, 2)
     decay = torch.exp(A[None, :, None, :] * delta[..., None])
     drive = delta[..., None] * B[:, None].float() * u[..., None].float()
     state = A.new_zeros(u.shape[0], *A.shape)
@@ -41,7 +45,7 @@ def transformers_slow(u, delta, A, B, C, D, delta_bias):
     for t in range(u.shape[2]):
         state = decay[:, :, t] * state + drive[:, :, t]
         ys.append(torch.matmul(state.to(u.dtype), C[:, t].unsqueeze(-1))[:, :, 0])
-    return (torch.stack(ys, -1) + u * D[None, :, None]).transpose(1, 2)
+    return torch.stack(ys, -1) + u * D[None, :, None]
 
 
 def mambapy_pscan(u, delta, A, B, C, D, delta_bias):
@@ -66,6 +70,20 @@ def _associative(u, delta, A, B, C, D, delta_bias):
 
     _, states = associative_scan(then, (decay, drive), dim=1, combine_mode="generic")
     return (states * C[:, :, None]).sum(-1) + D * u
+
+
+# What a project's model holds with time last; everything else is (B, L, D) and (B, L, N).
+TIME_LAST = {"mamba_ref": ("u", "delta", "B", "C"), "transformers": ("u",)}
+
+
+def given(name: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of `x`, (B, L, D) and (B, L, N), contiguous in the layout that `name` works in.
+
+    It matters: from views of (B, L, D), mamba_ref takes half the time, since its loop over time
+    then reads neighbouring memory. mamba-ssm's own model hands it (B, D, L).
+    """
+    swap = TIME_LAST.get(name, ())
+    return {k: t.transpose(1, 2).contiguous() if k in swap else t for k, t in x.items()}
 
 
 def baselines(compiled: bool = False) -> dict[str, Scan]:

@@ -66,12 +66,9 @@ def contenders(x: dict[str, Any], compiled: bool) -> dict[str, Callable[[], None
     }
     calls["exponentials alone"] = measure.exponentials(x)
     for name, scan in scan_baselines.baselines(compiled).items():
-
-        def run(scan: scan_baselines.Scan = scan) -> None:
-            with torch.no_grad():
-                scan(**given)
-
-        calls[f"{name} forward"] = run
+        calls[f"{name} forward"] = measure.without_gradients(
+            scan, scan_baselines.given(name, given)
+        )
         if name in ("mambapy", "associative_scan"):
             calls[f"{name} forward + backward"] = measure.training(x, scan)
     return calls

@@ -29,9 +29,13 @@ def inputs(**changes: Any) -> dict[str, Any]:
 
 
 def forward(x: dict[str, Any], backend: str) -> Callable[[], None]:
+    return without_gradients(selective_scan, {**x, "backend": backend})
+
+
+def without_gradients(scan: Callable[..., Any], given: dict[str, Any]) -> Callable[[], None]:
     def call() -> None:
         with torch.no_grad():
-            selective_scan(**x, backend=backend)
+            scan(**given)
 
     return call
 
@@ -39,10 +43,10 @@ def forward(x: dict[str, Any], backend: str) -> Callable[[], None]:
 def training(x: dict[str, Any], scan: Callable[..., torch.Tensor]) -> Callable[[], None]:
     """Forward and backward; `scan` takes the arguments of `x` that GIVEN names."""
     leaves = {k: x[k].clone().requires_grad_() for k in GIVEN}
+    gradient = torch.randn_like(x["u"])
 
     def call() -> None:
-        out = scan(**leaves)
-        torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+        torch.autograd.grad(scan(**leaves), list(leaves.values()), gradient)
 
     return call
 

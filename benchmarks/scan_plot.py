@@ -36,12 +36,7 @@ def main() -> None:
         calls = {b: measure.forward(x, b) for b in ("cpu", "chunked", "reference")}
         given = {k: x[k] for k in measure.GIVEN}
         for name, scan in scan_baselines.baselines().items():
-
-            def run(scan: scan_baselines.Scan = scan, given: dict = given) -> None:
-                with torch.no_grad():
-                    scan(**given)
-
-            calls[name] = run
+            calls[name] = measure.without_gradients(scan, scan_baselines.given(name, given))
         calls = {k: c for k, c in calls.items() if max(found.get(k, {0: 0.0}).values()) < 2e3}
         for name, times in measure.medians(calls, options.rounds).items():
             found.setdefault(name, {})[length] = times["p50"]

@@ -3,7 +3,8 @@
 The sequence is cut into spans, the spans into chunks of 32 steps. A span walks through all its
 chunks at once: 32 steps give each chunk's own end state, a short loop carries states from chunk
 to chunk, and 32 steps more give every state. The backward recomputes each span from its start
-state and runs the same three phases in reverse.
+state and runs the same three phases in reverse. Where one step alone keeps a CPU busy, a span is
+one chunk, and the last of the three phases is the only one.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from mfuser_kernels.scan.reference import compute_dtype
 
 CHUNK = 32
 # Bytes of one tensor (B, span, D, N): a few of them should fit a CPU's last-level cache.
-SPAN_BYTES = {"cpu": 4 << 20}
+SPAN_BYTES = {"cpu": 2 << 20}
 SPAN_BYTES_DEVICE = 256 << 20
+# From this many states (B D N) on, a step takes a CPU longer than calling torch does.
+BUSY = 8192
 
 
 def unusable() -> str:
@@ -36,6 +39,12 @@ def span_length(x: ScanInputs) -> int:
     return max(1, min(size // (CHUNK * step), -(-x.length // CHUNK))) * CHUNK
 
 
+def chunk_length(x: ScanInputs, span: int) -> int:
+    """Steps of one chunk of a span of `span` steps."""
+    busy = x.u.device.type == "cpu" and x.batch * x.width * x.states >= BUSY
+    return span if busy else CHUNK
+
+
 def saved_shape(x: ScanInputs) -> tuple[int, ...]:
     """Start states of the spans."""
     return (-(-x.length // span_length(x)), x.batch, x.width, x.states)
@@ -49,8 +58,9 @@ class Span:
 
     def __init__(self, x: ScanInputs, start: int, stop: int) -> None:
         self.x, self.start, self.stop = x, start, stop
-        self.chunks = -(-(stop - start) // CHUNK)
-        self.pad = self.chunks * CHUNK - (stop - start)
+        self.steps = chunk_length(x, stop - start)
+        self.chunks = -(-(stop - start) // self.steps)
+        self.pad = self.chunks * self.steps - (stop - start)
         self.dtype = compute_dtype(x.u.dtype)
         self.groups, self.share = x.groups, x.width // x.groups
         self.u = self.cut(x.u)  # (T, B, K, G, E)
@@ -71,18 +81,18 @@ class Span:
         t = t[:, self.start : self.stop].to(self.dtype)
         if self.pad:
             t = F.pad(t, (0, 0, 0, self.pad))
-        t = t.reshape(t.shape[0], self.chunks, CHUNK, self.groups, self.share)
+        t = t.reshape(t.shape[0], self.chunks, self.steps, self.groups, self.share)
         return t.permute(2, 0, 1, 3, 4).contiguous()
 
     def join(self, t: Tensor) -> Tensor:
         """(T, B, K, G, E) to (B, span, D)."""
-        t = t.permute(1, 2, 0, 3, 4).reshape(t.shape[1], self.chunks * CHUNK, -1)
+        t = t.permute(1, 2, 0, 3, 4).reshape(t.shape[1], self.chunks * self.steps, -1)
         return t[:, : self.stop - self.start]
 
     def padding(self) -> Tensor:
-        step = torch.arange(self.chunks * CHUNK, device=self.x.u.device)
+        step = torch.arange(self.chunks * self.steps, device=self.x.u.device)
         outside = step >= self.stop - self.start
-        return outside.view(self.chunks, CHUNK).t().reshape(CHUNK, 1, self.chunks, 1, 1)
+        return outside.view(self.chunks, self.steps).t().reshape(self.steps, 1, self.chunks, 1, 1)
 
     def per_channel(self, t: Tensor) -> Tensor:
         """(D, ...) to (G, E, ...)."""
@@ -95,36 +105,41 @@ class Span:
         m = m[:, self.start : self.stop].to(self.dtype)
         if self.pad:
             m = F.pad(m, (0, 0, 0, 0, 0, self.pad))
-        m = m.reshape(m.shape[0], self.chunks, CHUNK, self.groups, 1, m.shape[3])
-        return m.permute(2, 0, 1, 3, 4, 5)
+        m = m.reshape(m.shape[0], self.chunks, self.steps, self.groups, 1, m.shape[3])
+        return m.permute(2, 0, 1, 3, 4, 5).contiguous()
 
     def scan(self, start_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Decays and states of every step (T, B, K, G, E, N), and the state at the end."""
-        decay = torch.exp(self.delta[..., None] * self.A)
+        decay = (self.delta[..., None] * self.A).exp_()
         states = (self.delta * self.u)[..., None] * self.B
-        end = states[0].clone()  # (B, K, G, E, N)
-        for t in range(1, CHUNK):
-            end = torch.addcmul(states[t], decay[t], end)
-        through = torch.exp(self.delta.sum(0)[..., None] * self.A)
-        carried, starts = carry(through, end, start_state, reverse=False)
+        starts = start_state.unsqueeze(1)  # (B, K, G, E, N)
+        if self.chunks > 1:
+            end = states[0].clone()
+            for x, a in zip(states[1:].unbind(), decay[1:].unbind(), strict=True):
+                end = torch.addcmul(x, a, end)
+            starts = carry(self.through(), end, start_state, reverse=False)
         state = starts
-        for t in range(CHUNK):
-            state = states[t].addcmul_(decay[t], state)
-        return decay, states, carried
+        for x, a in zip(states.unbind(), decay.unbind(), strict=True):
+            state = x.addcmul_(a, state)
+        return decay, states, state[:, -1]
 
-    def scan_back(
-        self, decay: Tensor, d_states: Tensor, d_end: Tensor, starts_decay: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def through(self) -> Tensor:
+        """Decay over each whole chunk (B, K, G, E, N)."""
+        return (self.delta.sum(0)[..., None] * self.A).exp_()
+
+    def scan_back(self, decay: Tensor, d_states: Tensor, d_end: Tensor) -> tuple[Tensor, Tensor]:
         """In place: direct gradients of the states to their whole gradients; and the carry."""
-        own = d_states[-1].clone()
-        for t in range(CHUNK - 2, -1, -1):
-            own = torch.addcmul(d_states[t], decay[t + 1], own)
-        own = own * decay[0]
-        carried, ends = carry(starts_decay, own, d_end, reverse=True)
+        ends = d_end.unsqueeze(1)
+        steps, decays = d_states.unbind()[-2::-1], decay.unbind()[:0:-1]
+        if self.chunks > 1:
+            own = d_states[-1].clone()
+            for x, a in zip(steps, decays, strict=True):
+                own = torch.addcmul(x, a, own)
+            ends = carry(self.through(), own * decay[0], d_end, reverse=True)
         grad = d_states[-1].add_(ends)
-        for t in range(CHUNK - 2, -1, -1):
-            grad = d_states[t].addcmul_(decay[t + 1], grad)
-        return d_states, carried
+        for x, a in zip(steps, decays, strict=True):
+            grad = x.addcmul_(a, grad)
+        return d_states, grad[:, 0] * decay[0, :, 0]
 
     def weigh(self, states: Tensor, m: Tensor) -> Tensor:
         """Sum over n of states and B or C: (T, B, K, G, E)."""
@@ -141,15 +156,15 @@ class Span:
         return torch.einsum("tbkgen,tbkge->gen", states, weight).reshape(self.x.width, -1)
 
 
-def carry(through: Tensor, own: Tensor, first: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """State after the last chunk, and the state each chunk starts with (B, K, G, E, N)."""
+def carry(through: Tensor, own: Tensor, first: Tensor, reverse: bool) -> Tensor:
+    """The state each chunk starts with (B, K, G, E, N)."""
     starts = torch.empty_like(own)
     state = first
     chunks = range(own.shape[1])
     for k in reversed(chunks) if reverse else chunks:
         starts[:, k] = state
         state = torch.addcmul(own[:, k], through[:, k], state)
-    return state, starts
+    return starts
 
 
 def first_state(x: ScanInputs) -> Tensor:
@@ -211,8 +226,7 @@ def backward(
             dz[:, start:stop] = s.join(dy * y * gate * (1 + z * (1 - gate)))
             dy = dy * z * gate
         _add(dC, s.matrix_grad(states, dy, s.C), start, stop)
-        through = torch.exp(s.delta.sum(0)[..., None] * s.A)
-        q, carried = s.scan_back(decay, dy[..., None] * s.C, carried, through)
+        q, carried = s.scan_back(decay, dy[..., None] * s.C, carried)
         sum_B = s.weigh(q, s.B)  # (T, B, K, G, E)
         _add(dB, s.matrix_grad(q, s.delta * s.u, s.B), start, stop)
         first = start_state.unsqueeze(1)
@@ -220,8 +234,8 @@ def backward(
         q[0] *= decay[0] * before
         q[1:] *= decay[1:].mul_(states[:-1])  # gradient of the exponent delta A
         assert du is not None and d_delta is not None and dA is not None
-        dA += torch.einsum("tbkgen,tbkge->gen", q, s.delta).reshape(dA.shape)
         d_step = s.u * sum_B + (q * s.A).sum(-1)
+        dA += q.mul_(s.delta[..., None]).sum((0, 1, 2)).reshape(dA.shape)
         if x.delta_softplus:
             d_step = d_step * torch.sigmoid(s.raw)
         d_u = s.delta * sum_B

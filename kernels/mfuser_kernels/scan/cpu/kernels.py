@@ -1,9 +1,10 @@
-"""The two CPU kernels as LLVM IR, written for one number of states and one set of options.
+"""The CPU kernels as LLVM IR, written for one number of states and one set of options.
 
-The time loop is inside, all N states of W channels stay in registers, and A comes multiplied by
-log2(e), so that a decay is one exp2. The forward keeps the state at the start of each chunk only;
-the backward recomputes chunk by chunk from there, last chunk first. Tasks are (batch item, range
-of lane blocks); no two tasks write to one place, so results do not depend on the threads.
+Here what both share, and the forward; the backward is in reverse.py. The time loop is inside, the
+states of W channels stay in registers, and A comes multiplied by log2(e), so that a decay is one
+exp2. The forward keeps the state at the start of each chunk only; the backward recomputes chunk by
+chunk from there, last chunk first. Tasks are (batch item, range of lane blocks); no two tasks write
+to one place, so results do not depend on the threads.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from llvmlite import ir
 
 from mfuser_kernels.scan.cpu.vector import (
     I64,
-    LN_2,
     PTR,
     States,
     Value,
@@ -24,9 +24,9 @@ from mfuser_kernels.scan.cpu.vector import (
     loop,
 )
 
-CHUNK = 64  # steps between kept states; two (64, N, W) float32 buffers of the backward fit L2
+CHUNK = 64  # steps between kept states
 AHEAD, CACHE_LINE = 8, 64  # steps, about a microsecond, ten times a memory access; bytes
-FORWARD_LANES, BACKWARD_LANES = 32, 16  # the backward holds twice as many vectors
+FORWARD_LANES = 32
 
 # Fields of the table that describes one scan to a kernel: addresses, then sizes. Shapes:
 # rows (B, L, Dp) of u, delta, z, out and their gradients; A, kept and summed tables (..., N, Dp)
@@ -122,11 +122,14 @@ class Kernel:
         A row lies 4 D bytes after the one before, beyond the reach of the processor's own
         prefetcher: without this, L = 65,536 took twice as long for each token as L = 2,594.
         """
-        later = self.b.add(row, self.times(self.row, AHEAD))
+        self.fetch(names, self.b.add(row, self.times(self.row, AHEAD)))
+
+    def fetch(self, names: Iterable[str], row: Value) -> None:
+        """Prefetch this block's part of a row."""
         for name in names:
             if name != "z" or self.variant.gate:
                 for line in range(0, self.lanes * self.itemsize, CACHE_LINE):
-                    self.v.prefetch(self.at(name, self.rows), self.b.add(later, const(line)))
+                    self.v.prefetch(self.at(name, self.rows), self.b.add(row, const(line)))
 
     def write_row(self, x: Value, name: str, offset: Value) -> None:
         self.v.store(x, self.at(name, self.rows), offset, self.variant.bf16)
@@ -151,7 +154,8 @@ class Kernel:
 
     def finish(self) -> str:
         self.b.ret_void()
-        return str(self.module)
+        # LLVM leaves the stack at 16 bytes; a spilled vector of 64 would lie in two cache lines.
+        return str(self.module).replace(")\n{", ') "stackrealign"\n{', 1)
 
 
 def forward_kernel(variant: Variant, name: str) -> str:
@@ -189,164 +193,3 @@ def forward_kernel(variant: Variant, name: str) -> str:
             k.write_row(out, "out", row)
         k.write_tables(state=state)
     return k.finish()
-
-
-def scratch_floats(states: int) -> int:
-    """Size of the buffer each thread brings to the backward."""
-    return CHUNK * BACKWARD_LANES * (2 * states + 3)
-
-
-def padded_states(states: int) -> int:
-    """Width of the rows in which the backward writes dB and dC: whole vectors."""
-    return -(-states // BACKWARD_LANES) * BACKWARD_LANES
-
-
-def backward_kernel(variant: Variant, name: str) -> str:
-    """LLVM IR of the backward for every lane block of a task.
-
-    With q_t the gradient of h_t, p_t = exp(delta A) h_{t-1} and g_t the gradient of y_t:
-    q_t = C_t g_t + exp(delta_{t+1} A) q_{t+1}, dB_t = q_t delta_t u_t, dC_t = g_t h_t,
-    du_t = delta_t sum_n(q_t B_t) + D g_t, d delta_t = u_t sum_n(q_t B_t) + sum_n(q_t p_t A),
-    dA = sum_t q_t p_t delta_t.
-    """
-    k = Backward(variant, name, BACKWARD_LANES)
-    b = k.b
-    with loop(b, const(0), k.chunks) as past:
-        chunk = b.sub(b.sub(k.chunks, const(1)), past)
-        with loop(b, k.first, k.last) as block:
-            k.place(chunk, block)
-            k.matrix_sum = b.mul(k.matrix, const(padded_states(variant.states)))
-            k.matrix_sum = b.sdiv(k.matrix_sum, const(variant.states))
-            k.is_first = b.icmp_signed("==", block, k.first)
-            k.D, k.bias = k.vector("D"), k.vector("bias")
-            k.read_tables(A=k.A)
-            k.recompute()
-            k.read_tables(**k.running)
-            for name_, total in k.totals.items():
-                b.store(k.v.load(k.at(name_, k.vectors), const(0)), total)
-            with loop(b, const(0), k.steps) as back:
-                k.step_back(b.sub(b.sub(k.steps, const(1)), back))
-            k.write_tables(**k.running)
-            for name_, total in k.totals.items():
-                k.v.store(b.load(total), k.at(name_, k.vectors), const(0))
-    return k.finish()
-
-
-class Backward(Kernel):
-    """The two walks of the backward through one lane block of one chunk."""
-
-    D: Value
-    bias: Value
-    matrix_sum: Value
-    is_first: Value
-
-    def __init__(self, variant: Variant, name: str, lanes: int) -> None:
-        super().__init__(variant, name, lanes)
-        self.bytes = 4 * lanes  # of one vector
-        records = CHUNK * variant.states * 2 * self.bytes
-        # A record of decay and p for each step and state, one of delta, slope, g for each step.
-        self.per_step = self.b.gep(self.scratch, [const(records)])
-        self.A, self.h = self.n.variable(), self.n.variable()
-        self.running = {"state": self.n.variable(), "dA": self.n.variable()}
-        for m in ("B", "C"):
-            if getattr(variant, f"constant_{m}"):
-                self.running[f"d{m}"] = self.n.variable()
-        self.totals = {"dD": self.n.scalar(), "d_bias": self.n.scalar()}
-        self.y, self.by_A, self.by_B = (self.n.scalar() for _ in range(3))
-
-    def record(self, t: Value, n: Value) -> Value:
-        index = self.b.add(self.times(t, self.variant.states), n)
-        return self.times(index, 2 * self.bytes)
-
-    def recompute(self) -> None:
-        """Walk forward from the kept state, and write the records."""
-        b, v, n_, variant = self.b, self.v, self.n, self.variant
-        n_.read(self.h, self.at("saved", self.kept), self.table_row)
-        with loop(b, const(0), self.steps) as t:
-            row = b.mul(t, self.row)
-            self.fetch_ahead(("u", "delta", "z", "d_out"), row)
-            u = self.read_row("u", row)
-            delta, slope = v.add(self.read_row("delta", row), self.bias), v.c(1.0)
-            if variant.softplus:
-                w = v.exp_of_minus_abs(delta)
-                delta, slope = v.softplus(delta, w), v.sigmoid(delta, w)
-            du = v.mul(delta, u)
-            if variant.gate:
-                b.store(v.mul(self.D, u), self.y)
-
-            def step(n: Value) -> None:
-                record = self.record(t, n)
-                decay = v.exp2(v.mul(delta, n_.get(self.A, n)), variant.may_grow)
-                p = v.mul(decay, n_.get(self.h, n))
-                v.store(decay, self.scratch, record)
-                v.store(p, self.scratch, b.add(record, const(self.bytes)))
-                h = v.fma(du, self.read_matrix("B", t, n), p)
-                n_.set(self.h, n, h)
-                if variant.gate:
-                    b.store(v.fma(h, self.read_matrix("C", t, n), b.load(self.y)), self.y)
-
-            n_.each(step)
-            g = self.read_row("d_out", row)
-            if variant.gate:
-                z = self.read_row("z", row)
-                s = v.sigmoid(z, v.exp_of_minus_abs(z))
-                through = v.mul(s, v.fma(z, v.sub(v.c(1.0), s), v.c(1.0)))
-                self.write_row(v.mul(v.mul(g, b.load(self.y)), through), "dz", row)
-                g = v.mul(g, v.mul(z, s))
-            for i, x in enumerate((delta, slope, g)):
-                v.store(x, self.per_step, self.times(b.add(self.times(t, 3), const(i)), self.bytes))
-
-    def step_back(self, t: Value) -> None:
-        """One step of the reverse recurrence."""
-        b, v, n_ = self.b, self.v, self.n
-        row = b.mul(t, self.row)
-        delta, slope, g = (
-            v.load(self.per_step, self.times(b.add(self.times(t, 3), const(i)), self.bytes))
-            for i in range(3)
-        )
-        u = self.read_row("u", row)
-        du = v.mul(delta, u)
-        b.store(v.c(0.0), self.by_B)
-        b.store(v.c(0.0), self.by_A)
-
-        def group(states: list[Value]) -> None:
-            dB, dC = [], []
-            for n in states:
-                record = self.record(t, n)
-                B, C = self.read_matrix("B", t, n), self.read_matrix("C", t, n)
-                q = v.fma(C, g, n_.get(self.running["state"], n))
-                p = v.load(self.scratch, b.add(record, const(self.bytes)))
-                dB.append(v.mul(q, du))
-                dC.append(v.mul(v.fma(du, B, p), g))
-                b.store(v.fma(q, B, b.load(self.by_B)), self.by_B)
-                qp = v.mul(q, p)
-                b.store(v.fma(qp, n_.get(self.A, n), b.load(self.by_A)), self.by_A)
-                dA = self.running["dA"]
-                n_.set(dA, n, v.fma(qp, delta, n_.get(dA, n)))
-                n_.set(self.running["state"], n, v.mul(q, v.load(self.scratch, record)))
-            for name, grads in (("B", dB), ("C", dC)):
-                self.matrix_grad(name, t, states, grads)
-
-        n_.groups(group)
-        by_B = b.load(self.by_B)
-        self.write_row(v.fma(delta, by_B, v.mul(self.D, g)), "du", row)
-        d_delta = v.mul(v.fma(u, by_B, v.mul(b.load(self.by_A), v.c(LN_2))), slope)
-        self.write_row(d_delta, "d_delta", row)
-        for x, name in ((v.mul(g, u), "dD"), (d_delta, "d_bias")):
-            total = self.totals[name]
-            b.store(v.add(x, b.load(total)), total)
-
-    def matrix_grad(self, name: str, t: Value, states: list[Value], grads: list[Value]) -> None:
-        """Add to the gradient of B or C: of each channel, or summed over this task's channels."""
-        b, v = self.b, self.v
-        if getattr(self.variant, f"constant_{name}"):
-            total = self.running[f"d{name}"]
-            for n, grad in zip(states, grads, strict=True):
-                self.n.set(total, n, v.add(grad, self.n.get(total, n)))
-            return
-        part = b.mul(self.part, self.field["partial_stride"])
-        place = self.at(f"d{name}", part, self.matrix_sum)
-        row = b.mul(self.field["groups"], const(4 * padded_states(self.variant.states)))
-        offset = b.add(b.mul(t, row), self.times(states[0], 4))
-        before = b.select(self.is_first, v.c(0.0), v.load(place, offset))
-        v.store(v.add(v.sum_each(grads), before), place, offset)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfuser_kernels.scan.cpu import compiler, kernels, pool
-from mfuser_kernels.scan.cpu.kernels import BACKWARD_LANES, CHUNK, FORWARD_LANES, Variant
+from mfuser_kernels.scan.cpu import compiler, kernels, pool, reverse
+from mfuser_kernels.scan.cpu.kernels import CHUNK, FORWARD_LANES, Variant
 from mfuser_kernels.scan.cpu.vector import LOG2_E
 from mfuser_kernels.scan.inputs import ScanInputs
 
@@ -201,18 +201,18 @@ def backward(
         if m.dim() == 2:
             sums[name] = lay.zeros(x.batch, x.states, lay.width)
         else:
-            rows = (*m.shape[:3], kernels.padded_states(x.states))
-            sums[name] = torch.empty((group_tasks, *rows), dtype=torch.float32)
+            rows = (*m.shape[:3], reverse.padded_states(x.states))
+            sums[name] = lay.zeros(group_tasks, *rows)
             lay.fields["partial_stride"] = sums[name].stride(0) * 4
     lay.hold(**sums)
-    per_group, per_task = lay.share // BACKWARD_LANES, TASK_CHANNELS // BACKWARD_LANES
+    per_group, per_task = lay.share // reverse.LANES, TASK_CHANNELS // reverse.LANES
     tasks = [
         (item, base + first, base + min(first + per_task, per_group), part)
         for item in range(x.batch)
         for base in range(0, per_group * x.groups, per_group)
         for part, first in enumerate(range(0, per_group, per_task))
     ]
-    lay.run("backward", tasks, kernels.scratch_floats(x.states))
+    lay.run("backward", tasks, reverse.scratch_floats())
     dB, dC = (
         lay.untable(sums[name].sum(0)) if m.dim() == 2 else sums[name].sum(0)[..., : x.states]
         for name, m in (("dB", x.B), ("dC", x.C))

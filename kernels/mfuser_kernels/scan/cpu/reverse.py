@@ -1,0 +1,245 @@
+"""The backward of the CPU scan as LLVM IR: recompute a chunk, then walk it backwards.
+
+Eight states at a time, so that on a processor with 32 vector registers their h, A, q and dA stay
+in registers over the time loops; held in memory they cost a store each for every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mfuser_kernels.scan.cpu.kernels import CHUNK, Kernel, Variant
+from mfuser_kernels.scan.cpu.vector import LN_2, States, Value, Vector, const, loop
+
+LANES = 16
+GROUP = 8  # states
+# Vectors kept for each step of a chunk, beside decay and h of each state of a group.
+STEP_FIELDS = ("delta", "slope", "g", "du", "sum_A", "sum_B", "y")
+
+
+def scratch_floats() -> int:
+    """Size of the buffer each thread brings along: it should fit half an L2 cache."""
+    return CHUNK * LANES * (2 * GROUP + len(STEP_FIELDS))
+
+
+def padded_states(states: int) -> int:
+    """Width of the rows in which dB and dC are written: whole groups."""
+    return -(-states // GROUP) * GROUP
+
+
+def backward_kernel(variant: Variant, name: str) -> str:
+    """LLVM IR of the backward for every lane block of a task.
+
+    With q_t the gradient of h_t, r_t = exp(delta_t A) q_t and g_t the gradient of y_t:
+    q_t = C_t g_t + r_{t+1}, dB_t = q_t delta_t u_t, dC_t = g_t h_t,
+    du_t = delta_t sum_n(q_t B_t) + D g_t,
+    d delta_t = u_t sum_n(q_t B_t) + sum_n(r_t h_{t-1} A), dA = sum_t r_t h_{t-1} delta_t.
+    """
+    k = Backward(variant, name)
+    b = k.b
+    full, rest = divmod(variant.states, GROUP)
+    with loop(b, const(0), k.chunks) as past:
+        chunk = b.sub(b.sub(k.chunks, const(1)), past)
+        with loop(b, k.first, k.last) as block:
+            k.place(chunk, block)
+            k.prepare(block)
+            with loop(b, const(0), const(full)) as group:
+                k.walk(StateGroup(k, b.mul(group, const(GROUP)), GROUP))
+            if rest:
+                k.walk(StateGroup(k, const(full * GROUP), rest))
+            k.finish_steps()
+    return k.finish()
+
+
+class StateGroup:
+    """Neighbouring states: index of the first (a value), and how many (a number)."""
+
+    def __init__(self, k: Kernel, first: Value, count: int) -> None:
+        self.k, self.first = k, first
+        self.states = States(k.v, count)
+        self.numbers = range(count)
+
+    def read(self, name: str, place: Value) -> Value:
+        """A variable filled from the table of that name, at a byte offset."""
+        variable = self.states.variable()
+        skip = self.k.b.mul(self.first, self.k.table_row)
+        self.states.read(variable, self.k.at(name, place, skip), self.k.table_row)
+        return variable
+
+    def write(self, variable: Value, name: str, place: Value) -> None:
+        skip = self.k.b.mul(self.first, self.k.table_row)
+        self.states.write(variable, self.k.at(name, place, skip), self.k.table_row)
+
+    def get(self, variable: Value, n: int) -> Value:
+        return self.states.get(variable, const(n))
+
+    def set(self, variable: Value, n: int, x: Value) -> None:
+        self.states.set(variable, const(n), x)
+
+    def matrix(self, name: str, t: Value, n: int) -> Value:
+        return self.k.read_matrix(name, t, self.k.b.add(self.first, const(n)))
+
+
+class Backward(Kernel):
+    """The walks through one lane block of one chunk."""
+
+    matrix_sum: Value
+    to_next: Value
+    D: Value
+
+    def __init__(self, variant: Variant, name: str) -> None:
+        super().__init__(variant, name, LANES)
+        self.bytes = 4 * LANES  # of one vector
+        self.per_step = self.b.gep(self.scratch, [const(CHUNK * GROUP * 2 * self.bytes)])
+
+    def step_field(self, name: str, t: Value) -> tuple[Value, Value]:
+        index = self.b.add(self.times(t, len(STEP_FIELDS)), const(STEP_FIELDS.index(name)))
+        return self.per_step, self.times(index, self.bytes)
+
+    def recall(self, name: str, t: Value) -> Value:
+        return self.v.load(*self.step_field(name, t))
+
+    def keep(self, t: Value, **values: Value) -> None:
+        for name, x in values.items():
+            self.v.store(x, *self.step_field(name, t))
+
+    def record(self, t: Value, n: int) -> Value:
+        """Byte offset of decay_t, h_{t-1} of one state of the group."""
+        return self.times(self.b.add(self.times(t, GROUP), const(n)), 2 * self.bytes)
+
+    def prepare(self, block: Value) -> None:
+        """What each step needs for every state."""
+        b, v, variant = self.b, self.v, self.variant
+        # The next lane block of these rows, or the first one of the chunk before.
+        size = LANES * self.itemsize
+        back = b.add(self.times(self.row, CHUNK), self.times(b.sub(block, self.first), size))
+        is_last = b.icmp_signed("==", b.add(block, const(1)), self.last)
+        self.to_next = b.select(is_last, b.neg(back), const(size))
+        self.matrix_sum = b.mul(self.matrix, const(padded_states(variant.states)))
+        self.matrix_sum = b.sdiv(self.matrix_sum, const(variant.states))
+        self.D, bias = self.vector("D"), self.vector("bias")
+        with loop(b, const(0), self.steps) as t:
+            row = b.mul(t, self.row)
+            u, g = self.read_row("u", row), self.read_row("d_out", row)
+            delta, slope = v.add(self.read_row("delta", row), bias), v.c(1.0)
+            if variant.softplus:
+                w = v.exp_of_minus_abs(delta)
+                delta, slope = v.softplus_and_slope(delta, w)
+            if variant.gate:
+                z = self.read_row("z", row)
+                g = v.mul(g, v.mul(z, v.sigmoid(z, v.exp_of_minus_abs(z))))
+                self.keep(t, y=v.mul(self.D, u))
+            zero = v.c(0.0)
+            self.keep(t, delta=delta, slope=slope, g=g, du=v.mul(delta, u), sum_A=zero, sum_B=zero)
+
+    def walk(self, group: StateGroup) -> None:
+        """Forward through the chunk, then back, for the states of a group."""
+        A = group.read("A", self.channel)
+        h = group.read("saved", self.kept)
+        with self.running_gradient(group, "C") as dC, loop(self.b, const(0), self.steps) as t:
+            self.step(t, group, A, h, dC)
+        r, dA = group.read("state", self.tables), group.read("dA", self.tables)
+        with self.running_gradient(group, "B") as dB, loop(self.b, const(0), self.steps) as back:
+            t = self.b.sub(self.b.sub(self.steps, const(1)), back)
+            self.step_back(t, group, A, r, dA, dB)
+        group.write(r, "state", self.tables)
+        group.write(dA, "dA", self.tables)
+
+    def step(self, t: Value, group: StateGroup, A: Value, h: Value, dC: Value) -> None:
+        """Recompute one step, write its record, and add to dC."""
+        b, v = self.b, self.v
+        self.fetch(("u", "delta", "z", "d_out"), b.add(b.mul(t, self.row), self.to_next))
+        delta, g, du = (self.recall(name, t) for name in ("delta", "g", "du"))
+        y = self.recall("y", t) if self.variant.gate else None
+        grads = []
+        for n in group.numbers:
+            record = self.record(t, n)
+            decay = v.exp2(v.mul(delta, group.get(A, n)), self.variant.may_grow)
+            before = group.get(h, n)
+            v.store(decay, self.scratch, record)
+            v.store(before, self.scratch, b.add(record, const(self.bytes)))
+            after = v.fma(decay, before, v.mul(du, group.matrix("B", t, n)))
+            group.set(h, n, after)
+            grads.append(v.mul(after, g))
+            if y is not None:
+                y = v.fma(after, group.matrix("C", t, n), y)
+        if y is not None:
+            self.keep(t, y=y)
+        self.matrix_grad("C", t, group, grads, dC)
+
+    def step_back(
+        self, t: Value, group: StateGroup, A: Value, r: Value, dA: Value, dB: Value
+    ) -> None:
+        """One step of the reverse recurrence."""
+        b, v = self.b, self.v
+        delta, g, du, sum_A, sum_B = (
+            self.recall(name, t) for name in ("delta", "g", "du", "sum_A", "sum_B")
+        )
+        grads = []
+        for n in group.numbers:
+            record = self.record(t, n)
+            decay = v.load(self.scratch, record)
+            before = v.load(self.scratch, b.add(record, const(self.bytes)))
+            q = v.fma(group.matrix("C", t, n), g, group.get(r, n))
+            grads.append(v.mul(q, du))
+            sum_B = v.fma(q, group.matrix("B", t, n), sum_B)
+            through = v.mul(q, decay)
+            group.set(r, n, through)
+            exponent = v.mul(through, before)  # gradient of delta A
+            sum_A = v.fma(exponent, group.get(A, n), sum_A)
+            group.set(dA, n, v.fma(exponent, delta, group.get(dA, n)))
+        self.keep(t, sum_A=sum_A, sum_B=sum_B)
+        self.matrix_grad("B", t, group, grads, dB)
+
+    def finish_steps(self) -> None:
+        """Gradients of u, delta, z and of the vectors D and bias, from the sums over states."""
+        b, v = self.b, self.v
+        totals = {name: self.n.scalar() for name in ("dD", "d_bias")}
+        for name, total in totals.items():
+            b.store(v.load(self.at(name, self.vectors), const(0)), total)
+        with loop(b, const(0), self.steps) as t:
+            row = b.mul(t, self.row)
+            delta, slope, g, sum_A, sum_B = (
+                self.recall(name, t) for name in ("delta", "slope", "g", "sum_A", "sum_B")
+            )
+            u = self.read_row("u", row)
+            self.write_row(v.fma(delta, sum_B, v.mul(self.D, g)), "du", row)
+            d_delta = v.mul(v.fma(u, sum_B, v.mul(sum_A, v.c(LN_2))), slope)
+            self.write_row(d_delta, "d_delta", row)
+            for name, x in (("dD", v.mul(g, u)), ("d_bias", d_delta)):
+                b.store(v.add(x, b.load(totals[name])), totals[name])
+            if self.variant.gate:
+                z = self.read_row("z", row)
+                s = v.sigmoid(z, v.exp_of_minus_abs(z))
+                slope_z = v.mul(s, v.fma(z, v.sub(v.c(1.0), s), v.c(1.0)))
+                dy = v.mul(self.read_row("d_out", row), self.recall("y", t))
+                self.write_row(v.mul(dy, slope_z), "dz", row)
+        for name, total in totals.items():
+            v.store(b.load(total), self.at(name, self.vectors), const(0))
+
+    @contextmanager
+    def running_gradient(self, group: StateGroup, name: str) -> Iterator[Value]:
+        """A variable for dB or dC where the matrix is the same at all steps, else None."""
+        if not getattr(self.variant, f"constant_{name}"):
+            yield None
+            return
+        variable = group.read(f"d{name}", self.tables)
+        yield variable
+        group.write(variable, f"d{name}", self.tables)
+
+    def matrix_grad(
+        self, name: str, t: Value, group: StateGroup, grads: list[Value], running: Value
+    ) -> None:
+        """Add to the gradient of B or C: of each channel, or summed over this task's channels."""
+        b, v = self.b, self.v
+        if running is not None:
+            for n, grad in enumerate(grads):
+                group.set(running, n, v.add(grad, group.get(running, n)))
+            return
+        part = b.mul(self.part, self.field["partial_stride"])
+        place = self.at(f"d{name}", part, self.matrix_sum)
+        row = b.mul(self.field["groups"], const(4 * padded_states(self.variant.states)))
+        offset = b.add(b.mul(t, row), self.times(group.first, 4))
+        sums = Vector(b, GROUP)
+        sums.store(sums.add(v.sum_each(grads), sums.load(place, offset)), place, offset)
