@@ -9,6 +9,8 @@ one chunk, and the last of the three phases is the only one.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,14 +52,32 @@ def saved_shape(x: ScanInputs) -> tuple[int, ...]:
     return (-(-x.length // span_length(x)), x.batch, x.width, x.states)
 
 
+class Buffers:
+    """Memory for the tensors (T, B, K, G, E, N), one of each name for all spans.
+
+    Allocated anew, megabytes each, their pages may be given back and faulted in again every time.
+    """
+
+    def __init__(self) -> None:
+        self.flat: dict[str, Tensor] = {}
+
+    def product(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """x * y, valid until the next product of this name."""
+        shape = torch.broadcast_shapes(x.shape, y.shape)
+        size = math.prod(shape)
+        if name not in self.flat or self.flat[name].numel() < size:
+            self.flat[name] = x.new_empty(size)
+        return torch.mul(x, y, out=self.flat[name][:size].view(shape))
+
+
 class Span:
     """One span's slice of the inputs, padded to whole chunks of steps that change no state.
 
     Letters after the glossary: K chunks, T steps of a chunk, E = D / G channels of a group.
     """
 
-    def __init__(self, x: ScanInputs, start: int, stop: int) -> None:
-        self.x, self.start, self.stop = x, start, stop
+    def __init__(self, x: ScanInputs, start: int, stop: int, buffers: Buffers) -> None:
+        self.x, self.start, self.stop, self.buffers = x, start, stop, buffers
         self.steps = chunk_length(x, stop - start)
         self.chunks = -(-(stop - start) // self.steps)
         self.pad = self.chunks * self.steps - (stop - start)
@@ -110,8 +130,8 @@ class Span:
 
     def scan(self, start_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Decays and states of every step (T, B, K, G, E, N), and the state at the end."""
-        decay = (self.delta[..., None] * self.A).exp_()
-        states = (self.delta * self.u)[..., None] * self.B
+        decay = self.buffers.product("decay", self.delta[..., None], self.A).exp_()
+        states = self.buffers.product("states", (self.delta * self.u)[..., None], self.B)
         starts = start_state.unsqueeze(1)  # (B, K, G, E, N)
         if self.chunks > 1:
             end = states[0].clone()
@@ -121,7 +141,7 @@ class Span:
         state = starts
         for x, a in zip(states.unbind(), decay.unbind(), strict=True):
             state = x.addcmul_(a, state)
-        return decay, states, state[:, -1]
+        return decay, states, state[:, -1].clone()
 
     def through(self) -> Tensor:
         """Decay over each whole chunk (B, K, G, E, N)."""
@@ -178,12 +198,12 @@ def first_state(x: ScanInputs) -> Tensor:
 
 def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
     state = first_state(x)
-    span = span_length(x)
+    span, buffers = span_length(x), Buffers()
     out = torch.empty(x.u.shape, dtype=x.u.dtype, device=x.u.device)
     saved = state.new_empty(saved_shape(x) if training else (0,))
     for i, start in enumerate(range(0, x.length, span)):
         stop = min(start + span, x.length)
-        s = Span(x, start, stop)
+        s = Span(x, start, stop, buffers)
         if training:
             saved[i] = state.flatten(1, 2)
         _, states, state = s.scan(state)
@@ -209,10 +229,10 @@ def backward(
     carried = torch.zeros_like(first_state(x))
     if d_last_state is not None:
         carried = d_last_state.to(dtype).reshape(carried.shape)
-    span = span_length(x)
+    span, buffers = span_length(x), Buffers()
     for i in reversed(range(saved.shape[0])):
         start, stop = i * span, min((i + 1) * span, x.length)
-        s = Span(x, start, stop)
+        s = Span(x, start, stop, buffers)
         start_state = saved[i].reshape(carried.shape)
         decay, states, _ = s.scan(start_state)  # (T, B, K, G, E, N)
         dy = torch.zeros_like(s.u) if d_out is None else s.cut(d_out)  # (T, B, K, G, E)
@@ -226,7 +246,7 @@ def backward(
             dz[:, start:stop] = s.join(dy * y * gate * (1 + z * (1 - gate)))
             dy = dy * z * gate
         _add(dC, s.matrix_grad(states, dy, s.C), start, stop)
-        q, carried = s.scan_back(decay, dy[..., None] * s.C, carried)
+        q, carried = s.scan_back(decay, buffers.product("d_states", dy[..., None], s.C), carried)
         sum_B = s.weigh(q, s.B)  # (T, B, K, G, E)
         _add(dB, s.matrix_grad(q, s.delta * s.u, s.B), start, stop)
         first = start_state.unsqueeze(1)
@@ -234,7 +254,7 @@ def backward(
         q[0] *= decay[0] * before
         q[1:] *= decay[1:].mul_(states[:-1])  # gradient of the exponent delta A
         assert du is not None and d_delta is not None and dA is not None
-        d_step = s.u * sum_B + (q * s.A).sum(-1)
+        d_step = s.u * sum_B + buffers.product("decay", q, s.A).sum(-1)
         dA += q.mul_(s.delta[..., None]).sum((0, 1, 2)).reshape(dA.shape)
         if x.delta_softplus:
             d_step = d_step * torch.sigmoid(s.raw)

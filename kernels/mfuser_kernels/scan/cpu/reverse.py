@@ -85,6 +85,7 @@ class Backward(Kernel):
     """The walks through one lane block of one chunk."""
 
     matrix_sum: Value
+    is_first: Value
     to_next: Value
     D: Value
 
@@ -118,6 +119,7 @@ class Backward(Kernel):
         self.to_next = b.select(is_last, b.neg(back), const(size))
         self.matrix_sum = b.mul(self.matrix, const(padded_states(variant.states)))
         self.matrix_sum = b.sdiv(self.matrix_sum, const(variant.states))
+        self.is_first = b.icmp_signed("==", block, self.first)
         self.D, bias = self.vector("D"), self.vector("bias")
         with loop(b, const(0), self.steps) as t:
             row = b.mul(t, self.row)
@@ -242,4 +244,5 @@ class Backward(Kernel):
         row = b.mul(self.field["groups"], const(4 * padded_states(self.variant.states)))
         offset = b.add(b.mul(t, row), self.times(group.first, 4))
         sums = Vector(b, GROUP)
-        sums.store(sums.add(v.sum_each(grads), sums.load(place, offset)), place, offset)
+        before = sums.load_unless(self.is_first, place, offset)
+        sums.store(sums.add(v.sum_each(grads), before), place, offset)

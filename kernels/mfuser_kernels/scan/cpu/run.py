@@ -202,7 +202,7 @@ def backward(
             sums[name] = lay.zeros(x.batch, x.states, lay.width)
         else:
             rows = (*m.shape[:3], reverse.padded_states(x.states))
-            sums[name] = lay.zeros(group_tasks, *rows)
+            sums[name] = torch.empty((group_tasks, *rows), dtype=torch.float32)
             lay.fields["partial_stride"] = sums[name].stride(0) * 4
     lay.hold(**sums)
     per_group, per_task = lay.share // reverse.LANES, TASK_CHANNELS // reverse.LANES

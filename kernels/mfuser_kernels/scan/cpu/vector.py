@@ -90,6 +90,21 @@ class Vector:
         bits = self.b.load(self.pointer(base, offset, half), align=2)
         return self.b.bitcast(self.b.shl(self.b.zext(bits, self.int), self.ci(16)), self.float)
 
+    def load_unless(self, skip: Value, base: Value, offset: Value) -> Value:
+        """float32 from memory, or zeros without a look at it."""
+        bits, at = ir.VectorType(I1, self.lanes), self.pointer(base, offset, self.float)
+        name = f"llvm.masked.load.v{self.lanes}f32.p0"
+        if llvm_version_info < (16,):
+            name += f"v{self.lanes}f32"
+        kinds = [ir.PointerType(self.float), I32, bits, self.float]
+        function = self.b.module.globals.get(name) or ir.Function(
+            self.b.module, ir.FunctionType(self.float, kinds), name
+        )
+        wanted = self.b.select(
+            skip, ir.Constant(bits, [I1(0)] * self.lanes), ir.Constant(bits, [I1(1)] * self.lanes)
+        )
+        return self.b.call(function, [at, I32(4), wanted, self.c(0.0)])
+
     def store(self, x: Value, base: Value, offset: Value, bf16: bool = False) -> None:
         if not bf16:
             self.b.store(x, self.pointer(base, offset, self.float), align=4)
