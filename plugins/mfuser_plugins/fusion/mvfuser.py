@@ -120,16 +120,27 @@ class MVFuser(Scan):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L, D) -> offsets (B, L, D)."""
-        x, z = self.in_proj(tokens).transpose(1, 2).chunk(2, 1)  # (B, D/2, L) each
-        x = F.silu(self.conv1d_x(x)).transpose(1, 2)  # (B, L, D/2)
-        z = F.silu(self.conv1d_z(z)).transpose(1, 2)
+        x, z = (F.linear(tokens, w) for w in self.in_proj.weight.chunk(2))  # (B, L, D/2) each
+        x, z = F.silu(_depthwise(x, self.conv1d_x)), F.silu(_depthwise(z, self.conv1d_z))
         y, gate = self.scan(x), F.silu(z)
         if self.reverse is not None and self.concat:
             y, gate = torch.cat([y, self.reverse(x)], -1), gate.repeat(1, 1, 2)  # (B, L, D)
         elif self.reverse is not None:
             y = y + self.reverse(x)
-        offsets = self.out_proj(self.norm(y) * gate)
-        return self.dropout(offsets) * self.scale
+        # The gain goes into the weight: applied to the offsets it is one more pass over them all.
+        return self.dropout(F.linear(self.norm(y) * gate, self.out_proj.weight * self.scale))
+
+
+def _depthwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """(B, L, D) -> (B, L, D): `conv` along L.
+
+    As a picture of height 1 in "channels last", which (B, L, D) already is in memory: conv1d would
+    copy it to (B, D, L), and the scan back, together half of what the projections cost.
+    """
+    picture = x.transpose(1, 2).unsqueeze(2)  # (B, D, 1, L)
+    weight = conv.weight.unsqueeze(2)  # (D, 1, 1, 3)
+    mixed = F.conv2d(picture, weight, padding=(0, 1), groups=conv.groups)
+    return mixed.squeeze(2).transpose(1, 2)
 
 
 class MVFuserAdapter(JointAdapter):
