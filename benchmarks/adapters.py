@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,11 @@ def plot(growths: list[Growth], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def _tell(point: AdapterCost) -> None:
+    per_token = 1e6 * point.seconds_a_token
+    print(f"  {point.tokens:,} tokens: {per_token:.1f} us per token", file=sys.stderr)
+
+
 def _giga(value: int | None) -> str:
     return "" if value is None else f"{value / 1e9:.2f}"
 
@@ -157,11 +163,14 @@ def main(arguments: list[str] | None = None) -> dict[str, bool]:
     sizes: dict[str, Any] = {"width": given.width, "batch": given.batch, "device": given.device}
     costs, growths = [], []
     for name, spec in specs(given.adapters).items():
+        print(f"{name}: {given.grid}x{given.grid} patches", file=sys.stderr)
         grid = (given.grid, given.grid)
         costs.append(measure.adapter_cost(spec, name, grid=grid, prefix=1, **sizes))
         if given.curve:
             growths.append(
-                measure.growth(spec, name, tokens=given.curve, limit=given.limit, **sizes)
+                measure.growth(
+                    spec, name, tokens=given.curve, limit=given.limit, on_point=_tell, **sizes
+                )
             )
     lines = [", ".join(f"{k} {v}" for k, v in machine.items()), ""]
     lines += [f"D {given.width}, batch {given.batch}, {costs[0].tokens:,} tokens:", ""]

@@ -75,7 +75,7 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
                 "grid": list(b.grid),
                 "prefix tokens": b.num_prefix_tokens,
                 "tokens": b.token_shape.num_tokens,
-                "licence": b.license,
+                "licence": getattr(spec, role).licence() or b.license,
             }
             for role, b in encoder.backbones.items()
         },

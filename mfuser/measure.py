@@ -29,7 +29,9 @@ from mfuser.specs import FusionSpec, TokenShape
 ACTIVATIONS = (torch.ops.aten.silu, torch.ops.aten.gelu, torch.ops.aten.relu)
 
 REPEATS = 5
-"""Passes that are timed, after one that is not."""
+"""Passes that are timed, at least."""
+WARM = 0.3
+"""Seconds of passes before timing starts, and of timed passes at least."""
 ENOUGH = 10.0
 """Seconds of timing after which fewer passes will do."""
 
@@ -259,10 +261,15 @@ def _one_each(shape: Any, *_: Any, **__: Any) -> int:
 
 
 def _timed(work: Callable[[], Any], repeats: int, device: str) -> Seconds:
-    if repeats > 1:
-        work()  # the first pass compiles and fills caches
+    begun = _now(device)
+    while repeats > 1:
+        work()  # the first pass compiles, later ones fill caches and wake the processor
+        if _now(device) - begun > WARM:
+            break
     taken: list[float] = []
-    while len(taken) < repeats and (len(taken) < 1 or sum(taken) < ENOUGH):
+    while not taken or (repeats > 1 and sum(taken) < WARM) or len(taken) < repeats:
+        if sum(taken) > ENOUGH:
+            break
         begun = _now(device)
         work()
         taken.append(_now(device) - begun)

@@ -137,6 +137,10 @@ class BackboneSpec(Spec):
         """Optional: the models this component knows by name, without building any."""
         return ()
 
+    def licence(self) -> str | None:
+        """Optional: the licence of the weights named here, where known; loads nothing."""
+        return None
+
 
 class VisionSpec(BackboneSpec):
     """A vision foundation model."""

@@ -267,3 +267,24 @@ def test_the_optimiser_comes_back(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="knows a tensor weights that the model lacks"):
         checkpoints.from_optimiser_state(two, theirs, {"exp_avg.weights": torch.zeros(1)})
+
+
+def test_complete_file_of_a_model_that_computes_with_its_parameters(
+    tiny: Registry, tmp_path: Path
+) -> None:
+    """Swin v2's constructor cannot run with parameters on the meta device."""
+    options = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}
+    swin = {
+        "name": "timm",
+        "model": "swinv2_tiny_window8_256",
+        "weights": "random",
+        "options": options,
+    }
+    spec = tiny.pairing("tiny", {"vfm": swin})
+    model = build_model(spec)
+    path = tmp_path / "whole.safetensors"
+    whole = checkpoints.Checkpoint(dict(model.state_dict()), {}, meta(model) | {"complete": True})
+    checkpoints.write(path, whole)
+    again, _ = load_model(path)
+    image = torch.rand(1, 3, 64, 96)
+    assert torch.equal(model.segment(image), again.segment(image))

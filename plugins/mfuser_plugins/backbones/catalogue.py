@@ -56,7 +56,7 @@ def known(library: str) -> dict[str, dict[str, Any]]:
 def listed(library: str) -> list[BackboneInfo]:
     """The architectures of a library; those the catalogue does not hold were not tried."""
     found = known(library)
-    licences = timm_licences() if library == "timm" else {}
+    licences = {"timm": timm_licences, "open_clip": open_clip_licences}.get(library, dict)()
     return [entry(name, found.get(name), licences.get(name)) for name in candidates(library)]
 
 
@@ -80,3 +80,37 @@ def timm_licences() -> dict[str, str]:
         if cfg is not None and cfg.license:
             licences.setdefault(tagged.partition(".")[0], set()).add(cfg.license)
     return {name: ", ".join(sorted(found)) for name, found in licences.items()}
+
+
+@cache
+def open_clip_licences() -> dict[str, str]:
+    """Architecture -> the licences of its weights, as far as timm states them."""
+    import open_clip
+
+    licences: dict[str, set[str]] = {}
+    for name, tag in open_clip.list_pretrained():
+        if found := open_clip_licence(name, tag):
+            licences.setdefault(name, set()).add(found)
+    return {name: ", ".join(sorted(found)) for name, found in licences.items()}
+
+
+def open_clip_licence(model: str, tag: str) -> str | None:
+    """What timm states of the same weights' image tower; open_clip itself states nothing.
+
+    Found by the place on the hub, which many weights share with timm's; else, for a tower of
+    timm's, the licence of that architecture's weights if there is only one.
+    """
+    import open_clip
+    import timm
+
+    place = open_clip.get_pretrained_cfg(model, tag).get("hf_hub") or ""
+    try:
+        cfg = timm.get_pretrained_cfg(place.strip("/").removeprefix("timm/"))
+    except RuntimeError:  # another tag than timm's
+        cfg = None
+    if cfg is not None and cfg.license:
+        return str(cfg.license)
+    config = open_clip.get_model_config(model) or {}
+    tower = config.get("vision_cfg", {}).get("timm_model_name", "").partition(".")[0]
+    licence = timm_licences().get(tower)
+    return licence if licence and ", " not in licence else None

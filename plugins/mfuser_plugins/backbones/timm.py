@@ -78,16 +78,7 @@ class TimmSpec(VisionSpec, name="timm"):
         from mfuser_plugins.backbones._timm import TimmBackbone
         from mfuser_plugins.backbones._timm_families import stepper_class
 
-        file = None
-        name = self.model
-        if self.weights not in (None, RANDOM) and (file := local_file(self.weights)) is None:
-            architecture, _, tag = name.partition(".")
-            if tag not in ("", self.weights):
-                raise MFuserError(
-                    f"model = \"{name}\" names the weights '{tag}', and weights = "
-                    f'"{self.weights}" others: leave one of the two out'
-                )
-            name = f"{architecture}.{self.weights}"
+        name, file = self._named()
         check_name(name)
         source = None
         if self.weights != RANDOM:
@@ -111,9 +102,34 @@ class TimmSpec(VisionSpec, name="timm"):
         backbone = TimmBackbone(model, stepper)
         backbone.resize(image_size, self.patch_size)
         backbone.set_statistics(self.mean or cfg["mean"], self.std or cfg["std"])
-        if file is None and (self.weights != RANDOM or "." in name):
-            backbone.license = cfg.get("license")
+        backbone.license = self.licence()
         return backbone
+
+    def _named(self) -> tuple[str, Path | None]:
+        """timm's name, with the weights' tag if one is given, and the local file if one is."""
+        if self.weights in (None, RANDOM):
+            return self.model, None
+        if file := local_file(self.weights):
+            return self.model, file
+        architecture, _, tag = self.model.partition(".")
+        if tag not in ("", self.weights):
+            raise MFuserError(
+                f"model = \"{self.model}\" names the weights '{tag}', and weights = "
+                f'"{self.weights}" others: leave one of the two out'
+            )
+        return f"{architecture}.{self.weights}", None
+
+    def licence(self) -> str | None:
+        """As timm states it; None for random weights without a tag and for local files."""
+        import timm
+
+        try:
+            name, file = self._named()
+            tagged = self.weights != RANDOM or "." in name
+            cfg = timm.get_pretrained_cfg(name) if file is None and tagged else None
+        except (RuntimeError, MFuserError):  # no such tag or file: for build() to say
+            return None
+        return cfg.license if cfg else None
 
 
 def check_name(name: str) -> None:

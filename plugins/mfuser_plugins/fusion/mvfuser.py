@@ -17,6 +17,9 @@ from mfuser_plugins.fusion._joint import Grid, JointAdapter, width_of
 
 Bidirectional = bool | Literal["sum", "concat"]
 Order = Literal["vfm_first", "vlm_first", "interleaved"]
+# Tokens that inference on a CPU works on at a time: what is computed of them stays in the caches.
+# In whole chunks of the scan, so that its result is the same to the last bit.
+BLOCK, CHUNK = 2048, 64
 
 
 class Scan(nn.Module):
@@ -45,11 +48,14 @@ class Scan(nn.Module):
             # The inverse of softplus.
             self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))
 
-    def scan(self, x: Tensor) -> Tensor:
-        """(B, L, D/2) -> (B, L, D/2), each token having read those before it."""
+    def scan(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, L, D/2) -> (B, L, D/2), each token having read those before it; and the last state.
+
+        state: (B, D/2, N), what has been read before the first token.
+        """
         dt_rank, state_size = self.dt_proj.in_features, self.A_log.shape[1]
         dt, B, C = self.x_proj(x).split([dt_rank, state_size, state_size], -1)
-        return selective_scan(
+        y, last = selective_scan(
             x,
             self.dt_proj(dt),
             -torch.exp(self.A_log),
@@ -58,8 +64,11 @@ class Scan(nn.Module):
             self.D,
             delta_bias=self.dt_proj.bias,
             delta_softplus=True,
+            return_last_state=True,
             layout="bld",
+            initial_state=state,
         )
+        return y, last
 
 
 class ReverseScan(Scan):
@@ -71,7 +80,7 @@ class ReverseScan(Scan):
         self._reset_steps()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scan(x.flip(1)).flip(1)
+        return self.scan(x.flip(1))[0].flip(1)
 
 
 class MVFuser(Scan):
@@ -120,27 +129,52 @@ class MVFuser(Scan):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L, D) -> offsets (B, L, D)."""
-        x, z = (F.linear(tokens, w) for w in self.in_proj.weight.chunk(2))  # (B, L, D/2) each
-        x, z = F.silu(_depthwise(x, self.conv1d_x)), F.silu(_depthwise(z, self.conv1d_z))
-        y, gate = self.scan(x), F.silu(z)
+        batch, length, _ = tokens.shape
+        # A GPU wants the whole length at once, training keeps everything anyway.
+        whole = tokens.device.type != "cpu" or torch.is_grad_enabled() or self.reverse is not None
+        if whole or batch * length <= BLOCK or torch.compiler.is_compiling():
+            return self._offsets(tokens, 0, length)[0]
+        count = -(-batch * length // BLOCK)
+        size = -(-length // (count * CHUNK)) * CHUNK  # even shares
+        out, state = torch.empty_like(tokens), None
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            out[:, start:stop], state = self._offsets(tokens, start, stop, state)
+        return out
+
+    def _offsets(
+        self, tokens: Tensor, start: int, stop: int, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Offsets of tokens start to stop, and the scan's last state."""
+        left, right = max(start - 1, 0), min(stop + 1, tokens.shape[1])  # seen by the convolutions
+        outside = (left == start, right == stop)
+        seen = tokens[:, left:right].contiguous()
+        x, z = (F.linear(seen, w) for w in self.in_proj.weight.chunk(2))  # (B, L, D/2) each
+        x = F.silu(_depthwise(x, self.conv1d_x, outside))
+        z = F.silu(_depthwise(z, self.conv1d_z, outside))
+        (y, last), gate = self.scan(x, state), F.silu(z)
         if self.reverse is not None and self.concat:
             y, gate = torch.cat([y, self.reverse(x)], -1), gate.repeat(1, 1, 2)  # (B, L, D)
         elif self.reverse is not None:
             y = y + self.reverse(x)
         # The gain goes into the weight: applied to the offsets it is one more pass over them all.
-        return self.dropout(F.linear(self.norm(y) * gate, self.out_proj.weight * self.scale))
+        offsets = F.linear(self.norm(y) * gate, self.out_proj.weight * self.scale)
+        return self.dropout(offsets), last
 
 
-def _depthwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """(B, L, D) -> (B, L, D): `conv` along L.
+def _depthwise(x: Tensor, conv: nn.Conv1d, outside: tuple[bool, bool]) -> Tensor:
+    """(B, L, D) -> (B, L, D): `conv` along L; where not beside the `outside`, L is 1 shorter.
 
     As a picture of height 1 in "channels last", which (B, L, D) already is in memory: conv1d would
     copy it to (B, D, L), and the scan back, together half of what the projections cost.
     """
+    before, after = outside
+    if before != after:
+        x = F.pad(x, (0, 0, int(before), int(after)))
     picture = x.transpose(1, 2).unsqueeze(2)  # (B, D, 1, L)
     weight = conv.weight.unsqueeze(2)  # (D, 1, 1, 3)
-    mixed = F.conv2d(picture, weight, padding=(0, 1), groups=conv.groups)
-    return mixed.squeeze(2).transpose(1, 2)
+    padding = (0, int(before and after))
+    return F.conv2d(picture, weight, padding=padding, groups=conv.groups).squeeze(2).transpose(1, 2)
 
 
 class MVFuserAdapter(JointAdapter):

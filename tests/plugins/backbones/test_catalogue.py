@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from pydantic import PositiveInt
 
-from mfuser.specs import BackboneInfo, VisionSpec
+from mfuser.plugins import components
+from mfuser.specs import BackboneInfo, BackboneSpec, VisionSpec
 from mfuser_plugins.backbones import catalogue
 
 
@@ -63,3 +64,33 @@ def test_every_module_of_the_catalogue_exists() -> None:
     assert families == set(catalogue.MODULES)
     assert catalogue.family_of("open_clip", "RN50") == "ModifiedResNet"
     assert catalogue.family_of("open_clip", "EVA02-L-14") == "timm eva"
+
+
+@pytest.mark.parametrize(
+    "component, fields, licence",
+    [
+        ("timm", {"model": "hiera_small_224.mae"}, "cc-by-nc-4.0"),
+        ("timm", {"model": "hiera_small_224", "weights": "mae"}, "cc-by-nc-4.0"),
+        ("timm", {"model": "hiera_small_224", "weights": "random"}, None),
+        ("timm", {"model": "hiera_small_224", "weights": "no-such-tag"}, None),
+        ("timm", {"model": "hiera_small_224", "weights": "nowhere.pth"}, None),
+        ("open_clip", {"model": "EVA02-L-14-336", "weights": "merged2b_s6b_b61k"}, "mit"),
+        ("open_clip", {"model": "ViT-B-16", "weights": "metaclip_400m"}, "cc-by-nc-4.0"),
+        ("open_clip", {"model": "ViT-B-16", "weights": "laion400m_e31"}, None),
+        ("open_clip", {"model": "ViT-B-16", "weights": "random"}, None),
+    ],
+)
+def test_licence_of_the_weights_that_a_spec_names(
+    component: str, fields: dict[str, str], licence: str | None
+) -> None:
+    kind = "vision" if component == "timm" else "vision_language"
+    spec = components(kind)[component].model_validate({"name": component, **fields})
+    assert isinstance(spec, BackboneSpec) and spec.licence() == licence
+
+
+def test_describe_shows_the_licence_although_it_loads_no_weights(
+    mfuser: Callable[..., Any],
+) -> None:
+    shown = json.loads(mfuser("describe", "dinov2-l_eva02-clip-l", "--json").out)
+    licences = {role: facts["licence"] for role, facts in shown["encoders"].items()}
+    assert licences == {"vfm": "apache-2.0", "vlm": "mit"}

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mfuser import MFuserError, TokenShape
+from mfuser_kernels.testing import relative_rms
+from mfuser_plugins.fusion import mvfuser
 from mfuser_plugins.fusion.mvfuser import (
     MVFuser,
     MVFuserAdapter,
@@ -266,3 +268,20 @@ def test_order_decides_who_sees_whom() -> None:
     assert seen("vfm_first") == (False, True)
     assert seen("vlm_first") == (True, False)
     assert seen("interleaved") == (False, False)
+
+
+@pytest.mark.parametrize(
+    "batch, length", [(1, 63), (1, 64), (1, 129), (2, 200), (3, 65), (200, 70)]
+)
+def test_inference_in_blocks_is_the_forward_of_training(
+    monkeypatch: pytest.MonkeyPatch, batch: int, length: int
+) -> None:
+    """Blocks of at most 128 tokens, in which neighbours and state of the blocks before count."""
+    monkeypatch.setattr(mvfuser, "BLOCK", 128)
+    torch.manual_seed(0)
+    module = MVFuser(16, 4).eval()
+    tokens = torch.randn(batch, length, 16)
+    whole = module(tokens)
+    assert whole.requires_grad
+    with torch.no_grad():
+        assert relative_rms(module(tokens), whole) < 1e-6

@@ -170,7 +170,7 @@ def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
         lay.hold(saved=saved)
     blocks = lay.width // FORWARD_LANES
     # Neighbouring blocks share the cached B and C, but every thread should find a few tasks.
-    step = max(1, min(4, blocks * x.batch // (4 * torch.get_num_threads())))
+    step = max(1, min(2, blocks * x.batch // (4 * torch.get_num_threads())))
     tasks = [
         (item, first, min(first + step, blocks), 0)
         for item in range(x.batch)
