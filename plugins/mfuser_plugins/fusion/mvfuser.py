@@ -157,9 +157,7 @@ class MVFuser(Scan):
             y, gate = torch.cat([y, self.reverse(x)], -1), gate.repeat(1, 1, 2)  # (B, L, D)
         elif self.reverse is not None:
             y = y + self.reverse(x)
-        # The gain goes into the weight: applied to the offsets it is one more pass over them all.
-        offsets = F.linear(self.norm(y) * gate, self.out_proj.weight * self.scale)
-        return self.dropout(offsets), last
+        return self.dropout(self.out_proj(self.norm(y) * gate)) * self.scale, last
 
 
 def _depthwise(x: Tensor, conv: nn.Conv1d, outside: tuple[bool, bool]) -> Tensor:
