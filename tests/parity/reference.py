@@ -287,10 +287,11 @@ def state(kind: str, seed: int = 0) -> State:
 def decoder(channels: int, joint: int) -> torch.nn.Module:
     """The decoder alone is the project's: its names are the released ones, and it has references
     of its own."""
-    from mfuser_plugins.decoders.text_mask2former import TextMask2Former
+    from mfuser_plugins.decoders.text_mask2former import TextMask2FormerSpec
 
     torch.manual_seed(0)
-    return TextMask2Former((channels,) * 4, CLASSES, joint, DECODER, 8, 4, 2, 48, 3, 64).eval()
+    spec = TextMask2FormerSpec(width=DECODER, pixel_layers=2, pixel_ffn=48, layers=3, ffn=64)
+    return spec.build((channels,) * 4, CLASSES, joint).eval()
 
 
 # ------------------------------------------------------------------ forward, float64

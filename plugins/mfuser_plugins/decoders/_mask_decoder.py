@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
@@ -54,38 +57,32 @@ class MaskDecoder(Decoder):
 
     def __init__(
         self,
-        name: str,
+        spec: MaskDecoderSpec,
         channels: tuple[int, ...],
         num_classes: int,
         text_dim: int | None,
         queries: int,
-        width: int = 256,
-        heads: int = 8,
-        points: int = 4,
-        pixel_layers: int = 6,
-        pixel_ffn: int = 2048,
-        layers: int = 9,
-        ffn: int = 2048,
-        norm_groups: int = 32,
-        losses: MaskLosses | None = None,
     ) -> None:
         super().__init__()
         if len(channels) != LEVELS + 1:
-            raise MFuserError(f"{name} takes {LEVELS + 1} pyramid levels, not {len(channels)}")
+            raise MFuserError(
+                f"{spec.component()} takes {LEVELS + 1} pyramid levels, not {len(channels)}"
+            )
+        width = spec.width
         self.num_classes = num_classes
-        self.losses = losses or MaskLosses()
+        self.losses = spec.losses()
         self.pixel_decoder = PixelDecoder(
             channels,
             num_classes,
             text_dim,
             width,
-            heads,
-            points,
-            pixel_layers,
-            pixel_ffn,
-            norm_groups,
+            spec.heads,
+            spec.points,
+            spec.pixel_layers,
+            spec.pixel_ffn,
+            spec.norm_groups,
         )
-        self.transformer_decoder = QueryDecoder(layers, width, heads, ffn)
+        self.transformer_decoder = QueryDecoder(spec.layers, width, spec.heads, spec.ffn)
         if text_dim is not None:
             self.text_proj = nn.Sequential(
                 nn.Linear(text_dim, width), nn.ReLU(), nn.Linear(width, width)
@@ -155,6 +152,15 @@ def deep_names(each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 class MaskDecoderSpec(DecoderSpec):
     """The options of these decoders (documented where they are named)."""
+
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "width": 32,
+        "pixel_layers": 1,
+        "pixel_ffn": 32,
+        "layers": 1,
+        "ffn": 32,
+        "num_points": 64,
+    }
 
     width: PositiveInt = 256
     heads: PositiveInt = 8

@@ -24,43 +24,15 @@ class Mask2Former(MaskDecoder):
     Raises MFuserError for fewer queries than classes: every class of a crop needs one.
     """
 
-    def __init__(
-        self,
-        channels: tuple[int, ...],
-        num_classes: int,
-        queries: int = 100,
-        width: int = 256,
-        heads: int = 8,
-        points: int = 4,
-        pixel_layers: int = 6,
-        pixel_ffn: int = 2048,
-        layers: int = 9,
-        ffn: int = 2048,
-        norm_groups: int = 32,
-        losses: MaskLosses | None = None,
-    ) -> None:
+    def __init__(self, spec: Mask2FormerSpec, channels: tuple[int, ...], num_classes: int) -> None:
+        queries = spec.queries
         if queries < num_classes:
             raise MFuserError(
                 f"mask2former: {queries} queries cannot answer for {num_classes} classes, which "
                 f"may all be in one crop; set queries to {num_classes} or more"
             )
-        super().__init__(
-            "mask2former",
-            channels,
-            num_classes,
-            None,
-            queries,
-            width,
-            heads,
-            points,
-            pixel_layers,
-            pixel_ffn,
-            layers,
-            ffn,
-            norm_groups,
-            losses,
-        )
-        self.query_feat = nn.Embedding(queries, width)
+        super().__init__(spec, channels, num_classes, None, queries)
+        self.query_feat = nn.Embedding(queries, spec.width)
 
     def forward(self, pyramid: list[Tensor], queries: Tensor | None = None) -> DecoderOutput:
         """Class queries are ignored."""
@@ -149,35 +121,14 @@ class Mask2FormerSpec(MaskDecoderSpec, name="mask2former"):
         a query that answers for no class.
     """
 
-    tiny: ClassVar[Mapping[str, Any]] = {
-        "queries": 20,
-        "width": 32,
-        "pixel_layers": 1,
-        "pixel_ffn": 32,
-        "layers": 1,
-        "ffn": 32,
-        "num_points": 64,
-    }
+    tiny: ClassVar[Mapping[str, Any]] = {"queries": 20, **MaskDecoderSpec.tiny}
 
     queries: PositiveInt = 100
 
     def build(
         self, channels: tuple[int, ...], num_classes: int, text_dim: int | None
     ) -> Mask2Former:
-        return Mask2Former(
-            channels,
-            num_classes,
-            self.queries,
-            self.width,
-            self.heads,
-            self.points,
-            self.pixel_layers,
-            self.pixel_ffn,
-            self.layers,
-            self.ffn,
-            self.norm_groups,
-            self.losses(),
-        )
+        return Mask2Former(self, channels, num_classes)
 
 
 @hookimpl

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from mfuser import DecoderOutput, DecoderSpec, MFuserError, hookimpl
 from mfuser_plugins.decoders._mask_decoder import MaskDecoder, MaskDecoderSpec, deep_names
-from mfuser_plugins.decoders._mask_losses import MaskLosses, class_masks
+from mfuser_plugins.decoders._mask_losses import class_masks
 
 
 class TextMask2Former(MaskDecoder):
@@ -17,35 +16,12 @@ class TextMask2Former(MaskDecoder):
 
     def __init__(
         self,
+        spec: TextMask2FormerSpec,
         channels: tuple[int, ...],
         num_classes: int,
         text_dim: int,
-        width: int = 256,
-        heads: int = 8,
-        points: int = 4,
-        pixel_layers: int = 6,
-        pixel_ffn: int = 2048,
-        layers: int = 9,
-        ffn: int = 2048,
-        norm_groups: int = 32,
-        losses: MaskLosses | None = None,
     ) -> None:
-        super().__init__(
-            "text_mask2former",
-            channels,
-            num_classes,
-            text_dim,
-            num_classes,
-            width,
-            heads,
-            points,
-            pixel_layers,
-            pixel_ffn,
-            layers,
-            ffn,
-            norm_groups,
-            losses,
-        )
+        super().__init__(spec, channels, num_classes, text_dim, queries=num_classes)
 
     def forward(self, pyramid: list[Tensor], queries: Tensor | None = None) -> DecoderOutput:
         if queries is None:
@@ -83,33 +59,12 @@ class TextMask2FormerSpec(MaskDecoderSpec, name="text_mask2former"):
     """
 
     needs_text: ClassVar[bool] = True
-    tiny: ClassVar[Mapping[str, Any]] = {
-        "width": 32,
-        "pixel_layers": 1,
-        "pixel_ffn": 32,
-        "layers": 1,
-        "ffn": 32,
-        "num_points": 64,
-    }
 
     def build(
         self, channels: tuple[int, ...], num_classes: int, text_dim: int | None
     ) -> TextMask2Former:
         assert text_dim is not None, "a pairing without text is refused"
-        return TextMask2Former(
-            channels,
-            num_classes,
-            text_dim,
-            self.width,
-            self.heads,
-            self.points,
-            self.pixel_layers,
-            self.pixel_ffn,
-            self.layers,
-            self.ffn,
-            self.norm_groups,
-            self.losses(),
-        )
+        return TextMask2Former(self, channels, num_classes, text_dim)
 
 
 @hookimpl

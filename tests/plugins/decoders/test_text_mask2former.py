@@ -48,9 +48,8 @@ def test_equals_the_released_decoder() -> None:
     from safetensors.torch import load_file
 
     golden = load_file(GOLDEN)
-    decoder = TextMask2Former(
-        (24,) * 4, 19, 48, width=32, pixel_layers=2, pixel_ffn=64, layers=3, ffn=96
-    ).eval()
+    spec = TextMask2FormerSpec(width=32, pixel_layers=2, pixel_ffn=64, layers=3, ffn=96)
+    decoder = spec.build((24,) * 4, 19, 48).eval()
     decoder.load_state_dict(
         {k.removeprefix("param."): v for k, v in golden.items() if k.startswith("param.")}
     )

@@ -44,8 +44,9 @@ def backward_kernel(variant: Variant, name: str) -> str:
         with loop(b, k.first, k.last) as block:
             k.place(chunk, block)
             k.prepare(block)
-            with loop(b, const(0), const(full)) as group:
-                k.walk(StateGroup(k, b.mul(group, const(GROUP)), GROUP))
+            if full:
+                with loop(b, const(0), const(full)) as group:
+                    k.walk(StateGroup(k, b.mul(group, const(GROUP)), GROUP))
             if rest:
                 k.walk(StateGroup(k, const(full * GROUP), rest))
             k.finish_steps()
