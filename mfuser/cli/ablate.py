@@ -16,8 +16,13 @@ from mfuser.cli.options import (
     device_option,
     json_option,
     open_registry,
+    out_option,
+    recipe_option,
     registry_options,
     set_option,
+    set_recipe_option,
+    source_option,
+    targets_option,
 )
 
 if TYPE_CHECKING:
@@ -28,9 +33,7 @@ if TYPE_CHECKING:
 
 @cli.command()
 @click.argument("study")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=None, help="Default: studies/STUDY."
-)
+@out_option("Default: studies/STUDY.")
 @click.option(
     "--axis",
     "axes",
@@ -39,18 +42,12 @@ if TYPE_CHECKING:
     help="Replace the values of an axis, e.g. fusion=mvfuser,none.",
 )
 @click.option("--base", default=None, metavar="PAIRING", help="The pairing that is varied.")
-@click.option("--recipe", default=None, help="How every variant is trained.")
-@click.option("--source", default=None, metavar="DATASET", help="What every variant trains on.")
-@click.option("--targets", default=None, metavar="A,B,…", help="Domains they are tested on.")
+@recipe_option("How every variant is trained.")
+@source_option("What every variant trains on.")
+@targets_option("Domains they are tested on.")
 @click.option("--seeds", default=None, metavar="0,1,…", help="One run of each variant with each.")
 @set_option
-@click.option(
-    "--set-recipe",
-    "recipe_settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change an option of the recipe, e.g. steps=2000.",
-)
+@set_recipe_option
 @click.option("--index", type=int, default=0, help="Which share of the runs, from 0.")
 @click.option("--of", type=click.IntRange(min=1), default=1, help="Number of shares.")
 @click.option("--dry-run", is_flag=True, help="List the runs and how they stand; run nothing.")

@@ -7,7 +7,13 @@ from pathlib import Path
 import click
 
 from mfuser.cli import cli, emit
-from mfuser.cli.options import json_option, open_registry, registry_options, set_option
+from mfuser.cli.options import (
+    json_option,
+    open_registry,
+    registry_options,
+    set_option,
+    source_option,
+)
 
 
 @cli.command()
@@ -16,9 +22,7 @@ from mfuser.cli.options import json_option, open_registry, registry_options, set
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="A .safetensors file to write."
 )
-@click.option(
-    "--source", default=None, metavar="DATASET", help="What it was trained on, for reports."
-)
+@source_option("What it was trained on, for reports.")
 @set_option
 @registry_options
 @json_option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from mfuser.registry import Registry
 
 Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 
 
 def registry_options(command: Command) -> Command:
@@ -60,6 +62,32 @@ set_option = click.option(
     metavar="KEY=VALUE",
     help="Change an option, e.g. fusion.state_size=8.",
 )
+set_recipe_option = click.option(
+    "--set-recipe",
+    "recipe_settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change an option of the recipe, e.g. lr=3e-4.",
+)
+
+
+# What these stand for, and what holds without them, each command says itself.
+
+
+def recipe_option(help: str) -> Decorator:
+    return click.option("--recipe", default=None, metavar="NAME", help=help)
+
+
+def source_option(help: str) -> Decorator:
+    return click.option("--source", default=None, metavar="DATASET", help=help)
+
+
+def targets_option(help: str) -> Decorator:
+    return click.option("--targets", default=None, metavar="A,B,…", help=help)
+
+
+def out_option(help: str) -> Decorator:
+    return click.option("--out", type=click.Path(path_type=Path), default=None, help=help)
 
 
 def open_registry(

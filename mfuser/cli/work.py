@@ -15,8 +15,13 @@ from mfuser.cli.options import (
     device_option,
     json_option,
     open_registry,
+    out_option,
+    recipe_option,
     registry_options,
     set_option,
+    set_recipe_option,
+    source_option,
+    targets_option,
 )
 
 stride_option = click.option(
@@ -29,23 +34,15 @@ stride_option = click.option(
 
 @cli.command()
 @click.argument("pairing")
-@click.option(
-    "--recipe", default=None, help="Default: the recipe of the pairing's name, else 'paper'."
-)
-@click.option("--source", default=None, metavar="DATASET", help="What it trains on.")
-@click.option("--targets", default=None, metavar="A,B,…", help="Domains it is tested on.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: runs/PAIRING.")
+@recipe_option("Default: the recipe of the pairing's name, else 'paper'.")
+@source_option("What it trains on.")
+@targets_option("Domains it is tested on.")
+@out_option("Default: runs/PAIRING.")
 @click.option("--steps", type=int, default=None, help="Short for --set-recipe steps=N.")
 @click.option("--seed", type=int, default=None, help="Short for --set-recipe seed=N.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out.")
 @set_option
-@click.option(
-    "--set-recipe",
-    "recipe_settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change an option of the recipe, e.g. lr=3e-4.",
-)
+@set_recipe_option
 @click.option("--no-evaluate", is_flag=True, help="Stop after training.")
 @registry_options
 @data_options
@@ -125,8 +122,8 @@ def train(
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--targets", default=None, metavar="A,B,…", help="Default: the run's own.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: the run.")
+@targets_option("Default: the run's own.")
+@out_option("Default: the run.")
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="Images of each domain.")
 @click.option("--baselines", is_flag=True, help="Also score the untrained model.")
 @stride_option
