@@ -1,37 +1,50 @@
-"""What users, plugins and programs rely on. More may come; what is here stays."""
+"""What users, plugins and programs rely on. What is added is a decision too, and made here."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import click
 import pytest
 
 import mfuser
+import mfuser.testing
+import mfuser_kernels
 from mfuser import hookspecs
 from mfuser.cli import cli
 from mfuser.pairing import PairingSpec
 from mfuser.plugins import GROUP, load_components
+from mfuser.reference import commands
 from mfuser.registry import TABLES
 from mfuser.specs import KINDS
 
 NAMES = """BackboneSpec DGSSModel DataError Dataset DatasetSpec Decoder DecoderOutput DecoderSpec
 EnhancerSpec FusionAdapter FusionSpec IGNORE MFuserError Options PairingSpec Registry Sample Stream
-TextEnhancer TokenShape VisionBackbone VisionLanguageBackbone VisionLanguageSpec VisionSpec
-WeightsError __version__ build_model component_of components hookimpl load_registry"""
+TextEnhancer TokenShape TuningSpec VisionBackbone VisionLanguageBackbone VisionLanguageSpec
+VisionSpec WeightsError __version__ build_model component_of components hookimpl load_registry"""
+KERNELS = "Backend ScanError backends selective_scan"
+TESTING = "Report Verdict check_component check_plugin conforms"
 
 SHARED = "--json --plugin --registry"
+WORK = f"--data-root --device {SHARED}"
 COMMANDS = {
-    "list": f"KIND {SHARED}",
-    "describe": f"PAIRING --set {SHARED}",
+    "ablate": "STUDY --axis --base --dry-run --index --of --out --recipe --seeds --set "
+    f"--set-recipe --source --targets {WORK}",
+    "convert": f"CHECKPOINT --out --pairing --set --source {SHARED}",
     "data check": f"DATASETS --data-root {SHARED}",
+    "describe": f"PAIRING --set {SHARED}",
     "doctor": "--json",
-    "train": f"PAIRING --data-root --device --no-evaluate --out --recipe --resume --seed --set "
-    f"--set-recipe --source --steps --targets {SHARED}",
-    "evaluate": f"RUN --baselines --data-root --device --limit --out --set --stride --targets "
-    f"{SHARED}",
+    "evaluate": f"RUN --baselines --limit --out --set --stride --targets {WORK}",
+    "list": f"KIND PATTERN --all {SHARED}",
+    "plugin check": "MODULE --data-root --json --pairings",
+    "plugin new": "NAME --json --kind --out",
     "predict": f"RUN IMAGES --device --out --scale --set --skip-bad --stride {SHARED}",
+    "train": "PAIRING --no-evaluate --out --recipe --resume --seed --set --set-recipe --source "
+    f"--steps --targets {WORK}",
 }
 
-PAIRING = "vfm vlm fusion enhancer decoder image_size classes taps prompt merge pyramid alignment"
+PAIRING = """vfm vlm fusion tuning enhancer decoder image_size classes taps prompt merge pyramid
+alignment"""
 
 FIELDS = {
     "timm": "depth freeze interpolation antialias mean model options patch_resample patch_size "
@@ -43,10 +56,16 @@ FIELDS = {
 }
 
 
-def test_names() -> None:
-    assert set(NAMES.split()) <= set(mfuser.__all__)
-    for name in mfuser.__all__:
-        assert getattr(mfuser, name) is not None
+@pytest.mark.parametrize(
+    ("module", "names"), [(mfuser, NAMES), (mfuser_kernels, KERNELS), (mfuser.testing, TESTING)]
+)
+def test_names(module: ModuleType, names: str) -> None:
+    assert sorted(module.__all__) == sorted(names.split())
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+
+
+def test_no_other_name() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         mfuser.nothing  # noqa: B018
 
@@ -62,21 +81,22 @@ def test_every_public_name_is_typed() -> None:
 def test_hooks_tables_and_kinds() -> None:
     assert [n for n in vars(hookspecs) if n.startswith("mfuser_")] == ["mfuser_components"]
     assert mfuser.hookimpl.project_name == "mfuser" and GROUP == "mfuser"
-    assert {"pairing", "recipe", "dataset", "study"} <= set(TABLES)
-    assert {"vision", "vision_language", "fusion", "enhancer", "decoder", "dataset"} <= set(KINDS)
-    assert set(PAIRING.split()) <= set(PairingSpec.model_fields)
+    assert {*TABLES} == {"pairing", "recipe", "dataset", "study"}
+    streams = {"vision", "vision_language"}
+    assert {*KINDS} == streams | {"fusion", "tuning", "enhancer", "decoder", "dataset"}
+    assert {*PairingSpec.model_fields} == {*PAIRING.split()}
 
 
-@pytest.mark.parametrize("path", COMMANDS)
-def test_commands(path: str) -> None:
-    command: click.Command = cli
-    for name in path.split():
-        assert isinstance(command, click.Group)
-        command = command.commands[name]
+def test_commands() -> None:
     found = {
-        p.opts[-1] if isinstance(p, click.Option) else str(p.name).upper() for p in command.params
+        path.removeprefix("mfuser "): {
+            o
+            for p in command.params
+            for o in (p.opts if isinstance(p, click.Option) else [str(p.name).upper()])
+        }
+        for path, command in commands(cli)
     }
-    assert set(COMMANDS[path].split()) <= found
+    assert found == {path: {*options.split()} for path, options in COMMANDS.items()}
 
 
 @pytest.mark.parametrize("name", FIELDS)
