@@ -9,9 +9,12 @@ flushed and renamed: the file of that name is always a whole one. Nothing in it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +109,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     tensors = _apart({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     meta = {"format": FORMAT, **{k: json.dumps(v) for k, v in checkpoint.meta.items()}}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _clear_leftovers(path)  # first: they take the space that this one needs
     try:
         save_file(tensors, temporary, metadata=meta)
         with open(temporary, "rb") as file:
@@ -114,6 +118,29 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what processes that are no more, killed while they wrote `path`, have left behind."""
+    named = re.compile(rf"\.{re.escape(path.name)}\.([1-9][0-9]*)\.tmp")
+    with contextlib.suppress(OSError):  # a folder that cannot be read is the writer's to report
+        for file in path.parent.iterdir():
+            match = named.fullmatch(file.name)
+            if match and file.is_file() and not file.is_symlink() and not _lives(int(match[1])):
+                file.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether there is such a process on this machine; yes where that cannot be told."""
+    if sys.platform == "win32":  # where signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's; no number of a process
+        return True
+    return True
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

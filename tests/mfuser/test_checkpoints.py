@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,32 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
         save(model, path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["last.safetensors"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_checkpoint(
+    model: DGSSModel, tmp_path: Path
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    gone, path = process.pid, tmp_path / "last.safetensors"
+    leftover = tmp_path / f".last.safetensors.{gone}.tmp"
+    folder = tmp_path / f".last.safetensors.0{gone}.tmp"
+    folder.mkdir()
+    kept = [
+        tmp_path / f".last.safetensors.{os.getppid()}.tmp",  # it may be writing
+        tmp_path / f".last.safetensors.{10**30}.tmp",
+        tmp_path / f".model.safetensors.{gone}.tmp",  # of another file
+        tmp_path / f"last.safetensors.{gone}.tmp",
+        tmp_path / f".lastXsafetensors.{gone}.tmp",
+        tmp_path / f".last.safetensors.{gone}.tmp.bak",
+        tmp_path / ".last.safetensors.x.tmp",
+        folder / leftover.name,
+    ]
+    for file in [leftover, *kept]:
+        file.write_bytes(b"half")
+    save(model, path)
+    assert checkpoints.read(path).step == 3
+    assert not leftover.exists() and all(file.exists() for file in kept)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
