@@ -43,6 +43,7 @@ FINAL = "model.safetensors"
 class Checkpoint:
     """model: trained tensors by name. optimiser: "exp_avg.NAME", …; empty in a finished model.
     meta: "pairing" and "run" as resolved, "step", "frozen" (fingerprints of what is not inside);
+    of one to resume float16 from, "scaler" (the loss scale and the steps since it changed);
     of a complete one "complete" and "statistics" (mean and std of each encoder's images)."""
 
     model: dict[str, Tensor]

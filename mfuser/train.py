@@ -1,8 +1,8 @@
 """The training loop: one process on a laptop, many with torchrun, resumable to the bit.
 
 Nothing random has a history: crop number n follows from (seed, n), and the generators of a step
-are seeded from (seed, step). So a checkpoint needs weights, optimiser and step alone, and a
-resumed run ends in the weights of one that never stopped.
+are seeded from (seed, step). So a checkpoint needs weights, optimiser, step and float16's loss
+scale alone, and a resumed run ends in the weights of one that never stopped.
 """
 
 from __future__ import annotations
@@ -164,9 +164,8 @@ class Trainer:
         self.names: dict[Tensor, str] = {
             p: n for n, p in model.named_parameters() if p.requires_grad
         }
-        self.optimiser = torch.optim.AdamW(
-            parameter_groups(model, recipe), lr=recipe.lr, foreach=True
-        )
+        groups = parameter_groups(model, recipe)
+        self.optimiser = torch.optim.AdamW(groups, lr=recipe.lr, foreach=True)
         self.wrapped, self.prepared = accelerator.prepare(model, self.optimiser)
         self.frozen = checkpoints.frozen_fingerprint(model)
 
@@ -179,9 +178,12 @@ class Trainer:
         if checkpoint.meta["pairing"] != self.run.pairing:
             raise CheckpointError(f"{path} is of another pairing than the run in {self.folder}")
         checkpoints.restore(self.model, checkpoint, path)
-        if checkpoint.step and not checkpoint.optimiser:
+        scale = checkpoint.meta.get("scaler")  # float16 may have skipped every step so far
+        if checkpoint.step and not checkpoint.optimiser and scale is None:
             raise CheckpointError(f"{path} holds no state of the optimiser to resume from")
         checkpoints.from_optimiser_state(self.optimiser, self.names, checkpoint.optimiser)
+        if self.accelerator.scaler is not None and scale is not None:
+            self.accelerator.scaler.load_state_dict(scale)
         self.console.say(f"resuming {self.folder} at step {checkpoint.step}")
         return checkpoint.step
 
@@ -283,7 +285,9 @@ class Trainer:
                 f"{self.recipe.lr:g} or set clip_grad{self._kept()}"
             )
         optimiser = checkpoints.to_optimiser_state(self.optimiser, self.names)
-        checkpoints.write(self.folder / checkpoints.LAST, Checkpoint(state, optimiser, meta))
+        scaler = self.accelerator.scaler  # None but in float16
+        last = meta if scaler is None else meta | {"scaler": scaler.state_dict()}
+        checkpoints.write(self.folder / checkpoints.LAST, Checkpoint(state, optimiser, last))
         if step == self.recipe.steps:
             checkpoints.write(self.folder / checkpoints.FINAL, Checkpoint(state, {}, meta))
 
@@ -309,10 +313,7 @@ def parameter_groups(model: DGSSModel, recipe: RecipeSpec) -> list[dict[str, obj
 
 
 def _statistics(
-    source: Dataset,
-    recipe: RecipeSpec,
-    console: Console,
-    accelerator: Accelerator,
+    source: Dataset, recipe: RecipeSpec, console: Console, accelerator: Accelerator
 ) -> ClassStatistics:
     """Class counts of the source: all of it for rare-class sampling, else a sample."""
     skip = recipe.on_bad_image == "skip"
@@ -335,9 +336,8 @@ class _Thinned(Dataset):
     def __init__(self, dataset: Dataset, count: int) -> None:
         self.dataset = dataset
         self.classes, self.class_ids = dataset.classes, dataset.class_ids
-        self.indices = np.linspace(
-            0, len(dataset) - 1, min(count, len(dataset)), dtype=int
-        ).tolist()
+        count = min(count, len(dataset))
+        self.indices = np.linspace(0, len(dataset) - 1, count, dtype=int).tolist()
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from mfuser import Registry, build_model, checkpoints
+from mfuser import train as training
 from mfuser.data.loading import ClassMap, training_stream
 from mfuser.data.sampling import ShuffledSampler
 from mfuser.data.transforms import Augmentation, AugmentationSpec
@@ -84,6 +85,45 @@ def test_stopped_and_resumed_equals_never_stopped(
     whole = checkpoints.read(tmp_path / "whole" / checkpoints.LAST)
     parts = checkpoints.read(tmp_path / "parts" / checkpoints.LAST)
     assert same(whole.optimiser, parts.optimiser) and whole.optimiser
+
+
+def test_the_loss_scale_of_float16_comes_back(
+    tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scaler as float16 has it, in float32 on the CPU."""
+    accelerator = training._accelerator
+    scaler: dict[str, Any] = {"growth_factor": 1.7, "growth_interval": 2}
+
+    def scaled(*arguments: Any) -> Any:
+        made = accelerator(*arguments)
+        made.scaler = torch.amp.GradScaler("cpu", **scaler)
+        return made
+
+    monkeypatch.setattr(training, "_accelerator", scaled)
+    run = begin("plain", "steps=5", "save_every=3")
+    train(tiny, run, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(tiny, run, tmp_path / "parts")
+    train(tiny, run, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    states = [
+        checkpoints.read(tmp_path / name / checkpoints.LAST).meta["scaler"]
+        for name in ("whole", "parts")
+    ]
+    assert states[0] == states[1]
+    assert states[0]["scale"] == pytest.approx(2**16 * 1.7**2) and states[0]["_growth_tracker"] == 1
+    assert "scaler" not in checkpoints.read(tmp_path / "parts" / checkpoints.FINAL).meta
+
+    # A scale so large that the first step is skipped: there is no state of the optimiser yet.
+    scaler["init_scale"] = 1e38
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(tiny, run, tmp_path / "skipped")
+    assert not checkpoints.read(tmp_path / "skipped" / checkpoints.LAST).optimiser
+    train(tiny, run, tmp_path / "skipped", resume=True)
 
 
 def test_killed_between_checkpoints_resumes_from_the_last_whole_one(
