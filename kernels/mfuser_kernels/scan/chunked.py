@@ -20,7 +20,7 @@ from mfuser_kernels.scan.reference import compute_dtype
 
 CHUNK = 32
 # Bytes of one tensor (B, span, D, N): a few of them should fit a CPU's last-level cache.
-SPAN_BYTES = {"cpu": 2 << 20}
+SPAN_BYTES = {"cpu": 4 << 20}
 SPAN_BYTES_DEVICE = 256 << 20
 # From this many states (B D N) on, a step takes a CPU longer than calling torch does.
 BUSY = 8192
@@ -49,11 +49,16 @@ def chunk_length(x: ScanInputs, span: int) -> int:
 
 def saved_shape(x: ScanInputs) -> tuple[int, ...]:
     """Start states of the spans."""
-    return (-(-x.length // span_length(x)), x.batch, x.width, x.states)
+    return (-(-x.length // span_length(x)), *state_shape(x))
+
+
+def state_shape(x: ScanInputs) -> tuple[int, ...]:
+    """(B, G, N, E): channels last, for they are many and torch's loops run along the last axis."""
+    return (x.batch, x.groups, x.states, x.width // x.groups)
 
 
 class Buffers:
-    """Memory for the tensors (T, B, K, G, E, N), one of each name for all spans.
+    """Memory for the tensors (T, B, K, G, N, E), one of each name for all spans.
 
     Allocated anew, megabytes each, their pages may be given back and faulted in again every time.
     """
@@ -93,7 +98,7 @@ class Span:
             self.delta = F.softplus(self.raw)
         if self.pad:  # softplus of the padding is not zero, and zero is what leaves a state alone
             self.delta = self.delta.masked_fill(self.padding(), 0)
-        self.A = self.per_channel(x.A)  # (G, E, N)
+        self.A = self.table(x.A)  # (G, N, E)
         self.B, self.C = self.cut_matrix(x.B), self.cut_matrix(x.C)
 
     def cut(self, t: Tensor) -> Tensor:
@@ -118,21 +123,29 @@ class Span:
         """(D, ...) to (G, E, ...)."""
         return t.to(self.dtype).reshape(self.groups, self.share, *t.shape[1:])
 
+    def table(self, t: Tensor) -> Tensor:
+        """(D, N) to (G, N, E)."""
+        return self.per_channel(t).transpose(-1, -2).contiguous()
+
+    def untable(self, t: Tensor) -> Tensor:
+        """(G, N, E) to (D, N)."""
+        return t.transpose(-1, -2).reshape(self.x.width, -1)
+
     def cut_matrix(self, m: Tensor) -> Tensor:
-        """B or C to (T, B, K, G, 1, N), or (G, E, N) if it is the same at every step."""
+        """B or C to (T, B, K, G, N, 1), or (G, N, E) if it is the same at every step."""
         if m.dim() == 2:
-            return self.per_channel(m)
+            return self.table(m)
         m = m[:, self.start : self.stop].to(self.dtype)
         if self.pad:
             m = F.pad(m, (0, 0, 0, 0, 0, self.pad))
-        m = m.reshape(m.shape[0], self.chunks, self.steps, self.groups, 1, m.shape[3])
-        return m.permute(2, 0, 1, 3, 4, 5).contiguous()
+        m = m.reshape(m.shape[0], self.chunks, self.steps, self.groups, m.shape[3])
+        return m.permute(2, 0, 1, 3, 4).contiguous().unsqueeze(-1)
 
     def scan(self, start_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Decays and states of every step (T, B, K, G, E, N), and the state at the end."""
-        decay = self.buffers.product("decay", self.delta[..., None], self.A).exp_()
-        states = self.buffers.product("states", (self.delta * self.u)[..., None], self.B)
-        starts = start_state.unsqueeze(1)  # (B, K, G, E, N)
+        """Decays and states of every step (T, B, K, G, N, E), and the state at the end."""
+        decay = self.buffers.product("decay", self.delta.unsqueeze(-2), self.A).exp_()
+        states = self.buffers.product("states", (self.delta * self.u).unsqueeze(-2), self.B)
+        starts = start_state.unsqueeze(1)  # (B, K, G, N, E)
         if self.chunks > 1:
             end = states[0].clone()
             for x, a in zip(states[1:].unbind(), decay[1:].unbind(), strict=True):
@@ -144,8 +157,8 @@ class Span:
         return decay, states, state[:, -1].clone()
 
     def through(self) -> Tensor:
-        """Decay over each whole chunk (B, K, G, E, N)."""
-        return (self.delta.sum(0)[..., None] * self.A).exp_()
+        """Decay over each whole chunk (B, K, G, N, E)."""
+        return (self.delta.sum(0).unsqueeze(-2) * self.A).exp_()
 
     def scan_back(self, decay: Tensor, d_states: Tensor, d_end: Tensor) -> tuple[Tensor, Tensor]:
         """In place: direct gradients of the states to their whole gradients; and the carry."""
@@ -164,20 +177,21 @@ class Span:
     def weigh(self, states: Tensor, m: Tensor) -> Tensor:
         """Sum over n of states and B or C: (T, B, K, G, E)."""
         if m.dim() == 6:
-            return torch.matmul(states, m.transpose(-1, -2)).squeeze(-1)
-        return (states * m).sum(-1)
+            return torch.matmul(m.transpose(-1, -2), states).squeeze(-2)
+        return (states * m).sum(-2)
 
     def matrix_grad(self, states: Tensor, weight: Tensor, m: Tensor) -> Tensor:
         """Gradient of B or C: (B, span, G, N), or (D, N)."""
+        product = self.buffers.product("product", states, weight.unsqueeze(-2))
         if m.dim() == 6:
-            g = torch.matmul(weight.unsqueeze(-2), states).squeeze(-2)  # (T, B, K, G, N)
+            g = product.sum(-1)  # (T, B, K, G, N); a matmul takes seven times as long
             g = g.permute(1, 2, 0, 3, 4).reshape(g.shape[1], -1, self.groups, g.shape[4])
             return g[:, : self.stop - self.start]
-        return torch.einsum("tbkgen,tbkge->gen", states, weight).reshape(self.x.width, -1)
+        return self.untable(product.sum((0, 1, 2)))
 
 
 def carry(through: Tensor, own: Tensor, first: Tensor, reverse: bool) -> Tensor:
-    """The state each chunk starts with (B, K, G, E, N)."""
+    """The state each chunk starts with (B, K, G, N, E)."""
     starts = torch.empty_like(own)
     state = first
     chunks = range(own.shape[1])
@@ -187,17 +201,22 @@ def carry(through: Tensor, own: Tensor, first: Tensor, reverse: bool) -> Tensor:
     return starts
 
 
-def first_state(x: ScanInputs) -> Tensor:
-    """(B, G, E, N)."""
-    shape = (x.batch, x.groups, x.width // x.groups, x.states)
+def state_of(x: ScanInputs, given: Tensor | None) -> Tensor:
+    """(B, D, N) to (B, G, N, E), zeros if not given."""
     dtype = compute_dtype(x.u.dtype)
-    if x.initial_state is None:
-        return x.u.new_zeros(shape, dtype=dtype)
-    return x.initial_state.to(dtype).reshape(shape)
+    if given is None:
+        return x.u.new_zeros(state_shape(x), dtype=dtype)
+    by_channel = given.to(dtype).reshape(x.batch, x.groups, -1, x.states)
+    return by_channel.transpose(-1, -2).contiguous()
+
+
+def given_of(state: Tensor) -> Tensor:
+    """(B, G, N, E) to (B, D, N)."""
+    return state.transpose(-1, -2).flatten(1, 2).contiguous()
 
 
 def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-    state = first_state(x)
+    state = state_of(x, x.initial_state)
     span, buffers = span_length(x), Buffers()
     out = torch.empty(x.u.shape, dtype=x.u.dtype, device=x.u.device)
     saved = state.new_empty(saved_shape(x) if training else (0,))
@@ -205,7 +224,7 @@ def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
         stop = min(start + span, x.length)
         s = Span(x, start, stop, buffers)
         if training:
-            saved[i] = state.flatten(1, 2)
+            saved[i] = state
         _, states, state = s.scan(state)
         y = s.weigh(states, s.C)
         if x.D is not None:
@@ -214,7 +233,7 @@ def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
         if x.z is not None:
             y = y * F.silu(x.z[:, start:stop].to(s.dtype))
         out[:, start:stop] = y
-    return out, state.flatten(1, 2).contiguous(), saved
+    return out, given_of(state), saved
 
 
 def backward(
@@ -226,15 +245,13 @@ def backward(
         for t in x.tensors()
     ]
     du, d_delta, dA, dB, dC, dD, dz, d_bias, d_first = grads
-    carried = torch.zeros_like(first_state(x))
-    if d_last_state is not None:
-        carried = d_last_state.to(dtype).reshape(carried.shape)
+    carried = state_of(x, d_last_state)
     span, buffers = span_length(x), Buffers()
     for i in reversed(range(saved.shape[0])):
         start, stop = i * span, min((i + 1) * span, x.length)
         s = Span(x, start, stop, buffers)
-        start_state = saved[i].reshape(carried.shape)
-        decay, states, _ = s.scan(start_state)  # (T, B, K, G, E, N)
+        start_state = saved[i]
+        decay, states, _ = s.scan(start_state)  # (T, B, K, G, N, E)
         dy = torch.zeros_like(s.u) if d_out is None else s.cut(d_out)  # (T, B, K, G, E)
         if x.z is not None:
             assert dz is not None
@@ -246,7 +263,7 @@ def backward(
             dz[:, start:stop] = s.join(dy * y * gate * (1 + z * (1 - gate)))
             dy = dy * z * gate
         _add(dC, s.matrix_grad(states, dy, s.C), start, stop)
-        q, carried = s.scan_back(decay, buffers.product("d_states", dy[..., None], s.C), carried)
+        q, carried = s.scan_back(decay, buffers.product("d_states", dy.unsqueeze(-2), s.C), carried)
         sum_B = s.weigh(q, s.B)  # (T, B, K, G, E)
         _add(dB, s.matrix_grad(q, s.delta * s.u, s.B), start, stop)
         first = start_state.unsqueeze(1)
@@ -254,8 +271,8 @@ def backward(
         q[0] *= decay[0] * before
         q[1:] *= decay[1:].mul_(states[:-1])  # gradient of the exponent delta A
         assert du is not None and d_delta is not None and dA is not None
-        d_step = s.u * sum_B + buffers.product("decay", q, s.A).sum(-1)
-        dA += q.mul_(s.delta[..., None]).sum((0, 1, 2)).reshape(dA.shape)
+        d_step = s.u * sum_B + buffers.product("product", q, s.A).sum(-2)
+        dA += s.untable(q.mul_(s.delta.unsqueeze(-2)).sum((0, 1, 2)))
         if x.delta_softplus:
             d_step = d_step * torch.sigmoid(s.raw)
         d_u = s.delta * sum_B
@@ -269,7 +286,7 @@ def backward(
         if d_bias is not None:
             d_bias += joined.sum((0, 1))
     if d_first is not None:
-        d_first.copy_(carried.reshape(d_first.shape))
+        d_first.copy_(given_of(carried))
     return grads
 
 
