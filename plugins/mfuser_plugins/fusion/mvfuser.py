@@ -19,7 +19,7 @@ Bidirectional = bool | Literal["sum", "concat"]
 Order = Literal["vfm_first", "vlm_first", "interleaved"]
 # Tokens that inference on a CPU works on at a time: what is computed of them stays in the caches.
 # In whole chunks of the scan, so that its result is the same to the last bit.
-BLOCK, CHUNK = 2048, 64
+BLOCK, CHUNK = 3072, 64
 
 
 class Scan(nn.Module):
