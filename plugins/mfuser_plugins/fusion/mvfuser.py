@@ -157,7 +157,9 @@ class MVFuser(Scan):
             y, gate = torch.cat([y, self.reverse(x)], -1), gate.repeat(1, 1, 2)  # (B, L, D)
         elif self.reverse is not None:
             y = y + self.reverse(x)
-        return self.dropout(self.out_proj(self.norm(y) * gate)) * self.scale, last
+        # Under autocast y is of lower precision than the weight; PyTorch warns of such a mixture.
+        y = F.rms_norm(y, y.shape[-1:], self.norm.weight.to(y.dtype), self.norm.eps)
+        return self.dropout(self.out_proj(y * gate)) * self.scale, last
 
 
 def _depthwise(x: Tensor, conv: nn.Conv1d, outside: tuple[bool, bool]) -> Tensor:
