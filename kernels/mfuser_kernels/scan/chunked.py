@@ -175,10 +175,10 @@ class Span:
         return d_states, grad[:, 0] * decay[0, :, 0]
 
     def weigh(self, states: Tensor, m: Tensor) -> Tensor:
-        """Sum over n of states and B or C: (T, B, K, G, E)."""
+        """Sum over n of states and A, B or C: (T, B, K, G, E)."""
         if m.dim() == 6:
             return torch.matmul(m.transpose(-1, -2), states).squeeze(-2)
-        return (states * m).sum(-2)
+        return self.buffers.product("product", states, m).sum(-2)
 
     def matrix_grad(self, states: Tensor, weight: Tensor, m: Tensor) -> Tensor:
         """Gradient of B or C: (B, span, G, N), or (D, N)."""
@@ -271,7 +271,7 @@ def backward(
         q[0] *= decay[0] * before
         q[1:] *= decay[1:].mul_(states[:-1])  # gradient of the exponent delta A
         assert du is not None and d_delta is not None and dA is not None
-        d_step = s.u * sum_B + buffers.product("product", q, s.A).sum(-2)
+        d_step = s.u * sum_B + s.weigh(q, s.A)
         dA += s.untable(q.mul_(s.delta.unsqueeze(-2)).sum((0, 1, 2)))
         if x.delta_softplus:
             d_step = d_step * torch.sigmoid(s.raw)

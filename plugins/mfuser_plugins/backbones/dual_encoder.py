@@ -158,6 +158,10 @@ class DualEncoderSpec(VisionLanguageSpec, name="dual_encoder"):
             vision.resize(image_size, self.patch_size)
         return DualEncoder(vision, text, self.text_dim)
 
+    def licence(self) -> str | None:
+        """The image tower's."""
+        return self.vision.licence()
+
 
 @hookimpl
 def mfuser_components() -> list[type[VisionLanguageSpec]]:

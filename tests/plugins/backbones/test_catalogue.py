@@ -78,10 +78,18 @@ def test_every_module_of_the_catalogue_exists() -> None:
         ("open_clip", {"model": "ViT-B-16", "weights": "metaclip_400m"}, "cc-by-nc-4.0"),
         ("open_clip", {"model": "ViT-B-16", "weights": "laion400m_e31"}, None),
         ("open_clip", {"model": "ViT-B-16", "weights": "random"}, None),
+        (
+            "dual_encoder",
+            {
+                "vision": {"name": "timm", "model": "hiera_small_224.mae"},
+                "text": {"model": "random"},
+            },
+            "cc-by-nc-4.0",
+        ),
     ],
 )
 def test_licence_of_the_weights_that_a_spec_names(
-    component: str, fields: dict[str, str], licence: str | None
+    component: str, fields: dict[str, Any], licence: str | None
 ) -> None:
     kind = "vision" if component == "timm" else "vision_language"
     spec = components(kind)[component].model_validate({"name": component, **fields})

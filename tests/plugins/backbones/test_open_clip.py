@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from stepping import perturb
 
 from mfuser import MFuserError, WeightsError
 from mfuser_plugins.backbones._clip import ClipBackbone, TimmClipBackbone, attend
@@ -52,14 +52,6 @@ def build(
     ).build(size)
     perturb(backbone.model)
     return backbone
-
-
-def perturb(module: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.dim() == 1 or any(w in name for w in ("pos", "token", "latent")):
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def images_for(backbone: ClipBackbone) -> torch.Tensor:

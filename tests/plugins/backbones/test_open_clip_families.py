@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from stepping import perturb
 from torch import Tensor, nn
 
 from mfuser import MFuserError
@@ -46,14 +47,6 @@ def build(name: str, options: dict[str, Any], **more: Any) -> Any:
     backbone = OpenClipSpec(model=name, options=options, **spec).build((96, 128))
     perturb(backbone.model)
     return backbone
-
-
-def perturb(module: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.dim() == 1 or any(w in name for w in ("pos", "token", "query", "cls")):
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def check_images(backbone: Any, **options: Any) -> None:

@@ -10,6 +10,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stepping import perturb
 from torch import nn
 
 from mfuser import MFuserError, WeightsError
@@ -46,15 +47,6 @@ def build(model: str, size: tuple[int, int], **options: Any) -> TimmBackbone:
     torch.manual_seed(0)
     spec = TimmSpec(model=model, weights="random", **options)
     return spec.build(size)
-
-
-def perturb(module: nn.Module) -> None:
-    """So that a norm, bias, table or scale that is skipped shows."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.dim() == 1 or any(w in name for w in ("pos", "token", "table", "rope")):
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 @torch.no_grad()

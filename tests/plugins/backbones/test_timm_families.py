@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from stepping import perturb
 from torch import Tensor, nn
 
 from mfuser import MFuserError
@@ -61,15 +62,6 @@ def build(name: str, size: tuple[int, int], **options: Any) -> TimmBackbone:
     torch.manual_seed(0)
     options = {"options": MODELS[name], "weights": "random", **options}
     return TimmSpec(model=name, **options).build(size)
-
-
-def perturb(module: nn.Module) -> None:
-    """So that a norm, bias, table or scale that is skipped shows."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.dim() == 1 or any(w in name for w in ("pos", "token", "table")):
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def images_of(size: tuple[int, int]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stepping import perturb
 from torch import nn
 
 from mfuser import MFuserError, WeightsError
@@ -34,14 +35,6 @@ TYPES = {
 }  # fmt: skip
 PREFIX = {"dinov2_with_registers": 4, "dinov3_vit": 5, "deit": 2, "ijepa": 0,
           "siglip_vision_model": 0}  # fmt: skip
-
-
-def perturb(module: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.dim() == 1 or any(w in name for w in ("position", "token", "probe")):
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def vision(kind: str, size: tuple[int, int], **options: Any) -> Any:

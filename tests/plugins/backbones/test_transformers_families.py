@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from stepping import perturb
+from torch import Tensor
 
 from mfuser import MFuserError
 
@@ -40,14 +41,6 @@ TYPES: list[tuple[str, dict[str, Any]]] = [
     ("aimv2_vision_model", {"is_native": True}),
     ("aimv2_vision_model", {}),
 ]
-
-
-def perturb(module: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.dim() == 1 or any(w in name for w in ("position", "token", "probe")):
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def vision(kind: str, config: dict[str, Any], size: tuple[int, int]) -> Any:
