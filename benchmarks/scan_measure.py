@@ -136,7 +136,7 @@ def exponentials(x: dict[str, Any]) -> Callable[[], None]:
         tasks = [
             (i, k, min(k + 2, blocks), 0) for i in range(scan.batch) for k in range(0, blocks, 2)
         ]
-        lay.run("exponentials", tasks, 0)
+        lay.run("exponentials", tasks)
 
     return call
 

@@ -20,14 +20,15 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-from mfuser_kernels.scan.cpu import kernels, reverse, vector
+from mfuser_kernels.scan.cpu import drive, kernels, reverse, vector
 from mfuser_kernels.scan.cpu.kernels import Variant
 
-# table, batch item, first lane block, last, index of the partial sum, scratch
-SIGNATURE = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_void_p
-)  # such a call lets other Python threads run
-BUILDERS = {"forward": kernels.forward_kernel, "backward": reverse.backward_kernel}
+SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # a Job; other Python threads may run
+BUILDERS = {
+    "forward": kernels.forward_kernel,
+    "backward": reverse.backward_kernel,
+    "total": reverse.total_kernel,
+}
 _lock = threading.Lock()
 _functions: dict[tuple[str, Variant], tuple[Callable[..., None], Any]] = {}
 
@@ -105,7 +106,7 @@ def _new_machine() -> Any:
 def _code_version() -> bytes:
     """Everything the machine code depends on, except the variant."""
     digest = hashlib.sha256()
-    for source in (vector, kernels, reverse):
+    for source in (vector, drive, kernels, reverse):
         assert source.__file__ is not None
         digest.update(Path(source.__file__).read_bytes())
     _machine()

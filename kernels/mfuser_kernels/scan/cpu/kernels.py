@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
+from mfuser_kernels.scan.cpu.drive import TASK_SIZE, add_driver
 from mfuser_kernels.scan.cpu.vector import (
     I64,
     PTR,
@@ -33,8 +34,8 @@ FORWARD_LANES = 32
 # float32; B and C (B, L, G, N), or (N, Dp) if constant, float32; Dp is D padded to whole blocks.
 FIELDS = (
     "u", "delta", "z", "out", "A", "B", "C", "D", "bias", "state", "saved",
-    "d_out", "du", "d_delta", "dz", "dA", "dB", "dC", "dD", "d_bias",
-    "length", "width", "groups", "group_width", "partial_stride",
+    "d_out", "du", "d_delta", "dz", "dA", "dB", "dC", "dD", "d_bias", "total_B", "total_C",
+    "length", "width", "groups", "group_width", "partial_stride", "parts",
 )  # fmt: skip
 
 
@@ -56,9 +57,10 @@ class Kernel:
 
     def __init__(self, variant: Variant, name: str, lanes: int) -> None:
         self.variant, self.lanes = variant, lanes
-        self.module = ir.Module(name)
-        kind = ir.FunctionType(ir.VoidType(), [PTR, I64, I64, I64, I64, PTR])
-        self.function = ir.Function(self.module, kind, name)
+        self.module, self.name = ir.Module(name), name
+        kind = ir.FunctionType(ir.VoidType(), [PTR, *[I64] * TASK_SIZE, PTR])
+        self.function = ir.Function(self.module, kind, "task")
+        self.function.linkage = "internal"
         # table, batch item, first and last lane block, index of the partial sum, scratch
         table, self.item, self.first, self.last, self.part, self.scratch = self.function.args
         self.b = ir.IRBuilder(self.function.append_basic_block("entry"))
@@ -154,6 +156,7 @@ class Kernel:
 
     def finish(self) -> str:
         self.b.ret_void()
+        add_driver(self.module, self.function, self.name)
         # LLVM leaves the stack at 16 bytes; a spilled vector of 64 would lie in two cache lines.
         return str(self.module).replace(")\n{", ') "stackrealign"\n{', 1)
 

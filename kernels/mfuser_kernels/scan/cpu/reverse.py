@@ -53,6 +53,28 @@ def backward_kernel(variant: Variant, name: str) -> str:
     return k.finish()
 
 
+def total_kernel(variant: Variant, name: str) -> str:
+    """LLVM IR that adds up the tasks' shares of dB and dC, first to last of their vectors.
+
+    torch.sum would do, but wakes OpenMP's threads, which then spin for milliseconds on the
+    processors that our next call needs.
+    """
+    k = Kernel(variant, name, GROUP)
+    b, v = k.b, k.v
+    for m in "BC":
+        if getattr(variant, f"constant_{m}"):
+            continue
+        with loop(b, k.first, k.last) as i:
+            place = k.times(i, 4 * GROUP)
+            total = k.n.scalar()
+            b.store(v.load(k.at(f"d{m}"), place), total)
+            with loop(b, const(1), k.field["parts"]) as part:
+                share = k.at(f"d{m}", b.mul(part, k.field["partial_stride"]))
+                b.store(v.add(b.load(total), v.load(share, place)), total)
+            v.store(b.load(total), k.at(f"total_{m}"), place)
+    return k.finish()
+
+
 class StateGroup:
     """Neighbouring states: index of the first (a value), and how many (a number)."""
 

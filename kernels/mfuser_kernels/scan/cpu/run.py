@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfuser_kernels.scan.cpu import compiler, kernels, pool, reverse
-from mfuser_kernels.scan.cpu.kernels import CHUNK, FORWARD_LANES, Variant
+from mfuser_kernels.scan.cpu import compiler, pool, reverse
+from mfuser_kernels.scan.cpu.drive import TASK_SIZE, Job
+from mfuser_kernels.scan.cpu.kernels import CHUNK, FIELDS, FORWARD_LANES, Variant
 from mfuser_kernels.scan.cpu.vector import LOG2_E
 from mfuser_kernels.scan.inputs import ScanInputs
 
@@ -20,8 +22,10 @@ from mfuser_kernels.scan.inputs import ScanInputs
 # of dB and dC, and their order of addition must not change. 64 channels make 16 tasks of the
 # MVFuser's 2 x 512 and 2.7 MB of partial sums each for dB and dC.
 TASK_CHANNELS = 64
-# Fewer state updates than this (about 50 us) are not worth waking a thread for.
-ALONE = 1 << 20
+TOTAL_TASKS = 8  # that add up the partial sums
+# Fewer state updates than this (about 60 us) are not worth a second thread.
+ALONE = 1 << 18
+AT_ONCE = 1 << 28  # state updates before an interrupt is heard, 0.1 s of one thread
 HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 
 
@@ -106,9 +110,7 @@ class Layout:
         return self.strip(t).transpose(-1, -2).contiguous()
 
     def empty_rows(self) -> Tensor:
-        made = torch.empty((self.x.batch, self.x.length, self.width), dtype=self.dtype)
-        _ask_for_huge_pages(made)
-        return made
+        return _empty((self.x.batch, self.x.length, self.width), self.dtype)
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32)
@@ -120,37 +122,37 @@ class Layout:
         made = self.table(t)
         return made.clone() if made.data_ptr() == t.data_ptr() else made
 
-    def run(self, direction: str, tasks: list[tuple[int, int, int, int]], scratch: int) -> None:
+    def run(self, direction: str, tasks: list[tuple[int, int, int, int]], scratch: int = 0) -> None:
         """Run tasks (batch item, first block, last, part), each thread with scratch floats."""
-        kernel = compiler.function(direction, self.variant)
-        size = len(kernels.FIELDS)
-        table = (ctypes.c_int64 * size)(*(self.fields.get(name, 0) for name in kernels.FIELDS))
-        address = ctypes.addressof(table)
-
-        def worker() -> Callable[[int], None]:
-            buffer = torch.empty(scratch, dtype=torch.float32)
-            place = buffer.data_ptr()
-
-            def task(i: int) -> None:
-                assert buffer.data_ptr() == place  # keeps the buffer alive
-                kernel(address, *tasks[i], place)
-
-            return task
-
-        small = self.x.batch * self.x.length * self.width * self.x.states < ALONE
-        pool.run(len(tasks), 1 if small else torch.get_num_threads(), worker)
+        updates = self.x.batch * self.x.length * self.width * self.x.states
+        threads = 1 if updates < ALONE else torch.get_num_threads()
+        numbers = itertools.chain.from_iterable(tasks)
+        table = (ctypes.c_int64 * len(FIELDS))(*(self.fields.get(name, 0) for name in FIELDS))
+        queue = (ctypes.c_int64 * (TASK_SIZE * len(tasks)))(*numbers)
+        buffer = _empty((threads * scratch,))
+        job = Job(
+            fields=ctypes.addressof(table),
+            tasks=ctypes.addressof(queue),
+            scratch=buffer.data_ptr(),
+            scratch_bytes=4 * scratch,
+        )
+        at_once = max(threads, len(tasks) * AT_ONCE // max(updates, 1))
+        pool.run(compiler.function(direction, self.variant), job, len(tasks), threads, at_once)
 
 
-def _ask_for_huge_pages(t: Tensor) -> None:
-    """On Linux, let fresh memory come in pieces of 2 MB.
+def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised; on Linux, a large one lets its fresh memory come in pieces of 2 MB.
 
-    Its 4 kB pages cost 0.8 us for each of 512-channel tokens when first written, against 2.0 us
-    for the scan itself (one thread, L = 65,536).
+    4 kB pages cost 0.8 us for each of 512-channel tokens when first written, against 2.0 us for
+    the scan itself (one thread, L = 65,536). The hint covers the whole pages that the tensor lies
+    in: an allocation of its own starts on a 2 MB border, and the tensor 64 bytes later.
     """
-    start = -(-t.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    size = (t.data_ptr() + t.nbytes - start) // HUGE_PAGE * HUGE_PAGE
-    if size > 0 and sys.platform == "linux":
-        _madvise()(start, size, MADV_HUGEPAGE)  # a mere hint: whether it is taken does not matter
+    t = torch.empty(shape, dtype=dtype)
+    if t.nbytes >= HUGE_PAGE and sys.platform == "linux":
+        start = t.data_ptr() // HUGE_PAGE * HUGE_PAGE
+        end = -(-(t.data_ptr() + t.nbytes) // HUGE_PAGE) * HUGE_PAGE
+        _madvise()(start, end - start, MADV_HUGEPAGE)  # a hint: whether it is taken is no matter
+    return t
 
 
 @cache
@@ -164,7 +166,7 @@ def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
     lay = Layout(x)
     out = lay.empty_rows()
     state = lay.states(x.initial_state)
-    saved = torch.empty(saved_shape(x) if training else (0,), dtype=torch.float32)
+    saved = _empty(saved_shape(x) if training else (0,))
     lay.hold(out=out, state=state)
     if training:
         lay.hold(saved=saved)
@@ -176,7 +178,7 @@ def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
         for item in range(x.batch)
         for first in range(0, blocks, step)
     ]
-    lay.run("forward", tasks, 0)
+    lay.run("forward", tasks)
     return lay.strip(out).to(x.u.dtype).contiguous(), lay.untable(state), saved
 
 
@@ -195,16 +197,18 @@ def backward(
     if x.z is not None:
         dz = lay.empty_rows()
         lay.hold(dz=dz)
-    group_tasks = -(-lay.share // TASK_CHANNELS)
-    sums = {}
-    for name, m in (("dB", x.B), ("dC", x.C)):
+    parts = -(-lay.share // TASK_CHANNELS)
+    sums: dict[str, Tensor] = {}
+    for name, m in (("B", x.B), ("C", x.C)):
         if m.dim() == 2:
             sums[name] = lay.zeros(x.batch, x.states, lay.width)
+            lay.hold(**{f"d{name}": sums[name]})
         else:
             rows = (*m.shape[:3], reverse.padded_states(x.states))
-            sums[name] = torch.empty((group_tasks, *rows), dtype=torch.float32)
-            lay.fields["partial_stride"] = sums[name].stride(0) * 4
-    lay.hold(**sums)
+            shares = _empty((parts, *rows))
+            sums[name] = _empty(rows)
+            lay.hold(**{f"d{name}": shares, f"total_{name}": sums[name]})
+            lay.fields |= {"parts": parts, "partial_stride": shares.stride(0) * 4}
     per_group, per_task = lay.share // reverse.LANES, TASK_CHANNELS // reverse.LANES
     tasks = [
         (item, base + first, base + min(first + per_task, per_group), part)
@@ -213,9 +217,14 @@ def backward(
         for part, first in enumerate(range(0, per_group, per_task))
     ]
     lay.run("backward", tasks, reverse.scratch_floats())
+    vectors = max(
+        (t.numel() for name, t in sums.items() if f"total_{name}" in lay.fields), default=0
+    )
+    bounds = [vectors // reverse.GROUP * i // TOTAL_TASKS for i in range(TOTAL_TASKS + 1)]
+    lay.run("total", [(0, *pair, 0) for pair in itertools.pairwise(bounds)])
     dB, dC = (
-        lay.untable(sums[name].sum(0)) if m.dim() == 2 else sums[name].sum(0)[..., : x.states]
-        for name, m in (("dB", x.B), ("dC", x.C))
+        lay.untable(sums[name].sum(0)) if m.dim() == 2 else sums[name][..., : x.states]
+        for name, m in (("B", x.B), ("C", x.C))
     )
     return [
         lay.strip(du),
