@@ -19,6 +19,7 @@ from mfuser_kernels.scan.inputs import ScanInputs
 from mfuser_kernels.scan.reference import compute_dtype
 
 CHUNK = 32
+LOG2_E = 1.4426950408889634
 # Bytes of one tensor (B, span, D, N): a few of them should fit a CPU's last-level cache.
 SPAN_BYTES = {"cpu": 4 << 20}
 SPAN_BYTES_DEVICE = 256 << 20
@@ -99,6 +100,7 @@ class Span:
         if self.pad:  # softplus of the padding is not zero, and zero is what leaves a state alone
             self.delta = self.delta.masked_fill(self.padding(), 0)
         self.A = self.table(x.A)  # (G, N, E)
+        self.rate = self.A * LOG2_E  # torch's exp2 takes a CPU a third of the time of its exp
         self.B, self.C = self.cut_matrix(x.B), self.cut_matrix(x.C)
 
     def cut(self, t: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ class Span:
 
     def scan(self, start_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Decays and states of every step (T, B, K, G, N, E), and the state at the end."""
-        decay = self.buffers.product("decay", self.delta.unsqueeze(-2), self.A).exp_()
+        decay = self.buffers.product("decay", self.delta.unsqueeze(-2), self.rate).exp2_()
         states = self.buffers.product("states", (self.delta * self.u).unsqueeze(-2), self.B)
         starts = start_state.unsqueeze(1)  # (B, K, G, N, E)
         if self.chunks > 1:
@@ -158,7 +160,7 @@ class Span:
 
     def through(self) -> Tensor:
         """Decay over each whole chunk (B, K, G, N, E)."""
-        return (self.delta.sum(0).unsqueeze(-2) * self.A).exp_()
+        return (self.delta.sum(0).unsqueeze(-2) * self.rate).exp2_()
 
     def scan_back(self, decay: Tensor, d_states: Tensor, d_end: Tensor) -> tuple[Tensor, Tensor]:
         """In place: direct gradients of the states to their whole gradients; and the carry."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mfuser_kernels.scan import backends
+from mfuser_kernels.scan import backends, memory
 from mfuser_kernels.scan.inputs import ScanInputs
 from mfuser_kernels.scan.reference import compute_dtype
 
@@ -36,6 +36,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, L, D), last state (B, D, N), and what the backend keeps for its backward."""
     x = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+    if u.device.type == "cpu":
+        memory.keep_freed()
     return backends.module(backend).forward(x, training)
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import sys
-from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mfuser_kernels.scan import memory
 from mfuser_kernels.scan.cpu import compiler, pool, reverse
 from mfuser_kernels.scan.cpu.drive import TASK_SIZE, Job
 from mfuser_kernels.scan.cpu.kernels import CHUNK, FIELDS, FORWARD_LANES, Variant
@@ -26,8 +24,6 @@ TOTAL_TASKS = 8  # that add up the partial sums
 # Fewer state updates than this (about 60 us) are not worth a second thread.
 ALONE = 1 << 18
 AT_ONCE = 1 << 28  # state updates before an interrupt is heard, 0.1 s of one thread
-HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
-GLIBC_LARGEST = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX
 
 
 def padded(x: ScanInputs) -> tuple[int, int]:
@@ -111,7 +107,7 @@ class Layout:
         return self.strip(t).transpose(-1, -2).contiguous()
 
     def empty_rows(self) -> Tensor:
-        return _empty((self.x.batch, self.x.length, self.width), self.dtype)
+        return memory.empty((self.x.batch, self.x.length, self.width), self.dtype)
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32)
@@ -130,7 +126,7 @@ class Layout:
         numbers = itertools.chain.from_iterable(tasks)
         table = (ctypes.c_int64 * len(FIELDS))(*(self.fields.get(name, 0) for name in FIELDS))
         queue = (ctypes.c_int64 * (TASK_SIZE * len(tasks)))(*numbers)
-        buffer = _empty((threads * scratch,))
+        buffer = memory.empty((threads * scratch,))
         job = Job(
             fields=ctypes.addressof(table),
             tasks=ctypes.addressof(queue),
@@ -141,45 +137,11 @@ class Layout:
         pool.run(compiler.function(direction, self.variant), job, len(tasks), threads, at_once)
 
 
-def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uninitialised; on Linux, a large one lets its fresh memory come in pieces of 2 MB.
-
-    4 kB pages cost 0.8 us for each of 512-channel tokens when first written, against 2.0 us for
-    the scan itself (one thread, L = 65,536). The hint covers the whole pages that the tensor lies
-    in: an allocation of its own starts on a 2 MB border, and the tensor 64 bytes later.
-    """
-    t = torch.empty(shape, dtype=dtype)
-    if t.nbytes >= HUGE_PAGE and sys.platform == "linux":
-        _keep_freed_memory()
-        start = t.data_ptr() // HUGE_PAGE * HUGE_PAGE
-        end = -(-(t.data_ptr() + t.nbytes) // HUGE_PAGE) * HUGE_PAGE
-        _madvise()(start, end - start, MADV_HUGEPAGE)  # a hint: whether it is taken is no matter
-    return t
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Let glibc keep up to 64 MB that were freed, as in any process that has freed a large tensor.
-
-    It returns free memory beyond twice the largest block freed so far, of those up to 32 MB. The
-    tensors of one training step are just above that for their own size, and fresh pages for them
-    made a step of 18 ms one of 19 to 27. So free such a block once; its pages are never touched.
-    """
-    torch.empty(GLIBC_LARGEST - HUGE_PAGE, dtype=torch.uint8)
-
-
-@cache
-def _madvise() -> Callable[[int, int, int], int]:
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
-
-
 def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
     lay = Layout(x)
     out = lay.empty_rows()
     state = lay.states(x.initial_state)
-    saved = _empty(saved_shape(x) if training else (0,))
+    saved = memory.empty(saved_shape(x) if training else (0,))
     lay.hold(out=out, state=state)
     if training:
         lay.hold(saved=saved)
@@ -218,8 +180,8 @@ def backward(
             lay.hold(**{f"d{name}": sums[name]})
         else:
             rows = (*m.shape[:3], reverse.padded_states(x.states))
-            shares = _empty((parts, *rows))
-            sums[name] = _empty(rows)
+            shares = memory.empty((parts, *rows))
+            sums[name] = memory.empty(rows)
             lay.hold(**{f"d{name}": shares, f"total_{name}": sums[name]})
             lay.fields |= {"parts": parts, "partial_stride": shares.stride(0) * 4}
     per_group, per_task = lay.share // reverse.LANES, TASK_CHANNELS // reverse.LANES
