@@ -166,21 +166,37 @@ def forward_kernel(variant: Variant, name: str) -> str:
     k = Kernel(variant, name, FORWARD_LANES)
     b, v, n_ = k.b, k.v, k.n
     state, A, y = n_.variable(), n_.variable(), n_.scalar()
+    ready = {name: n_.scalar() for name in ("delta", "u", "gate")}
+
+    def prepare(t: Value, bias: Value) -> None:
+        """What one step needs for every state."""
+        row = b.mul(t, k.row)
+        k.fetch_ahead(("u", "delta", "z"), row)
+        delta = v.add(k.read_row("delta", row), bias)
+        if variant.softplus:
+            delta = v.softplus(delta, v.exp_of_minus_abs(delta))
+        b.store(delta, ready["delta"])
+        b.store(k.read_row("u", row), ready["u"])
+        if variant.gate:
+            z = k.read_row("z", row)
+            b.store(v.mul(z, v.sigmoid(z, v.exp_of_minus_abs(z))), ready["gate"])
+
     with loop(b, const(0), k.chunks) as chunk, loop(b, k.first, k.last) as block:
         k.place(chunk, block)
         D, bias = k.vector("D"), k.vector("bias")
         k.read_tables(state=state, A=A)
         with b.if_then(b.icmp_signed("!=", k.field["saved"], const(0))):
             n_.write(state, k.at("saved", k.kept), k.table_row)
+        prepare(const(0), bias)
+        last = b.sub(k.steps, const(1))
         with loop(b, const(0), k.steps) as t:
-            row = b.mul(t, k.row)
-            k.fetch_ahead(("u", "delta", "z"), row)
-            u = k.read_row("u", row)
-            delta = v.add(k.read_row("delta", row), bias)
-            if variant.softplus:
-                delta = v.softplus(delta, v.exp_of_minus_abs(delta))
+            delta, u, gate = (b.load(ready[name]) for name in ("delta", "u", "gate"))
             du = v.mul(delta, u)
             b.store(v.mul(D, u), y)
+            # The next step's, here already: nothing in this step waits for it, so the time that
+            # softplus takes from its input to its output is spent on states. 10 % of the forward.
+            after = b.add(t, const(1))
+            prepare(b.select(b.icmp_signed("<", after, last), after, last), bias)
 
             def step(n: Value, t: Value = t, delta: Value = delta, du: Value = du) -> None:
                 decay = v.exp2(v.mul(delta, n_.get(A, n)), variant.may_grow)
@@ -191,8 +207,7 @@ def forward_kernel(variant: Variant, name: str) -> str:
             n_.each(step)
             out = b.load(y)
             if variant.gate:
-                z = k.read_row("z", row)
-                out = v.mul(out, v.mul(z, v.sigmoid(z, v.exp_of_minus_abs(z))))
-            k.write_row(out, "out", row)
+                out = v.mul(out, gate)
+            k.write_row(out, "out", b.mul(t, k.row))
         k.write_tables(state=state)
     return k.finish()
