@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import itertools
 import os
 import platform
@@ -20,6 +21,7 @@ from mfuser_kernels import selective_scan
 from mfuser_kernels.testing import scan_inputs
 
 SHAPE = {"batch": 2, "length": 2594, "width": 512, "states": 16}
+PACKAGES = ("torch", "triton", "llvmlite", "mamba-ssm", "transformers", "mambapy")
 GIVEN = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 
 
@@ -195,6 +197,13 @@ def start_up(threads: int, clock: str) -> dict[str, float]:
     return found
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def environment() -> dict[str, Any]:
     load = os.getloadavg() if hasattr(os, "getloadavg") else (0.0, 0.0, 0.0)
     device = platform.processor() or platform.machine()
@@ -210,7 +219,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load in the last minute before": round(load[0], 2),
-        "torch": torch.__version__,
         "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
         **SHAPE,
     }
