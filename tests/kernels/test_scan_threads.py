@@ -107,6 +107,25 @@ def test_forked_child(threads, kind):
     assert torch.equal(selective_scan(**inputs, backend="cpu"), expected)
 
 
+FORKED = """
+import os, sys, torch
+torch.set_num_threads(2)
+u, B = torch.ones(1, 600, 256), torch.ones(1, 600, 8)  # OpenMP has threads now
+child = os.fork()
+if child == 0:
+    from mfuser_kernels import selective_scan
+    out = selective_scan(u, u, -torch.ones(256, 8), B, B, layout="bld", backend="cpu")
+    os._exit(0 if out[0, -1, 0] > 0 else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_before_the_first_import():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_spawned_child(threads):
     threads(2)
     inputs = large()

@@ -26,9 +26,24 @@ from mfuser_kernels.scan.cpu.drive import Job
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _size = 0
-_forked = False
 
 Drive = Callable[[Any], None]
+
+
+def _forked_before() -> bool:
+    """Whether this process, on Linux, is a fork that went on without exec.
+
+    It may be older than this module, so that the hook below was not there to see the fork.
+    """
+    try:
+        with open("/proc/self/stat") as file:
+            flags = int(file.read().rpartition(")")[2].split()[6])
+    except (OSError, ValueError, IndexError):
+        return False
+    return bool(flags & 0x40)  # PF_FORKNOEXEC
+
+
+_forked = _forked_before()
 
 
 def run(drive: Drive, job: Job, count: int, threads: int, at_once: int) -> None:
