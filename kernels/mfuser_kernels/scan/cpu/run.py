@@ -157,6 +157,33 @@ def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
     return lay.strip(out).to(x.u.dtype).contiguous(), lay.untable(state), saved
 
 
+def matrix_sums(lay: Layout) -> dict[str, Tensor]:
+    """Gradients of B and C, not yet filled in: (N, Dp) each batch item, or (B, L, G, N padded).
+
+    The second kind is a sum over channels: each task writes its share, `add_shares` adds them up.
+    """
+    x, sums = lay.x, {}
+    for name, m in (("B", x.B), ("C", x.C)):
+        if m.dim() == 2:
+            sums[name] = lay.zeros(x.batch, x.states, lay.width)
+            lay.hold(**{f"d{name}": sums[name]})
+        else:
+            rows = (*m.shape[:3], reverse.padded_states(x.states))
+            parts = -(-lay.share // TASK_CHANNELS)
+            shares, sums[name] = memory.empty((parts, *rows)), memory.empty(rows)
+            lay.hold(**{f"d{name}": shares, f"total_{name}": sums[name]})
+            lay.fields |= {"parts": parts, "partial_stride": shares.stride(0) * 4}
+    return sums
+
+
+def add_shares(lay: Layout, sums: dict[str, Tensor]) -> None:
+    sizes = [t.numel() for name, t in sums.items() if f"total_{name}" in lay.fields]
+    if sizes:
+        vectors = sizes[0] // reverse.GROUP
+        bounds = [vectors * i // TOTAL_TASKS for i in range(TOTAL_TASKS + 1)]
+        lay.run("total", [(0, *pair, 0) for pair in itertools.pairwise(bounds)])
+
+
 def backward(
     x: ScanInputs, d_out: Tensor | None, d_last_state: Tensor | None, saved: Tensor
 ) -> list[Tensor | None]:
@@ -172,18 +199,7 @@ def backward(
     if x.z is not None:
         dz = lay.empty_rows()
         lay.hold(dz=dz)
-    parts = -(-lay.share // TASK_CHANNELS)
-    sums: dict[str, Tensor] = {}
-    for name, m in (("B", x.B), ("C", x.C)):
-        if m.dim() == 2:
-            sums[name] = lay.zeros(x.batch, x.states, lay.width)
-            lay.hold(**{f"d{name}": sums[name]})
-        else:
-            rows = (*m.shape[:3], reverse.padded_states(x.states))
-            shares = memory.empty((parts, *rows))
-            sums[name] = memory.empty(rows)
-            lay.hold(**{f"d{name}": shares, f"total_{name}": sums[name]})
-            lay.fields |= {"parts": parts, "partial_stride": shares.stride(0) * 4}
+    sums = matrix_sums(lay)
     per_group, per_task = lay.share // reverse.LANES, TASK_CHANNELS // reverse.LANES
     tasks = [
         (item, base + first, base + min(first + per_task, per_group), part)
@@ -192,11 +208,7 @@ def backward(
         for part, first in enumerate(range(0, per_group, per_task))
     ]
     lay.run("backward", tasks, reverse.scratch_floats())
-    vectors = max(
-        (t.numel() for name, t in sums.items() if f"total_{name}" in lay.fields), default=0
-    )
-    bounds = [vectors // reverse.GROUP * i // TOTAL_TASKS for i in range(TOTAL_TASKS + 1)]
-    lay.run("total", [(0, *pair, 0) for pair in itertools.pairwise(bounds)])
+    add_shares(lay, sums)
     dB, dC = (
         lay.untable(sums[name].sum(0)) if m.dim() == 2 else sums[name][..., : x.states]
         for name, m in (("B", x.B), ("C", x.C))
