@@ -18,6 +18,7 @@ pytest.importorskip("llvmlite", reason='llvmlite is not installed: pip install "
 
 from mfuser_kernels import selective_scan
 from mfuser_kernels.scan.cpu import compiler, pool
+from mfuser_kernels.scan.cpu.drive import Job
 from mfuser_kernels.testing import run_scan, scan_inputs
 
 
@@ -160,6 +161,22 @@ def test_an_interrupt_ends_a_scan(threads, kind):
         signal.signal(signal.SIGALRM, before)
     small = large()
     assert same(run_scan(small, "cpu"), run_scan(small, "cpu"))
+
+
+def test_an_error_in_one_thread_reaches_the_caller(monkeypatch):
+    monkeypatch.setattr(pool, "_openmp", lambda: None)
+    caller = threading.get_ident()
+
+    def in_a_helper(_) -> None:
+        if threading.get_ident() != caller:
+            raise RuntimeError("task 3")
+
+    def everywhere(_) -> None:
+        raise RuntimeError("task 3")
+
+    for threads, drive in ((1, everywhere), (2, everywhere), (2, in_a_helper)):
+        with pytest.raises(RuntimeError, match="task 3"):
+            pool.run(drive, Job(), 8, threads, 8)
 
 
 def resident_bytes() -> int:

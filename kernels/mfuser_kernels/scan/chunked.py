@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfuser_kernels.scan.inputs import ScanInputs
+from mfuser_kernels.scan.inputs import LOG2_E, ScanInputs
 from mfuser_kernels.scan.reference import compute_dtype
 
 CHUNK = 32
-LOG2_E = 1.4426950408889634
 # Bytes of one tensor (B, span, D, N): a few of them should fit a CPU's last-level cache.
 SPAN_BYTES = {"cpu": 4 << 20}
 SPAN_BYTES_DEVICE = 256 << 20

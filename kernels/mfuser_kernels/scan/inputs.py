@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mfuser_kernels.errors import ScanError
 
+LOG2_E = 1.4426950408889634  # decays are computed as 2^(delta A log2(e))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -34,12 +34,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
 
 @cache
 def keep_freed() -> None:
-    """Let glibc keep up to 64 MB that were freed, as in any process that has freed a large tensor.
+    """Let glibc keep up to 60 MB that were freed, as in any process that has freed a large tensor.
 
     It returns free memory beyond twice the largest block freed so far, of those up to 32 MB. The
     tensors of one step are often just above that for their own size, and get fresh pages in every
-    step: 18 ms of scan, forward and backward, became 19 to 27. So free such a block once; its
-    pages are never touched.
+    step: 18 ms of scan, forward and backward, became 19 to 27. So free a block of nearly that size
+    once; its pages are never touched.
     """
     if sys.platform == "linux":
         torch.empty(GLIBC_LARGEST - HUGE_PAGE, dtype=torch.uint8)

@@ -10,13 +10,16 @@ import ctypes
 
 from llvmlite import ir
 
-from mfuser_kernels.scan.cpu.vector import I64, PTR, Value, const
+from mfuser_kernels.scan.cpu.vector import I64, PTR, Value, Vector, const
 
 TASK_SIZE = 4  # numbers: batch item, first and last lane block, index of the partial sum
 
 
 class Job(ctypes.Structure):
-    """Tasks `next` to `stop` of a table, and scratch memory for each thread; all 64-bit numbers."""
+    """Tasks `next` to `stop` of a table, and scratch memory for each thread; all 64-bit numbers.
+
+    `threads` counts those that have begun, so that each finds its own scratch.
+    """
 
     _fields_ = [
         (name, ctypes.c_int64)
@@ -31,13 +34,11 @@ def add_driver(module: Value, kernel: Value, name: str) -> None:
         function.append_basic_block(part) for part in ("entry", "head", "body", "done")
     )
     b = ir.IRBuilder(entry)
+    pointer = Vector(b, 1).pointer
     (job,) = function.args
 
-    def place(base: Value, offset: Value) -> Value:
-        return b.bitcast(b.gep(base, [offset]), ir.PointerType(I64))
-
     def field(name: str) -> Value:
-        return place(job, const(getattr(Job, name).offset))
+        return pointer(job, const(getattr(Job, name).offset), I64)
 
     def read(name: str) -> Value:
         return b.load(field(name), align=8)
@@ -57,7 +58,7 @@ def add_driver(module: Value, kernel: Value, name: str) -> None:
     b.cbranch(b.icmp_signed("<", task, stop), body, done)
     b.position_at_end(body)
     numbers = [
-        b.load(place(tasks, b.mul(b.add(b.mul(task, const(TASK_SIZE)), const(i)), const(8))))
+        b.load(pointer(tasks, b.mul(b.add(b.mul(task, const(TASK_SIZE)), const(i)), const(8)), I64))
         for i in range(TASK_SIZE)
     ]
     b.call(kernel, [fields, *numbers, scratch])

@@ -190,7 +190,8 @@ def forward_kernel(variant: Variant, name: str) -> str:
         prepare(const(0), bias)
         last = b.sub(k.steps, const(1))
         with loop(b, const(0), k.steps) as t:
-            delta, u, gate = (b.load(ready[name]) for name in ("delta", "u", "gate"))
+            delta, u = b.load(ready["delta"]), b.load(ready["u"])
+            gate = b.load(ready["gate"]) if variant.gate else None
             du = v.mul(delta, u)
             b.store(v.mul(D, u), y)
             # The next step's, here already: nothing in this step waits for it, so the time that
@@ -206,7 +207,7 @@ def forward_kernel(variant: Variant, name: str) -> str:
 
             n_.each(step)
             out = b.load(y)
-            if variant.gate:
+            if gate is not None:
                 out = v.mul(out, gate)
             k.write_row(out, "out", b.mul(t, k.row))
         k.write_tables(state=state)

@@ -51,9 +51,9 @@ def run(drive: Drive, job: Job, count: int, threads: int, at_once: int) -> None:
 
     After every `at_once` tasks an interrupt (Ctrl-C) can end it.
     """
+    parallel = None if _forked else _openmp()
     for first in range(0, count, at_once):
         job.next, job.stop, job.threads = first, min(first + at_once, count), 0
-        parallel = None if _forked else _openmp()
         if threads == 1:
             drive(ctypes.byref(job))
         elif parallel:
@@ -82,7 +82,7 @@ def _openmp() -> Callable[..., None] | None:
 def _run_on_ours(drive: Drive, job: Job, threads: int) -> None:
     helpers: list[Future[None]] = []
     try:
-        for _ in range(threads - 1):
+        for _ in range(min(threads, job.stop - job.next) - 1):
             helpers.append(_submit(threads - 1, drive, ctypes.byref(job)))
         drive(ctypes.byref(job))
     except BaseException:
@@ -90,6 +90,8 @@ def _run_on_ours(drive: Drive, job: Job, threads: int) -> None:
         raise
     finally:
         wait(helpers)  # they write to the caller's memory
+    for helper in helpers:
+        helper.result()
 
 
 def _submit(threads: int, drive: Drive, job: Any) -> Future[None]:

@@ -13,8 +13,7 @@ from mfuser_kernels.scan import memory
 from mfuser_kernels.scan.cpu import compiler, pool, reverse
 from mfuser_kernels.scan.cpu.drive import TASK_SIZE, Job
 from mfuser_kernels.scan.cpu.kernels import CHUNK, FIELDS, FORWARD_LANES, Variant
-from mfuser_kernels.scan.cpu.vector import LOG2_E
-from mfuser_kernels.scan.inputs import ScanInputs
+from mfuser_kernels.scan.inputs import LOG2_E, ScanInputs
 
 # Channels of one backward task. Not a matter of the number of threads: each task has its own sum
 # of dB and dC, and their order of addition must not change. 64 channels make 16 tasks of the
@@ -177,6 +176,7 @@ def matrix_sums(lay: Layout) -> dict[str, Tensor]:
 
 
 def add_shares(lay: Layout, sums: dict[str, Tensor]) -> None:
+    """Fill in what is a sum over channels; both, if both are, have one size."""
     sizes = [t.numel() for name, t in sums.items() if f"total_{name}" in lay.fields]
     if sizes:
         vectors = sizes[0] // reverse.GROUP

@@ -13,9 +13,10 @@ from typing import Any
 from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 
+from mfuser_kernels.scan.inputs import LOG2_E
+
 F32, I1, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(n) for n in (1, 8, 16, 32, 64))
 PTR = ir.PointerType(I8)
-LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 # No nnan or ninf: a NaN must reach the output. No reassoc: it folds the magic addition of exp2.
 FLAGS = ("contract", "nsz")

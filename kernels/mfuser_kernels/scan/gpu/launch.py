@@ -9,11 +9,10 @@ import triton
 from torch import Tensor
 
 from mfuser_kernels.scan.gpu import kernels
-from mfuser_kernels.scan.inputs import ScanInputs
+from mfuser_kernels.scan.inputs import LOG2_E, ScanInputs
 
 # One warp; multiply-adds fused, which Triton 3.10 will no longer do unasked.
 WARP: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
-LOG2_E = 1.4426950408889634
 FORWARD_CHUNK = 96  # 28 chunks of L = 2,594: 896 warps for 2 x 512 channels
 BACKWARD_CHUNK = 48  # twice as many: its warps do more and wait longer
 # States of one program. Forward: 16 for each thread of a warp. Backward: half, since it holds
