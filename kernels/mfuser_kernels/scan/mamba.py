@@ -17,7 +17,7 @@ MODULE = "mamba_ssm.ops.selective_scan_interface"
 def unusable() -> str:
     """mamba-ssm may be installed and still not import: it then lacks its compiled part."""
     if importlib.util.find_spec("mamba_ssm") is None:
-        return "mamba-ssm is not installed (it is never needed)"
+        return 'mamba-ssm is not installed (it is never needed): pip install "mfuser[mamba]"'
     try:
         module = importlib.import_module(MODULE)
     except Exception as error:  # whatever its import raises, it cannot be used
