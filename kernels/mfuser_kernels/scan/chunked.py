@@ -61,18 +61,24 @@ class Buffers:
     """Memory for the tensors (T, B, K, G, N, E), one of each name for all spans.
 
     Allocated anew, megabytes each, their pages may be given back and faulted in again every time.
+    Their steps are kept too: cutting a tensor into steps takes a third as long as computing them.
     """
 
     def __init__(self) -> None:
-        self.flat: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.steps: dict[str, tuple[Tensor, ...]] = {}  # T times (B, K, G, N, E)
 
     def product(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """x * y, valid until the next product of this name."""
         shape = torch.broadcast_shapes(x.shape, y.shape)
-        size = math.prod(shape)
-        if name not in self.flat or self.flat[name].numel() < size:
-            self.flat[name] = x.new_empty(size)
-        return torch.mul(x, y, out=self.flat[name][:size].view(shape))
+        made = self.tensors.get(name)
+        if made is None or made.numel() < math.prod(shape):
+            made = x.new_empty(shape)
+        if made.shape != shape:
+            made = made.view(-1)[: math.prod(shape)].view(shape)
+        if made is not self.tensors.get(name):
+            self.tensors[name], self.steps[name] = made, made.unbind()
+        return torch.mul(x, y, out=made)
 
 
 class Span:
@@ -98,6 +104,7 @@ class Span:
             self.delta = F.softplus(self.raw)
         if self.pad:  # softplus of the padding is not zero, and zero is what leaves a state alone
             self.delta = self.delta.masked_fill(self.padding(), 0)
+        self.du = self.delta * self.u
         self.A = self.table(x.A)  # (G, N, E)
         self.rate = self.A * LOG2_E  # torch's exp2 takes a CPU a third of the time of its exp
         self.B, self.C = self.cut_matrix(x.B), self.cut_matrix(x.C)
@@ -108,7 +115,7 @@ class Span:
         if self.pad:
             t = F.pad(t, (0, 0, 0, self.pad))
         t = t.reshape(t.shape[0], self.chunks, self.steps, self.groups, self.share)
-        return t.permute(2, 0, 1, 3, 4).contiguous()
+        return t.permute(2, 0, 1, 3, 4)
 
     def join(self, t: Tensor) -> Tensor:
         """(T, B, K, G, E) to (B, span, D)."""
@@ -145,15 +152,16 @@ class Span:
     def scan(self, start_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Decays and states of every step (T, B, K, G, N, E), and the state at the end."""
         decay = self.buffers.product("decay", self.delta.unsqueeze(-2), self.rate).exp2_()
-        states = self.buffers.product("states", (self.delta * self.u).unsqueeze(-2), self.B)
+        states = self.buffers.product("states", self.du.unsqueeze(-2), self.B)
+        steps, decays = self.buffers.steps["states"], self.buffers.steps["decay"]
         starts = start_state.unsqueeze(1)  # (B, K, G, N, E)
         if self.chunks > 1:
             end = states[0].clone()
-            for x, a in zip(states[1:].unbind(), decay[1:].unbind(), strict=True):
+            for x, a in zip(steps[1:], decays[1:], strict=True):
                 end = torch.addcmul(x, a, end)
             starts = carry(self.through(), end, start_state, reverse=False)
         state = starts
-        for x, a in zip(states.unbind(), decay.unbind(), strict=True):
+        for x, a in zip(steps, decays, strict=True):
             state = x.addcmul_(a, state)
         return decay, states, state[:, -1].clone()
 
@@ -161,10 +169,12 @@ class Span:
         """Decay over each whole chunk (B, K, G, N, E)."""
         return (self.delta.sum(0).unsqueeze(-2) * self.rate).exp2_()
 
-    def scan_back(self, decay: Tensor, d_states: Tensor, d_end: Tensor) -> tuple[Tensor, Tensor]:
-        """In place: direct gradients of the states to their whole gradients; and the carry."""
-        ends = d_end.unsqueeze(1)
-        steps, decays = d_states.unbind()[-2::-1], decay.unbind()[:0:-1]
+    def scan_back(self, d_y: Tensor, d_end: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the states, once `scan` has run, and what the span before is to carry."""
+        d_states = self.buffers.product("d_states", d_y.unsqueeze(-2), self.C)
+        decay, ends = self.buffers.tensors["decay"], d_end.unsqueeze(1)
+        steps = self.buffers.steps["d_states"][-2::-1]
+        decays = self.buffers.steps["decay"][:0:-1]
         if self.chunks > 1:
             own = d_states[-1].clone()
             for x, a in zip(steps, decays, strict=True):
@@ -229,7 +239,7 @@ def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
         _, states, state = s.scan(state)
         y = s.weigh(states, s.C)
         if x.D is not None:
-            y += s.per_channel(x.D) * s.u
+            y.addcmul_(s.per_channel(x.D), s.u)
         y = s.join(y)
         if x.z is not None:
             y = y * F.silu(x.z[:, start:stop].to(s.dtype))
@@ -241,10 +251,7 @@ def backward(
     x: ScanInputs, d_out: Tensor | None, d_last_state: Tensor | None, saved: Tensor
 ) -> list[Tensor | None]:
     dtype = compute_dtype(x.u.dtype)
-    grads = [
-        None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device)
-        for t in x.tensors()
-    ]
+    grads = [None if t is None else _unfilled(t, dtype) for t in x.tensors()]
     du, d_delta, dA, dB, dC, dD, dz, d_bias, d_first = grads
     carried = state_of(x, d_last_state)
     span, buffers = span_length(x), Buffers()
@@ -259,36 +266,41 @@ def backward(
             z = s.cut(x.z)
             y = s.weigh(states, s.C)
             if x.D is not None:
-                y += s.per_channel(x.D) * s.u
+                y.addcmul_(s.per_channel(x.D), s.u)
             gate = torch.sigmoid(z)
             dz[:, start:stop] = s.join(dy * y * gate * (1 + z * (1 - gate)))
             dy = dy * z * gate
         _add(dC, s.matrix_grad(states, dy, s.C), start, stop)
-        q, carried = s.scan_back(decay, buffers.product("d_states", dy.unsqueeze(-2), s.C), carried)
+        q, carried = s.scan_back(dy, carried)
         sum_B = s.weigh(q, s.B)  # (T, B, K, G, E)
-        _add(dB, s.matrix_grad(q, s.delta * s.u, s.B), start, stop)
+        _add(dB, s.matrix_grad(q, s.du, s.B), start, stop)
         first = start_state.unsqueeze(1)
         before = torch.cat([first, states[-1, :, :-1]], 1)  # state before each chunk
         q[0] *= decay[0] * before
         q[1:] *= decay[1:].mul_(states[:-1])  # gradient of the exponent delta A
         assert du is not None and d_delta is not None and dA is not None
-        d_step = s.u * sum_B + s.weigh(q, s.A)
+        d_step = s.weigh(q, s.A).addcmul_(s.u, sum_B)
         dA += s.untable(q.mul_(s.delta.unsqueeze(-2)).sum((0, 1, 2)))
         if x.delta_softplus:
-            d_step = d_step * torch.sigmoid(s.raw)
-        d_u = s.delta * sum_B
+            d_step *= torch.sigmoid(s.raw)
+        d_u = sum_B.mul_(s.delta)
         if x.D is not None:
             assert dD is not None
-            d_u += dy * s.per_channel(x.D)
+            d_u.addcmul_(dy, s.per_channel(x.D))
             dD += (dy * s.u).sum((0, 1, 2)).flatten()
         du[:, start:stop] = s.join(d_u)
-        joined = s.join(d_step)
-        d_delta[:, start:stop] = joined
-        if d_bias is not None:
-            d_bias += joined.sum((0, 1))
+        d_delta[:, start:stop] = s.join(d_step)
+    if d_bias is not None:
+        torch.sum(d_delta, (0, 1), out=d_bias)
     if d_first is not None:
         d_first.copy_(given_of(carried))
     return grads
+
+
+def _unfilled(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of t: zeros if spans add to it, else (each span has its steps) uninitialised."""
+    make = torch.zeros if t.dim() <= 2 else torch.empty
+    return make(t.shape, dtype=dtype, device=t.device)
 
 
 def _add(total: Tensor | None, part: Tensor, start: int, stop: int) -> None:
