@@ -106,7 +106,7 @@ def exponentials(x: dict[str, Any]) -> Callable[[], None]:
     from mfuser_kernels.scan.inputs import ScanInputs
 
     def builder(variant: kernels.Variant, name: str) -> str:
-        k = kernels.Kernel(variant, name, kernels.FORWARD_LANES)
+        k = kernels.Kernel(variant, name, kernels.LANES)
         b, v, states = k.b, k.v, k.n
         A, total = states.variable(), states.scalar()
         with loop(b, const(0), k.chunks) as chunk, loop(b, k.first, k.last) as block:
@@ -134,7 +134,7 @@ def exponentials(x: dict[str, Any]) -> Callable[[], None]:
     def call() -> None:
         lay = run.Layout(scan)
         lay.hold(out=lay.empty_rows())
-        blocks = lay.width // kernels.FORWARD_LANES
+        blocks = lay.width // kernels.LANES
         tasks = [
             (i, k, min(k + 2, blocks), 0) for i in range(scan.batch) for k in range(0, blocks, 2)
         ]

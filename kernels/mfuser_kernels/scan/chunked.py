@@ -291,6 +291,7 @@ def backward(
         du[:, start:stop] = s.join(d_u)
         d_delta[:, start:stop] = s.join(d_step)
     if d_bias is not None:
+        assert d_delta is not None
         torch.sum(d_delta, (0, 1), out=d_bias)
     if d_first is not None:
         d_first.copy_(given_of(carried))

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mfuser_kernels.scan.cpu.kernels import CHUNK, Kernel, Variant
+from mfuser_kernels.scan.cpu.kernels import CHUNK, LANES, Kernel, Variant
 from mfuser_kernels.scan.cpu.vector import LN_2, States, Value, Vector, const, loop
 
-LANES = 16
 GROUP = 8  # states
 # Vectors kept for each step of a chunk, beside decay and h of each state of a group.
 STEP_FIELDS = ("delta", "slope", "g", "du", "sum_A", "sum_B", "y")
@@ -201,6 +200,7 @@ class Backward(Kernel):
         delta, g, du, sum_A, sum_B = (
             self.recall(name, t) for name in ("delta", "g", "du", "sum_A", "sum_B")
         )
+        self.fetch(("du", "d_delta"), b.mul(t, self.row), write=True)
         grads = []
         for n in group.numbers:
             record = self.record(t, n)

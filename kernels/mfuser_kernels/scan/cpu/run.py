@@ -12,7 +12,7 @@ from torch import Tensor
 from mfuser_kernels.scan import memory
 from mfuser_kernels.scan.cpu import compiler, pool, reverse
 from mfuser_kernels.scan.cpu.drive import TASK_SIZE, Job
-from mfuser_kernels.scan.cpu.kernels import CHUNK, FIELDS, FORWARD_LANES, Variant
+from mfuser_kernels.scan.cpu.kernels import CHUNK, FIELDS, LANES, Variant
 from mfuser_kernels.scan.inputs import LOG2_E, ScanInputs
 
 # Channels of one backward task. Not a matter of the number of threads: each task has its own sum
@@ -27,7 +27,7 @@ AT_ONCE = 1 << 28  # state updates before an interrupt is heard, 0.1 s of one th
 
 def padded(x: ScanInputs) -> tuple[int, int]:
     """Channels of a group and of all groups, filled up to whole lane blocks."""
-    share = -(-(x.width // x.groups) // FORWARD_LANES) * FORWARD_LANES
+    share = -(-(x.width // x.groups) // LANES) * LANES
     return share, share * x.groups
 
 
@@ -144,7 +144,7 @@ def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
     lay.hold(out=out, state=state)
     if training:
         lay.hold(saved=saved)
-    blocks = lay.width // FORWARD_LANES
+    blocks = lay.width // LANES
     # Neighbouring blocks share the cached B and C, but every thread should find a few tasks.
     step = max(1, min(2, blocks * x.batch // (4 * torch.get_num_threads())))
     tasks = [
@@ -200,7 +200,7 @@ def backward(
         dz = lay.empty_rows()
         lay.hold(dz=dz)
     sums = matrix_sums(lay)
-    per_group, per_task = lay.share // reverse.LANES, TASK_CHANNELS // reverse.LANES
+    per_group, per_task = lay.share // LANES, TASK_CHANNELS // LANES
     tasks = [
         (item, base + first, base + min(first + per_task, per_group), part)
         for item in range(x.batch)

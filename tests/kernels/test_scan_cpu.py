@@ -1,0 +1,33 @@
+"""What is special to the code that the CPU backend writes; its values are in test_scan_values."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("llvmlite", reason='llvmlite is not installed: pip install "mfuser[cpu]"')
+
+from mfuser_kernels.scan.cpu import compiler, vector
+from mfuser_kernels.scan.cpu.kernels import Variant
+from mfuser_kernels.testing import errors, scan_inputs
+
+
+@pytest.mark.parametrize("has_lookup", [False, True])
+@pytest.mark.parametrize("shape", [(1, 257, 48, 16), (1, 20000, 2, 3)], ids=str)
+def test_both_exponentials(shape, has_lookup, monkeypatch, tmp_path):
+    """By a table on AVX-512, else by a longer polynomial: compiled here for either."""
+    if has_lookup and not vector.has_lookup():
+        pytest.skip("this processor has no AVX-512")
+    monkeypatch.setattr(vector, "has_lookup", lambda: has_lookup)
+    monkeypatch.setattr(compiler, "_functions", {})
+    monkeypatch.setenv("MFUSER_CACHE_DIR", str(tmp_path))
+    found = errors(scan_inputs(*shape), "cpu")
+    assert all(error < 1e-5 for error in found.values()), found
+
+
+@pytest.mark.parametrize("direction", compiler.BUILDERS)
+def test_every_function_aligns_its_stack(direction):
+    """Else its spilled vectors lie in two cache lines each, or not, by chance of the caller."""
+    code = compiler.BUILDERS[direction](Variant(16, False, True, True, False, False, False), "f")
+    heads = [line for line in code.splitlines() if line.startswith("define")]
+    assert len(heads) == 2  # the task and its driver
+    assert all("stackrealign" in head for head in heads), heads
