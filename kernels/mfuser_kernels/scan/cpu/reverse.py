@@ -19,7 +19,7 @@ STEP_FIELDS = ("delta", "slope", "g", "du", "sum_A", "sum_B", "y")
 
 def scratch_floats() -> int:
     """Size of the buffer each thread brings along: it should fit half an L2 cache."""
-    return CHUNK * LANES * (2 * GROUP + len(STEP_FIELDS))
+    return LANES * ((CHUNK + 1) * 2 * GROUP + CHUNK * len(STEP_FIELDS))
 
 
 def padded_states(states: int) -> int:
@@ -114,7 +114,7 @@ class Backward(Kernel):
     def __init__(self, variant: Variant, name: str) -> None:
         super().__init__(variant, name, LANES)
         self.bytes = 4 * LANES  # of one vector
-        self.per_step = self.b.gep(self.scratch, [const(CHUNK * GROUP * 2 * self.bytes)])
+        self.per_step = self.b.gep(self.scratch, [const((CHUNK + 1) * 2 * GROUP * self.bytes)])
 
     def step_field(self, name: str, t: Value) -> tuple[Value, Value]:
         index = self.b.add(self.times(t, len(STEP_FIELDS)), const(STEP_FIELDS.index(name)))
@@ -127,9 +127,15 @@ class Backward(Kernel):
         for name, x in values.items():
             self.v.store(x, *self.step_field(name, t))
 
-    def record(self, t: Value, n: int) -> Value:
-        """Byte offset of decay_t, h_{t-1} of one state of the group."""
-        return self.times(self.b.add(self.times(t, GROUP), const(n)), 2 * self.bytes)
+    def decay(self, t: Value, n: int) -> tuple[Value, Value]:
+        """Where exp(delta_t A) is kept for one state of the group."""
+        index = self.b.add(self.times(t, GROUP), const(n))
+        return self.scratch, self.times(index, 2 * self.bytes)
+
+    def start_state(self, t: Value, n: int) -> tuple[Value, Value]:
+        """Where h_{t-1} is kept, for t one past the last step too."""
+        base, offset = self.decay(t, n)
+        return base, self.b.add(offset, const(self.bytes))
 
     def prepare(self, block: Value) -> None:
         """What each step needs for every state."""
@@ -161,61 +167,67 @@ class Backward(Kernel):
         """Forward through the chunk, then back, for the states of a group."""
         A = group.read("A", self.channel)
         h = group.read("saved", self.kept)
-        with self.running_gradient(group, "C") as dC, loop(self.b, const(0), self.steps) as t:
-            self.step(t, group, A, h, dC)
+        with loop(self.b, const(0), self.steps) as t:
+            self.step(t, group, A, h)
+        for n in group.numbers:
+            self.v.store(group.get(h, n), *self.start_state(self.steps, n))
         r, dA = group.read("state", self.tables), group.read("dA", self.tables)
-        with self.running_gradient(group, "B") as dB, loop(self.b, const(0), self.steps) as back:
+        with (
+            self.running_gradient(group, "B") as dB,
+            self.running_gradient(group, "C") as dC,
+            loop(self.b, const(0), self.steps) as back,
+        ):
             t = self.b.sub(self.b.sub(self.steps, const(1)), back)
-            self.step_back(t, group, A, r, dA, dB)
+            self.step_back(t, group, A, r, {"A": dA, "B": dB, "C": dC})
         group.write(r, "state", self.tables)
         group.write(dA, "dA", self.tables)
 
-    def step(self, t: Value, group: StateGroup, A: Value, h: Value, dC: Value) -> None:
-        """Recompute one step, write its record, and add to dC."""
+    def step(self, t: Value, group: StateGroup, A: Value, h: Value) -> None:
+        """Recompute one step and keep what the way back needs."""
         b, v = self.b, self.v
         self.fetch(("u", "delta", "z", "d_out"), b.add(b.mul(t, self.row), self.to_next))
-        delta, g, du = (self.recall(name, t) for name in ("delta", "g", "du"))
+        delta, du = self.recall("delta", t), self.recall("du", t)
         y = self.recall("y", t) if self.variant.gate else None
-        grads = []
         for n in group.numbers:
-            record = self.record(t, n)
             decay = v.exp2(v.mul(delta, group.get(A, n)), self.variant.may_grow)
             before = group.get(h, n)
-            v.store(decay, self.scratch, record)
-            v.store(before, self.scratch, b.add(record, const(self.bytes)))
+            v.store(decay, *self.decay(t, n))
+            v.store(before, *self.start_state(t, n))
             after = v.fma(decay, before, v.mul(du, group.matrix("B", t, n)))
             group.set(h, n, after)
-            grads.append(v.mul(after, g))
             if y is not None:
                 y = v.fma(after, group.matrix("C", t, n), y)
         if y is not None:
             self.keep(t, y=y)
-        self.matrix_grad("C", t, group, grads, dC)
 
     def step_back(
-        self, t: Value, group: StateGroup, A: Value, r: Value, dA: Value, dB: Value
+        self, t: Value, group: StateGroup, A: Value, r: Value, grads: dict[str, Value]
     ) -> None:
-        """One step of the reverse recurrence."""
+        """One step of the reverse recurrence.
+
+        dC is summed here, although h_t was there on the way forward: that way's exponentials keep
+        all of the processor's vector units busy, and this one's multiply-adds half of them.
+        """
         b, v = self.b, self.v
         delta, g, du, sum_A, sum_B = (
             self.recall(name, t) for name in ("delta", "g", "du", "sum_A", "sum_B")
         )
         self.fetch(("du", "d_delta"), b.mul(t, self.row), write=True)
-        grads = []
+        of_B, of_C = [], []
         for n in group.numbers:
-            record = self.record(t, n)
-            decay = v.load(self.scratch, record)
-            before = v.load(self.scratch, b.add(record, const(self.bytes)))
+            decay, before = v.load(*self.decay(t, n)), v.load(*self.start_state(t, n))
+            of_C.append(v.mul(v.load(*self.start_state(b.add(t, const(1)), n)), g))
             q = v.fma(group.matrix("C", t, n), g, group.get(r, n))
-            grads.append(v.mul(q, du))
+            of_B.append(v.mul(q, du))
             sum_B = v.fma(q, group.matrix("B", t, n), sum_B)
             through = v.mul(q, decay)
             group.set(r, n, through)
             exponent = v.mul(through, before)  # gradient of delta A
             sum_A = v.fma(exponent, group.get(A, n), sum_A)
-            group.set(dA, n, v.fma(exponent, delta, group.get(dA, n)))
+            group.set(grads["A"], n, v.fma(exponent, delta, group.get(grads["A"], n)))
         self.keep(t, sum_A=sum_A, sum_B=sum_B)
-        self.matrix_grad("B", t, group, grads, dB)
+        self.matrix_grad("B", t, group, of_B, grads["B"])
+        self.matrix_grad("C", t, group, of_C, grads["C"])
 
     def finish_steps(self) -> None:
         """Gradients of u, delta, z and of the vectors D and bias, from the sums over states."""
