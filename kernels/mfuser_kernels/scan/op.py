@@ -41,22 +41,11 @@ def _forward(
     return backends.module(backend).forward(x, training)
 
 
-def _fake_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    training: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
-    state = compute_dtype(u.dtype)
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_forward` makes of the same arguments, without numbers."""
+    *inputs, training, backend = arguments
+    x = ScanInputs(*inputs)
+    u, state = x.u, compute_dtype(x.u.dtype)
     keep = backends.module(backend).saved_shape(x) if training else (0,)
     return (
         u.new_empty(u.shape),
@@ -91,23 +80,9 @@ def _gradients(
     ]
 
 
-def _fake_gradients(
-    d_out: Tensor | None,
-    d_last_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
-    backend: str,
-) -> list[Tensor]:
-    x = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+def _fake_gradients(d_out: Any, d_last_state: Any, *arguments: Any) -> list[Tensor]:
+    *tensors, _saved, delta_softplus, _backend = arguments
+    x = ScanInputs(*tensors, delta_softplus)
     return [t.new_empty(t.shape) for t in x.tensors() if t is not None]
 
 
