@@ -81,8 +81,8 @@ def _gradients(
 
 
 def _fake_gradients(d_out: Any, d_last_state: Any, *arguments: Any) -> list[Tensor]:
-    *tensors, _saved, delta_softplus, _backend = arguments
-    x = ScanInputs(*tensors, delta_softplus)
+    *inputs, _saved, delta_softplus, _backend = arguments
+    x = ScanInputs(*(*inputs, delta_softplus))
     return [t.new_empty(t.shape) for t in x.tensors() if t is not None]
 
 
