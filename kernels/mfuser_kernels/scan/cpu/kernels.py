@@ -31,8 +31,9 @@ AHEAD, CACHE_LINE = 16, 64  # steps, 0.7 microseconds, several memory accesses; 
 LANES = 16  # 32 run no faster: what is theirs no longer fits 32 registers
 
 # Fields of the table that describes one scan to a kernel: addresses, then sizes. Shapes:
-# rows (B, L, Dp) of u, delta, z, out and their gradients; A, kept and summed tables (..., N, Dp)
-# float32; B and C (B, L, G, N), or (N, Dp) if constant, float32; Dp is D padded to whole blocks.
+# rows (B, L, Dp) of u, delta, z, out and their gradients; tables (..., N, Dp) float32, and float64
+# for sums over time; B and C (B, L, G, N), or (N, Dp) if constant, float32; Dp is D padded to whole
+# blocks.
 FIELDS = (
     "u", "delta", "z", "out", "A", "B", "C", "D", "bias", "state", "saved",
     "d_out", "du", "d_delta", "dz", "dA", "dB", "dC", "dD", "d_bias", "total_B", "total_C",
@@ -109,9 +110,13 @@ class Kernel:
         self.tables = b.add(b.mul(self.item, self.table_size), self.channel)
         self.vectors = b.add(b.mul(self.item, self.table_row), self.channel)
 
+    def is_constant(self, name: str) -> bool:
+        """Whether matrix B or C is the same at all steps."""
+        return bool(getattr(self.variant, f"constant_{name}"))
+
     def read_matrix(self, name: str, step: Value, n: Value) -> Value:
         """B or C of one state at one step, in every lane or for each lane."""
-        if getattr(self.variant, f"constant_{name}"):
+        if self.is_constant(name):
             return self.v.load(self.at(name, self.channel), self.b.mul(n, self.table_row))
         offset = self.b.add(self.b.mul(step, self.matrix_row), self.times(n, 4))
         return self.v.broadcast(self.at(name, self.matrix), offset)

@@ -7,7 +7,7 @@ in registers over the time loops; held in memory they cost a store each for ever
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from mfuser_kernels.scan.cpu.kernels import CHUNK, LANES, Kernel, Variant
 from mfuser_kernels.scan.cpu.vector import LN_2, States, Value, Vector, const, loop
@@ -34,6 +34,7 @@ def backward_kernel(variant: Variant, name: str) -> str:
     q_t = C_t g_t + r_{t+1}, dB_t = q_t delta_t u_t, dC_t = g_t h_t,
     du_t = delta_t sum_n(q_t B_t) + D g_t,
     d delta_t = u_t sum_n(q_t B_t) + sum_n(r_t h_{t-1} A), dA = sum_t r_t h_{t-1} delta_t.
+    Sums over time are float32 within a chunk and float64 over chunks: their terms have both signs.
     """
     k = Backward(variant, name)
     b = k.b
@@ -61,7 +62,7 @@ def total_kernel(variant: Variant, name: str) -> str:
     k = Kernel(variant, name, GROUP)
     b, v = k.b, k.v
     for m in "BC":
-        if getattr(variant, f"constant_{m}"):
+        if k.is_constant(m):
             continue
         with loop(b, k.first, k.last) as i:
             place = k.times(i, 4 * GROUP)
@@ -92,6 +93,18 @@ class StateGroup:
     def write(self, variable: Value, name: str, place: Value) -> None:
         skip = self.k.b.mul(self.first, self.k.table_row)
         self.states.write(variable, self.k.at(name, place, skip), self.k.table_row)
+
+    @contextmanager
+    def chunk_sum(self, name: str, place: Value) -> Iterator[Value]:
+        """A variable, zero at first, that is added to the float64 table of that name in the end."""
+        variable, b, v = self.states.variable(), self.k.b, self.k.v
+        for n in self.numbers:
+            self.set(variable, n, v.c(0.0))
+        yield variable
+        wide_place, wide_row = self.k.times(place, 2), self.k.times(self.k.table_row, 2)
+        for n in self.numbers:
+            offset = b.mul(b.add(self.first, const(n)), wide_row)
+            v.add_to(self.k.at(name, wide_place), offset, self.get(variable, n))
 
     def get(self, variable: Value, n: int) -> Value:
         return self.states.get(variable, const(n))
@@ -165,22 +178,22 @@ class Backward(Kernel):
 
     def walk(self, group: StateGroup) -> None:
         """Forward through the chunk, then back, for the states of a group."""
-        A = group.read("A", self.channel)
-        h = group.read("saved", self.kept)
+        A, h = group.read("A", self.channel), group.read("saved", self.kept)
         with loop(self.b, const(0), self.steps) as t:
             self.step(t, group, A, h)
         for n in group.numbers:
             self.v.store(group.get(h, n), *self.start_state(self.steps, n))
-        r, dA = group.read("state", self.tables), group.read("dA", self.tables)
-        with (
-            self.running_gradient(group, "B") as dB,
-            self.running_gradient(group, "C") as dC,
-            loop(self.b, const(0), self.steps) as back,
-        ):
+        r = group.read("state", self.tables)
+        with ExitStack() as stack:
+            grads = {
+                m: stack.enter_context(group.chunk_sum(f"d{m}", self.tables))
+                for m in ("A", "B", "C")
+                if m == "A" or self.is_constant(m)
+            }
+            back = stack.enter_context(loop(self.b, const(0), self.steps))
             t = self.b.sub(self.b.sub(self.steps, const(1)), back)
-            self.step_back(t, group, A, r, {"A": dA, "B": dB, "C": dC})
+            self.step_back(t, group, A, r, grads)
         group.write(r, "state", self.tables)
-        group.write(dA, "dA", self.tables)
 
     def step(self, t: Value, group: StateGroup, A: Value, h: Value) -> None:
         """Recompute one step and keep what the way back needs."""
@@ -226,15 +239,15 @@ class Backward(Kernel):
             sum_A = v.fma(exponent, group.get(A, n), sum_A)
             group.set(grads["A"], n, v.fma(exponent, delta, group.get(grads["A"], n)))
         self.keep(t, sum_A=sum_A, sum_B=sum_B)
-        self.matrix_grad("B", t, group, of_B, grads["B"])
-        self.matrix_grad("C", t, group, of_C, grads["C"])
+        self.matrix_grad("B", t, group, of_B, grads.get("B"))
+        self.matrix_grad("C", t, group, of_C, grads.get("C"))
 
     def finish_steps(self) -> None:
         """Gradients of u, delta, z and of the vectors D and bias, from the sums over states."""
         b, v = self.b, self.v
         totals = {name: self.n.scalar() for name in ("dD", "d_bias")}
-        for name, total in totals.items():
-            b.store(v.load(self.at(name, self.vectors), const(0)), total)
+        for total in totals.values():
+            b.store(v.c(0.0), total)
         with loop(b, const(0), self.steps) as t:
             row = b.mul(t, self.row)
             delta, slope, g, sum_A, sum_B = (
@@ -253,20 +266,10 @@ class Backward(Kernel):
                 dy = v.mul(self.read_row("d_out", row), self.recall("y", t))
                 self.write_row(v.mul(dy, slope_z), "dz", row)
         for name, total in totals.items():
-            v.store(b.load(total), self.at(name, self.vectors), const(0))
-
-    @contextmanager
-    def running_gradient(self, group: StateGroup, name: str) -> Iterator[Value]:
-        """A variable for dB or dC where the matrix is the same at all steps, else None."""
-        if not getattr(self.variant, f"constant_{name}"):
-            yield None
-            return
-        variable = group.read(f"d{name}", self.tables)
-        yield variable
-        group.write(variable, f"d{name}", self.tables)
+            v.add_to(self.at(name, self.times(self.vectors, 2)), const(0), b.load(total))
 
     def matrix_grad(
-        self, name: str, t: Value, group: StateGroup, grads: list[Value], running: Value
+        self, name: str, t: Value, group: StateGroup, grads: list[Value], running: Value | None
     ) -> None:
         """Add to the gradient of B or C: of each channel, or summed over this task's channels."""
         b, v = self.b, self.v

@@ -111,13 +111,14 @@ class Layout:
     def empty_rows(self) -> Tensor:
         return memory.empty((self.x.batch, self.x.length, self.width), self.dtype)
 
-    def zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32)
+    def totals(self, *of_item: int) -> Tensor:
+        """Sums over time, nothing added yet."""
+        return torch.zeros((self.x.batch, *of_item), dtype=torch.float64)
 
     def states(self, t: Tensor | None) -> Tensor:
         """(B, D, N) to a table of its own (B, N, Dp), zero if not given."""
         if t is None:
-            return self.zeros(self.x.batch, self.x.states, self.width)
+            return torch.zeros((self.x.batch, self.x.states, self.width))
         made = self.table(t)
         return made.clone() if made.data_ptr() == t.data_ptr() else made
 
@@ -168,7 +169,7 @@ def matrix_sums(lay: Layout) -> dict[str, Tensor]:
     x, sums = lay.x, {}
     for name, m in (("B", x.B), ("C", x.C)):
         if m.dim() == 2:
-            sums[name] = lay.zeros(x.batch, x.states, lay.width)
+            sums[name] = lay.totals(x.states, lay.width)
             lay.hold(**{f"d{name}": sums[name]})
         else:
             rows = (*m.shape[:3], reverse.padded_states(x.states))
@@ -195,8 +196,8 @@ def backward(
     lay.hold(d_out=lay.rows(torch.zeros_like(x.u) if d_out is None else d_out))
     q = lay.states(d_last_state)
     du, d_delta = lay.empty_rows(), lay.empty_rows()
-    dA = lay.zeros(x.batch, x.states, lay.width)
-    dD, d_bias = lay.zeros(x.batch, lay.width), lay.zeros(x.batch, lay.width)
+    dA = lay.totals(x.states, lay.width)
+    dD, d_bias = lay.totals(lay.width), lay.totals(lay.width)
     lay.hold(saved=saved.contiguous(), state=q, du=du, d_delta=d_delta)
     lay.hold(dA=dA, dD=dD, d_bias=d_bias)
     dz = None

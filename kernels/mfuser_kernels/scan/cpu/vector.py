@@ -19,14 +19,15 @@ from mfuser_kernels.scan.inputs import LOG2_E
 F32, I1, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(n) for n in (1, 8, 16, 32, 64))
 PTR = ir.PointerType(I8)
 LN_2 = 0.6931471805599453
+LOG2_E_FLOAT = 1.44269502162933349609375  # log2(e) as float32
 # No nnan or ninf: a NaN must reach the output. No reassoc: it folds the magic addition of exp2.
 FLAGS = ("contract", "nsz")
 # 2^f on [-0.5, 0.5], least maximum error with 2^0 exactly 1 (9.1e-8 relative). Exact at 0, because
 # a bias there compounds over every step when delta A is tiny: 1.8e-7 grew to 3.6e-3 in 20,000.
 EXP2 = (1.0, 0.6931469775988194, 0.24022242085144316, 0.05550733743746329,
         0.009671512650236193, 0.0013264727048594906)  # fmt: skip
-# The same on [-1/32, 1/32] (9e-9 relative), for a factor of 2^(1/16), 2^(2/16), ... from a table.
-EXP2_SHORT = (1.0, LN_2, 0.2402265069591007, 0.05550410866482158)
+# (2^f - 1) / f on [-1/32, 1/32]: 2^f is then known to 9e-9.
+EXP2_SLOPE = (LN_2, 0.2402265069591007, 0.05550410866482158)
 # artanh(s) / s as a polynomial in s^2 for s up to 1/3 (4.5e-9 relative).
 ARTANH = (1.0, 0.3333320814278829, 0.2001076362145391, 0.14000902610720742, 0.14005993520688045)
 GROUP = 16  # states whose code is written out
@@ -127,6 +128,13 @@ class Vector:
         half = ir.VectorType(I16, self.lanes)
         self.b.store(self.b.trunc(nearest, half), self.pointer(base, offset, half), align=2)
 
+    def add_to(self, base: Value, offset: Value, x: Value) -> None:
+        """Add to float64 in memory."""
+        wide = ir.VectorType(ir.DoubleType(), self.lanes)
+        place = self.pointer(base, offset, wide)
+        total = self.b.fadd(self.b.load(place, align=8), self.b.fpext(x, wide))
+        self.b.store(total, place, align=8)
+
     def prefetch(self, base: Value, offset: Value, write: bool) -> None:
         """Ask for the cache line at an address; one outside the tensor does no harm."""
         name = "llvm.prefetch.p0" if llvm_version_info >= (16,) else "llvm.prefetch.p0i8"
@@ -194,18 +202,38 @@ class Vector:
         x = self.at_least(x, -126.0)
         if may_grow:
             x = self.at_most(x, 128.0)
-        by_table = self.lanes == 16 and has_lookup()
-        steps = 16 if by_table else 1  # of an exponent by 1
+        steps = self.exponent_steps(may_grow)
+        near, bits = self.nearest(x, steps)
+        return self.power(bits, self.b.fsub(x, near), steps)
+
+    def exp_of_minus_abs(self, x: Value) -> Value:
+        """e^-|x|, log2(e) in two parts: of a large product too much is rounded away."""
+        x = self.at_least(self.b.fneg(self.call("fabs", x)), -126.0 / LOG2_E)
+        steps = self.exponent_steps(may_grow=False)
+        near, bits = self.nearest(self.mul(x, self.c(LOG2_E)), steps)
+        f = self.fma(x, self.c(LOG2_E_FLOAT), self.b.fneg(near))
+        return self.power(bits, self.fma(x, self.c(LOG2_E - LOG2_E_FLOAT), f), steps)
+
+    def exponent_steps(self, may_grow: bool) -> int:
+        """How finely exponents are rounded: to sixteenths where a table has their powers."""
+        return 16 if self.lanes == 16 and has_lookup() and not may_grow else 1
+
+    def nearest(self, x: Value, steps: int) -> tuple[Value, Value]:
+        """x rounded to 1 / steps, and an integer whose low bits are that times steps."""
         magic = self.c(MAGIC / steps)
         shifted = self.b.fadd(x, magic)
-        f = self.b.fsub(x, self.b.fsub(shifted, magic))
-        bits = self.b.bitcast(shifted, self.int)
-        if by_table:
-            # One multiply-add less than without a table, and those are what takes the time.
-            power = self.b.add(self.powers(bits), self.b.shl(bits, self.ci(19)))
-            return self.mul(self.polynomial(EXP2_SHORT, f), self.b.bitcast(power, self.float))
-        p = self.b.bitcast(self.polynomial(EXP2, f), self.int)
-        return self.b.bitcast(self.b.add(p, self.b.shl(bits, self.ci(23))), self.float)
+        return self.b.fsub(shifted, magic), self.b.bitcast(shifted, self.int)
+
+    def power(self, bits: Value, f: Value, steps: int) -> Value:
+        """2^(k / steps + f), k being the low bits."""
+        if steps == 1:
+            p = self.b.bitcast(self.polynomial(EXP2, f), self.int)
+            return self.b.bitcast(self.b.add(p, self.b.shl(bits, self.ci(23))), self.float)
+        # One multiply-add less than without a table, and those are what takes the time. The factor
+        # of f is a small number, so that only the last rounding counts.
+        power = self.b.add(self.powers(bits), self.b.shl(bits, self.ci(19)))
+        power = self.b.bitcast(power, self.float)
+        return self.fma(power, self.mul(f, self.polynomial(EXP2_SLOPE, f)), power)
 
     def polynomial(self, coefficients: Sequence[float], x: Value) -> Value:
         p = self.c(coefficients[-1])
@@ -223,9 +251,6 @@ class Vector:
             self.b.module, ir.FunctionType(self.int, [self.int, self.int]), name
         )
         return self.b.call(function, [table, index])
-
-    def exp_of_minus_abs(self, x: Value) -> Value:
-        return self.exp2(self.mul(self.call("fabs", x), self.c(-LOG2_E)), may_grow=False)
 
     def softplus(self, x: Value, w: Value) -> Value:
         """log(1 + e^x) = max(x, 0) + 2 artanh(w / (2 + w)), given w = e^-|x|."""
