@@ -131,7 +131,10 @@ def test_losses_and_gradients_equal_the_reference(reference: ModuleType, kind: s
         got, want = model.get_parameter(ours).grad, released.p[theirs].grad
         assert got is not None, ours
         # A bias in front of a norm with one channel per group has none, but for rounding.
-        limit = max(1e-4 * float(want.abs().max()), 1e-7 * largest)
+        # One number is a sum over all tokens, of both signs: float32 alone, with the scan written
+        # out step by step, is off by 2e-4 there.
+        relative = 1e-4 if got.numel() > 1 else 1e-3
+        limit = max(relative * float(want.abs().max()), 1e-7 * largest)
         if float((got.double() - want.reshape(got.shape)).abs().max()) > limit:
             wrong[theirs] = error(got, want.reshape(got.shape))
     assert wrong == {}
