@@ -47,7 +47,6 @@ class Layout:
         self.share, self.width = padded(x)
         self.fill = self.share - x.width // x.groups
         self.dtype = torch.bfloat16 if x.u.dtype == torch.bfloat16 else torch.float32
-        A = x.A.detach().double()
         self.variant = Variant(
             states=x.states,
             bf16=self.dtype == torch.bfloat16,
@@ -55,7 +54,7 @@ class Layout:
             gate=x.z is not None,
             constant_B=x.B.dim() == 2,
             constant_C=x.C.dim() == 2,
-            may_grow=not x.delta_softplus or bool((A > 0).any()),
+            may_grow=not x.delta_softplus or bool((x.A > 0).any()),
         )
         self.fields: dict[str, int] = {
             "length": x.length,
@@ -65,12 +64,8 @@ class Layout:
         }
         self.held: list[Tensor] = []
         self.hold(u=self.rows(x.u), delta=self.rows(x.delta))
-        self.hold(A=self.table(A * LOG2_E), B=self.matrix(x.B), C=self.matrix(x.C))
-        zeros = x.u.new_zeros(x.width, dtype=torch.float32)
-        self.hold(
-            D=self.channels(zeros if x.D is None else x.D),
-            bias=self.channels(zeros if x.delta_bias is None else x.delta_bias),
-        )
+        self.hold(A=self.table(x.A.double() * LOG2_E), B=self.matrix(x.B), C=self.matrix(x.C))
+        self.hold(D=self.weights(x.D), bias=self.weights(x.delta_bias))
         if x.z is not None:
             self.hold(z=self.rows(x.z))
 
@@ -87,6 +82,10 @@ class Layout:
         if self.fill:
             t = F.pad(t.unflatten(-1, (self.x.groups, -1)), (0, self.fill)).flatten(-2)
         return t.contiguous()
+
+    def weights(self, t: Tensor | None) -> Tensor:
+        """(D,) to (Dp,), zeros if not given."""
+        return torch.zeros(self.width) if t is None else self.channels(t)
 
     def rows(self, t: Tensor) -> Tensor:
         return self.channels(t, self.dtype)
