@@ -50,3 +50,23 @@ def test_sums_over_time_lose_little():
     """Of terms of both signs, over so many steps that one float32 sum is off by 4e-6."""
     found = errors(scan_inputs(1, 20000, 2, 3), "cpu")
     assert max(found[f"grad {name}"] for name in ("A", "D", "delta_bias")) < 1.5e-6, found
+
+
+@pytest.mark.parametrize(
+    ("size", "spread", "softplus"),
+    [(1e-8, 0, False), (1e-8, 1, True), (1e-6, 0, True), (1e-3, 0, True)],
+)
+def test_decays_close_to_one_are_right_on_average(size, spread, softplus):
+    """Rounded each by itself, they made these errors 9e-6 to 9e-5."""
+    inputs = scan_inputs(1, 6000, 8, 3, softplus=softplus, bias=False, gate=False)
+    step = size * torch.exp(spread * inputs["delta"])
+    inputs["delta"] = torch.log(torch.expm1(step)) if softplus else step
+    found = errors(inputs, "cpu")
+    assert all(error < 5e-6 for error in found.values()), found
+
+
+def test_a_step_of_zero_leaves_the_state_as_it_is():
+    inputs = scan_inputs(1, 2000, 16, 5, softplus=False, bias=False, start=True)
+    inputs["delta"].zero_()
+    _, last = selective_scan(**inputs, return_last_state=True, backend="cpu")
+    assert torch.equal(last, inputs["initial_state"])

@@ -17,7 +17,9 @@ from llvmlite import ir
 
 from mfuser_kernels.scan.cpu.drive import TASK_SIZE, add_driver
 from mfuser_kernels.scan.cpu.vector import (
+    F32,
     I64,
+    LN_2,
     PTR,
     States,
     Value,
@@ -29,6 +31,10 @@ from mfuser_kernels.scan.cpu.vector import (
 CHUNK = 64  # steps between kept states
 AHEAD, CACHE_LINE = 16, 64  # steps, 0.7 microseconds, several memory accesses; bytes
 LANES = 16  # 32 run no faster: what is theirs no longer fits 32 registers
+# Fractions of a rounding step between -1/2 and 1/2, evenly spread in every run of them (the digits
+# of the index in reverse), and the exponent of 2 that moves a float32 just below 1 by that step.
+DITHER = tuple((int(f"{i:010b}"[::-1], 2) + 0.5) / 1024 - 0.5 for i in range(1024))
+STEP_BELOW_ONE = 2.0**-24 / LN_2
 
 # Fields of the table that describes one scan to a kernel: addresses, then sizes. Shapes:
 # rows (B, L, Dp) of u, delta, z, out and their gradients; tables (..., N, Dp) float32, and float64
@@ -142,6 +148,26 @@ class Kernel:
     def write_row(self, x: Value, name: str, offset: Value) -> None:
         self.v.store(x, self.at(name, self.rows), offset, self.variant.bf16)
 
+    def decay(self, t: Value, delta: Value, A: Value) -> Value:
+        """exp(delta A) of a step, with A log2(e) given; right on average over the steps.
+
+        Of a decay close to 1 float32 keeps little: 1 - 1e-8 is 1, and a constant one is off to the
+        same side at every step. Over 20,000 steps that came to 2e-4. So the exponent is moved by
+        less than a rounding step to and fro, which costs nothing in a multiply-add: now 4e-6. The
+        sum that takes the decay must round once, h = fma(decay, h, ...), or there is a bias again.
+        """
+        return self.v.exp2(self.v.fma(delta, A, self.dither(t)), self.variant.may_grow)
+
+    def dither(self, t: Value) -> Value:
+        table = self.module.globals.get("dither")
+        if table is None:
+            kind = ir.ArrayType(F32, len(DITHER))
+            table = ir.GlobalVariable(self.module, kind, "dither")
+            table.initializer = ir.Constant(kind, [F32(x * STEP_BELOW_ONE) for x in DITHER])
+            table.global_constant, table.linkage = True, "internal"
+        index = self.b.and_(self.b.add(self.start, t), const(len(DITHER) - 1))
+        return self.v.broadcast(self.b.bitcast(table, PTR), self.times(index, 4))
+
     def vector(self, name: str) -> Value:
         """D or bias of the block's channels."""
         return self.v.load(self.at(name, self.channel), const(0))
@@ -212,7 +238,7 @@ def forward_kernel(variant: Variant, name: str) -> str:
             prepare(b.select(b.icmp_signed("<", after, last), after, last), bias)
 
             def step(n: Value, t: Value = t, delta: Value = delta, du: Value = du) -> None:
-                decay = v.exp2(v.mul(delta, n_.get(A, n)), variant.may_grow)
+                decay = k.decay(t, delta, n_.get(A, n))
                 h = v.fma(decay, n_.get(state, n), v.mul(du, k.read_matrix("B", t, n)))
                 n_.set(state, n, h)
                 y = next(turns)

@@ -140,14 +140,14 @@ class Backward(Kernel):
         for name, x in values.items():
             self.v.store(x, *self.step_field(name, t))
 
-    def decay(self, t: Value, n: int) -> tuple[Value, Value]:
-        """Where exp(delta_t A) is kept for one state of the group."""
+    def kept_decay(self, t: Value, n: int) -> tuple[Value, Value]:
+        """Where exp(delta_t A) is kept for one state of the group, 1 past the last step."""
         index = self.b.add(self.times(t, GROUP), const(n))
         return self.scratch, self.times(index, 2 * self.bytes)
 
     def start_state(self, t: Value, n: int) -> tuple[Value, Value]:
         """Where h_{t-1} is kept, for t one past the last step too."""
-        base, offset = self.decay(t, n)
+        base, offset = self.kept_decay(t, n)
         return base, self.b.add(offset, const(self.bytes))
 
     def prepare(self, block: Value) -> None:
@@ -183,7 +183,8 @@ class Backward(Kernel):
             self.step(t, group, A, h)
         for n in group.numbers:
             self.v.store(group.get(h, n), *self.start_state(self.steps, n))
-        r = group.read("state", self.tables)
+            self.v.store(self.v.c(1.0), *self.kept_decay(self.steps, n))
+        q = group.read("state", self.tables)
         with ExitStack() as stack:
             grads = {
                 m: stack.enter_context(group.chunk_sum(f"d{m}", self.tables))
@@ -192,8 +193,10 @@ class Backward(Kernel):
             }
             back = stack.enter_context(loop(self.b, const(0), self.steps))
             t = self.b.sub(self.b.sub(self.steps, const(1)), back)
-            self.step_back(t, group, A, r, grads)
-        group.write(r, "state", self.tables)
+            self.step_back(t, group, A, q, grads)
+        for n in group.numbers:
+            group.set(q, n, self.v.mul(group.get(q, n), self.v.load(*self.kept_decay(const(0), n))))
+        group.write(q, "state", self.tables)
 
     def step(self, t: Value, group: StateGroup, A: Value, h: Value) -> None:
         """Recompute one step and keep what the way back needs."""
@@ -202,9 +205,9 @@ class Backward(Kernel):
         delta, du = self.recall("delta", t), self.recall("du", t)
         y = self.recall("y", t) if self.variant.gate else None
         for n in group.numbers:
-            decay = v.exp2(v.mul(delta, group.get(A, n)), self.variant.may_grow)
+            decay = self.decay(t, delta, group.get(A, n))
             before = group.get(h, n)
-            v.store(decay, *self.decay(t, n))
+            v.store(decay, *self.kept_decay(t, n))
             v.store(before, *self.start_state(t, n))
             after = v.fma(decay, before, v.mul(du, group.matrix("B", t, n)))
             group.set(h, n, after)
@@ -214,9 +217,9 @@ class Backward(Kernel):
             self.keep(t, y=y)
 
     def step_back(
-        self, t: Value, group: StateGroup, A: Value, r: Value, grads: dict[str, Value]
+        self, t: Value, group: StateGroup, A: Value, later: Value, grads: dict[str, Value]
     ) -> None:
-        """One step of the reverse recurrence.
+        """One step of the reverse recurrence; `later` has q of the step after, then of this one.
 
         dC is summed here, although h_t was there on the way forward: that way's exponentials keep
         all of the processor's vector units busy, and this one's multiply-adds half of them.
@@ -226,16 +229,16 @@ class Backward(Kernel):
             self.recall(name, t) for name in ("delta", "g", "du", "sum_A", "sum_B")
         )
         self.fetch(("du", "d_delta"), b.mul(t, self.row), write=True)
-        of_B, of_C = [], []
+        after, of_B, of_C = b.add(t, const(1)), [], []
         for n in group.numbers:
-            decay, before = v.load(*self.decay(t, n)), v.load(*self.start_state(t, n))
-            of_C.append(v.mul(v.load(*self.start_state(b.add(t, const(1)), n)), g))
-            q = v.fma(group.matrix("C", t, n), g, group.get(r, n))
+            decay, before = v.load(*self.kept_decay(t, n)), v.load(*self.start_state(t, n))
+            of_C.append(v.mul(v.load(*self.start_state(after, n)), g))
+            from_y = v.mul(group.matrix("C", t, n), g)
+            q = v.fma(v.load(*self.kept_decay(after, n)), group.get(later, n), from_y)
+            group.set(later, n, q)
             of_B.append(v.mul(q, du))
             sum_B = v.fma(q, group.matrix("B", t, n), sum_B)
-            through = v.mul(q, decay)
-            group.set(r, n, through)
-            exponent = v.mul(through, before)  # gradient of delta A
+            exponent = v.mul(v.mul(q, decay), before)  # gradient of delta A
             sum_A = v.fma(exponent, group.get(A, n), sum_A)
             group.set(grads["A"], n, v.fma(exponent, delta, group.get(grads["A"], n)))
         self.keep(t, sum_A=sum_A, sum_B=sum_B)
