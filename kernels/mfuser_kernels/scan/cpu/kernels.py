@@ -152,9 +152,10 @@ class Kernel:
         """exp(delta A) of a step, with A log2(e) given; right on average over the steps.
 
         Of a decay close to 1 float32 keeps little: 1 - 1e-8 is 1, and a constant one is off to the
-        same side at every step. Over 20,000 steps that came to 2e-4. So the exponent is moved by
+        same side at every step. Over 20,000 steps that came to 4e-4. So the exponent is moved by
         less than a rounding step to and fro, which costs nothing in a multiply-add: now 4e-6. The
         sum that takes the decay must round once, h = fma(decay, h, ...), or there is a bias again.
+        Of exactly 1 nothing is moved; above 1, where rounding steps are twice as long, too little.
         """
         return self.v.exp2(self.v.fma(delta, A, self.dither(t)), self.variant.may_grow)
 
