@@ -7,10 +7,11 @@ lost. `reference` in float32 shows what that does to the recurrence as it is wri
 from __future__ import annotations
 
 import argparse
+from operator import itemgetter
 
 import torch
 
-from mfuser_kernels.testing import relative_rms, run_scan, scan_inputs
+from mfuser_kernels.testing import errors, inverse_softplus, run_scan, scan_inputs
 
 BACKENDS = ("reference", "chunked", "cpu")
 
@@ -29,14 +30,12 @@ def main() -> None:
         for spread, word in ((0.0, "at every step"), (0.5, "on average")):
             inputs = scan_inputs(1, arguments.length, arguments.width, 8, softplus=True, bias=False)
             step = size * torch.exp(spread * torch.randn_like(inputs["delta"]))
-            inputs["delta"] = torch.log(torch.expm1(step))
+            inputs["delta"] = inverse_softplus(step)
             exact = run_scan(inputs, "reference", torch.float64)
             cells = []
             for backend in BACKENDS:
-                found = run_scan(inputs, backend)
-                errors = {name: relative_rms(found[name], exact[name]) for name in exact}
-                worst = max(errors, key=lambda name: errors[name])
-                cells.append(f"{errors[worst]:.0e} ({worst})")
+                name, error = max(errors(inputs, backend, exact=exact).items(), key=itemgetter(1))
+                cells.append(f"{error:.0e} ({name})")
             print(f"| {size:.0e} {word} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -81,9 +81,7 @@ def _gradients(
 
 
 def _fake_gradients(d_out: Any, d_last_state: Any, *arguments: Any) -> list[Tensor]:
-    *inputs, _saved, delta_softplus, _backend = arguments
-    x = ScanInputs(*(*inputs, delta_softplus))
-    return [t.new_empty(t.shape) for t in x.tensors() if t is not None]
+    return [t.new_empty(t.shape) for t in arguments[:TENSORS] if t is not None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -40,12 +39,6 @@ def saved_shape(x: ScanInputs) -> tuple[int, ...]:
     return (x.batch, -(-x.length // CHUNK), x.states, padded(x)[1])
 
 
-def any_positive(A: Tensor) -> bool:
-    """Whether a number is above 0; one pass over A, if none of its numbers is a NaN."""
-    largest = float(A.max())
-    return largest > 0 or (math.isnan(largest) and bool((A > 0).any()))
-
-
 class Layout:
     """One scan's tensors, made contiguous and padded, and the table that names them."""
 
@@ -61,7 +54,7 @@ class Layout:
             gate=x.z is not None,
             constant_B=x.B.dim() == 2,
             constant_C=x.C.dim() == 2,
-            may_grow=not x.delta_softplus or any_positive(x.A),
+            may_grow=not x.delta_softplus or bool((x.A > 0).any()),
         )
         self.fields: dict[str, int] = {
             "length": x.length,

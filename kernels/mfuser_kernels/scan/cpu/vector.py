@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import c_float
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ from mfuser_kernels.scan.inputs import LOG2_E
 F32, I1, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(n) for n in (1, 8, 16, 32, 64))
 PTR = ir.PointerType(I8)
 LN_2 = 0.6931471805599453
-LOG2_E_FLOAT = 1.44269502162933349609375  # log2(e) as float32
+LOG2_E_FLOAT = c_float(LOG2_E).value  # what a float32 keeps of it
 # No nnan or ninf: a NaN must reach the output. No reassoc: it folds the magic addition of exp2.
 FLAGS = ("contract", "nsz")
 # 2^f on [-0.5, 0.5], least maximum error with 2^0 exactly 1 (9.1e-8 relative). Exact at 0, because
