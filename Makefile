@@ -25,7 +25,7 @@ imports: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 reference: $(VENV)/.installed-dev
-	$(BIN)/python -m mfuser.reference > docs/reference.md
+	$(BIN)/python -m mfuser.cli.reference > docs/reference.md
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from mfuser import measure
-from mfuser.measure import AdapterCost, Growth
-from mfuser.plugins import components
+from mfuser.plugins.discovery import components
+from mfuser.reporting import adapter_cost
+from mfuser.reporting.adapter_cost import AdapterCost, Growth
 from mfuser.specs import FusionSpec
 
 ADAPTERS = (
@@ -159,16 +159,16 @@ def main(arguments: list[str] | None = None) -> dict[str, bool]:
     if given.threads:
         torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    machine = measure.machine(given.device)
+    machine = adapter_cost.machine(given.device)
     sizes: dict[str, Any] = {"width": given.width, "batch": given.batch, "device": given.device}
     costs, growths = [], []
     for name, spec in specs(given.adapters).items():
         print(f"{name}: {given.grid}x{given.grid} patches", file=sys.stderr)
         grid = (given.grid, given.grid)
-        costs.append(measure.adapter_cost(spec, name, grid=grid, prefix=1, **sizes))
+        costs.append(adapter_cost.adapter_cost(spec, name, grid=grid, prefix=1, **sizes))
         if given.curve:
             growths.append(
-                measure.growth(
+                adapter_cost.growth(
                     spec, name, tokens=given.curve, limit=given.limit, on_point=_tell, **sizes
                 )
             )

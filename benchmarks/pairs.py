@@ -29,10 +29,10 @@ from typing import Any
 
 import torch
 
-from mfuser.assembly import build_model, sketch, unfilled
+from mfuser.config.pairing import PairingSpec
 from mfuser.errors import MFuserError
 from mfuser.interfaces import VisionLanguageBackbone
-from mfuser.pairing import PairingSpec
+from mfuser.model.assembly import build_model, sketch, unfilled
 from mfuser_plugins.backbones._text_towers import HuggingFaceTower
 from mfuser_plugins.backbones.catalogue import CATALOGUE, candidates
 from mfuser_plugins.backbones.open_clip import OpenClipSpec

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mfuser.classes import CITYSCAPES
+from mfuser.config.classes import CITYSCAPES
 from mfuser_plugins.datasets.streets import StreetsSpec
 
 DOMAINS = ("game", "camera", "fog", "night", "rain", "snow")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mfuser.version import __version__ as __version__
 
 _HOME = {
     "hookimpl": "hookspecs",
@@ -23,9 +23,9 @@ _HOME = {
     "EnhancerSpec": "specs",
     "DecoderSpec": "specs",
     "DatasetSpec": "specs",
-    "TokenShape": "specs",
+    "TokenShape": "shapes",
     "Options": "specs",
-    "component_of": "specs",
+    "component_of": "plugins.discovery",
     "Stream": "interfaces",
     "VisionBackbone": "interfaces",
     "VisionLanguageBackbone": "interfaces",
@@ -36,18 +36,20 @@ _HOME = {
     "Dataset": "interfaces",
     "Sample": "interfaces",
     "IGNORE": "interfaces",
-    "components": "plugins",
-    "Registry": "registry",
-    "PairingSpec": "pairing",
-    "load_registry": "registry",
-    "build_model": "assembly",
-    "DGSSModel": "model",
+    "components": "plugins.discovery",
+    "Registry": "config.registry",
+    "PairingSpec": "config.pairing",
+    "load_registry": "config.registry",
+    "build_model": "model.assembly",
+    "DGSSModel": "model.dgss",
 }
 
 __all__ = sorted(["__version__", *_HOME])
 
 if TYPE_CHECKING:
-    from mfuser.assembly import build_model as build_model
+    from mfuser.config.pairing import PairingSpec as PairingSpec
+    from mfuser.config.registry import Registry as Registry
+    from mfuser.config.registry import load_registry as load_registry
     from mfuser.errors import DataError as DataError
     from mfuser.errors import MFuserError as MFuserError
     from mfuser.errors import WeightsError as WeightsError
@@ -62,18 +64,16 @@ if TYPE_CHECKING:
     from mfuser.interfaces import TextEnhancer as TextEnhancer
     from mfuser.interfaces import VisionBackbone as VisionBackbone
     from mfuser.interfaces import VisionLanguageBackbone as VisionLanguageBackbone
-    from mfuser.model import DGSSModel as DGSSModel
-    from mfuser.pairing import PairingSpec as PairingSpec
-    from mfuser.plugins import components as components
-    from mfuser.registry import Registry as Registry
-    from mfuser.registry import load_registry as load_registry
+    from mfuser.model.assembly import build_model as build_model
+    from mfuser.model.dgss import DGSSModel as DGSSModel
+    from mfuser.plugins.discovery import components as components
+    from mfuser.shapes import TokenShape as TokenShape
     from mfuser.specs import BackboneSpec as BackboneSpec
     from mfuser.specs import DatasetSpec as DatasetSpec
     from mfuser.specs import DecoderSpec as DecoderSpec
     from mfuser.specs import EnhancerSpec as EnhancerSpec
     from mfuser.specs import FusionSpec as FusionSpec
     from mfuser.specs import Options as Options
-    from mfuser.specs import TokenShape as TokenShape
     from mfuser.specs import TuningSpec as TuningSpec
     from mfuser.specs import VisionLanguageSpec as VisionLanguageSpec
     from mfuser.specs import VisionSpec as VisionSpec

@@ -62,3 +62,13 @@ def suggest(given: str, known: Iterable[str]) -> str:
         return "; there are none"
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     return f"; there is: {shown}"
+
+
+def brief(error: Exception) -> str:
+    """The first problem of an error, on one line."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return " ".join(str(error).split())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mfuser.specs import TokenShape
+from mfuser.shapes import TokenShape
 
 IGNORE = 255
 """The label of pixels that no class is asked of."""

@@ -13,7 +13,7 @@ This module imports pydantic alone: specs can be listed and validated without to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from mfuser.errors import PluginError
+from mfuser.shapes import TokenShape as TokenShape
 
 if TYPE_CHECKING:
     from mfuser import interfaces
@@ -82,23 +83,6 @@ class Spec(Options):
     def component(cls) -> str:
         """The component's name, as written in a registry."""
         return str(cls.model_fields["name"].default)
-
-
-@dataclass(frozen=True)
-class TokenShape:
-    """What a backbone declares of its token stream at the model's image size.
-
-    A stream is (B, N, embed_dim) with N = num_prefix_tokens + grid[0] * grid[1]:
-    prefix tokens (class, registers) first, then the patch grid row by row.
-    """
-
-    embed_dim: int
-    grid: tuple[int, int]
-    num_prefix_tokens: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
@@ -273,6 +257,16 @@ KINDS: dict[str, type[Spec]] = {
 }
 
 
+_installed: Callable[[], Any] | None = None
+
+
+def offer_installed(components: Callable[[], Any]) -> None:
+    """Tell `component_of` where to look without a validation context. Called by the discovery of
+    plugins, which stands above this module."""
+    global _installed
+    _installed = components
+
+
 def component_of(*kinds: str) -> BeforeValidator:
     """For a field that holds a component of one of these kinds, whichever plugin offers it:
 
@@ -288,9 +282,12 @@ def component_of(*kinds: str) -> BeforeValidator:
             return value
         components = (info.context or {}).get("components")
         if components is None:
-            from mfuser.plugins import installed_components
-
-            components = installed_components()
+            if _installed is None:
+                raise ValueError(
+                    "no components are known here: validate with "
+                    'context={"components": mfuser.load_registry().components}'
+                )
+            components = _installed()
         return components.validate(kinds, value)
 
     return BeforeValidator(validate)

@@ -140,8 +140,8 @@ def write_registry(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignore[no-untyped-def]
     """The folder of a finished run of `plain`; copy it before writing into it."""
-    from mfuser.run import RunSpec
-    from mfuser.train import train
+    from mfuser.config.run import RunSpec
+    from mfuser.engine.train import train
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     pairing, recipe = tiny.pairing("plain"), tiny.recipe("tiny")
@@ -152,7 +152,7 @@ def trained(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ig
 @pytest.fixture
 def begin(tiny):  # type: ignore[no-untyped-def]
     """What a run of a tiny pairing is, with settings of its recipe."""
-    from mfuser.run import RunSpec
+    from mfuser.config.run import RunSpec
 
     def make(pairing: str = "plain", *recipe: str, **kwargs: Any) -> RunSpec:
         return RunSpec.of(

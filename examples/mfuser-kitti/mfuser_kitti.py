@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from mfuser import IGNORE, DataError, Dataset, DatasetSpec, Sample, hookimpl
-from mfuser.classes import CITYSCAPES
+from mfuser.config.classes import CITYSCAPES
 from mfuser.data.images import read_image, read_label
 from PIL import Image
 

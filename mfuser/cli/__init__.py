@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from mfuser import __version__
 from mfuser.errors import MFuserError, suggest
+from mfuser.version import __version__
 
 INTERRUPTED = 130
 

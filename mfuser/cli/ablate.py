@@ -26,9 +26,9 @@ from mfuser.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mfuser.registry import Registry
+    from mfuser.config.registry import Registry
+    from mfuser.config.study import AdapterStudySpec, StudySpec
     from mfuser.study.runs import Inputs, Job
-    from mfuser.study.spec import AdapterStudySpec, StudySpec
 
 
 @cli.command()
@@ -87,8 +87,8 @@ def ablate(
     spec = registry.study(study, overrides)
     if not dry_run:
         check_device(device)
+    from mfuser.config.study import AdapterStudySpec, StudySpec
     from mfuser.study.runs import Inputs
-    from mfuser.study.spec import AdapterStudySpec, StudySpec
 
     folder = out or Path("studies") / study
     inputs = Inputs(registries, plugins, data_roots, device)
@@ -158,7 +158,7 @@ class _AdapterPlan(_Plan):
 def _work(
     plan: _Plan, study: str, folder: Path, index: int, of: int, dry_run: bool, as_json: bool
 ) -> None:
-    from mfuser.console import Console
+    from mfuser.engine.console import Console
     from mfuser.study import runs
 
     share = runs.share(plan.jobs, index, of)
@@ -226,7 +226,7 @@ def _overrides(
     settings: tuple[str, ...],
     recipe_settings: tuple[str, ...],
 ) -> dict[str, Any]:
-    from mfuser.registry import parse_settings
+    from mfuser.config.registry import parse_settings
 
     given: dict[str, Any] = {"base": base, "recipe": recipe, "source": source}
     given["targets"] = targets
@@ -247,7 +247,7 @@ def _overrides(
 
 def _list_of(text: str) -> list[Any]:
     """ "a,b" or "8,4" or a list in TOML -> its values."""
-    from mfuser.registry import parse_settings
+    from mfuser.config.registry import parse_settings
 
     if text.strip().startswith("["):
         value = parse_settings([f"value={text}"])["value"]

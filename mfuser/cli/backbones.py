@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mfuser.cli import emit
-from mfuser.registry import Registry
+from mfuser.config.registry import Registry
 from mfuser.specs import BackboneInfo, BackboneSpec
 
 COLUMNS = ("width", "depth", "patch", "tokens")

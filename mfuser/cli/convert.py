@@ -42,7 +42,7 @@ def convert(
     released kinds it is, its keys say; every key is accounted for.
     """
     registry = open_registry(registries, plugins)
-    from mfuser.released.convert import convert as convert_file
+    from mfuser.engine.convert import convert as convert_file
 
     account = convert_file(registry, checkpoint, pairing, out, settings=settings, source=source)
     if as_json:

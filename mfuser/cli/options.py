@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mfuser.registry import Registry
+    from mfuser.config.registry import Registry
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -93,7 +93,7 @@ def out_option(help: str) -> Decorator:
 def open_registry(
     registries: tuple[str, ...], plugins: tuple[str, ...], data_roots: tuple[str, ...] = ()
 ) -> Registry:
-    from mfuser.registry import load_registry
+    from mfuser.config.registry import load_registry
 
     return load_registry(*registries, plugins=plugins, data_roots=data_roots)
 

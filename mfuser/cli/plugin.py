@@ -10,7 +10,7 @@ import click
 
 from mfuser.cli import Group, cli, emit
 from mfuser.cli.options import data_options, json_option
-from mfuser.scaffold import KINDS
+from mfuser.plugins.scaffold import KINDS
 
 FAILED = 1
 
@@ -34,7 +34,7 @@ def plugin() -> None:
 @json_option
 def new(name: str, kind: str, out: Path | None, as_json: bool) -> None:
     """Write the package NAME: a component that works, its spec, a test, pyproject.toml, README."""
-    from mfuser.scaffold import write
+    from mfuser.plugins.scaffold import write
 
     folder = out or Path(name)
     written = write(name, kind, folder)

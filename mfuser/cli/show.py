@@ -108,8 +108,8 @@ def describe(
     """
     registry = open_registry(registries, plugins)
     spec = registry.pairing(pairing, settings)
-    from mfuser.describe import describe as describe_model
-    from mfuser.describe import render
+    from mfuser.reporting.describe import describe as describe_model
+    from mfuser.reporting.describe import render
 
     facts = describe_model(spec)
     if as_json:
@@ -143,8 +143,8 @@ def check(
 ) -> None:
     """What of DATASETS (default: all) is on disk, and what is missing."""
     registry = open_registry(registries, plugins, data_roots)
+    from mfuser.config.run import domains
     from mfuser.errors import MFuserError
-    from mfuser.run import domains
 
     wanted = datasets or tuple(
         dict.fromkeys([*registry.components.kind("dataset"), *registry.names("dataset")])
@@ -179,7 +179,7 @@ def check(
 @json_option
 def doctor(as_json: bool) -> None:
     """Versions, devices, plugins, and what each optional part would need."""
-    from mfuser.doctor import examine
+    from mfuser.cli.doctor import examine
 
     report = examine()
     if as_json:

@@ -78,10 +78,10 @@ def train(
     pairing_spec = registry.pairing(pairing, settings)
     recipe_spec = registry.recipe(recipe_name, changes)
     check_device(device)
-    from mfuser.console import Console
-    from mfuser.run import RunSpec
-    from mfuser.train import Interrupted
-    from mfuser.train import train as train_run
+    from mfuser.config.run import RunSpec
+    from mfuser.engine.console import Console
+    from mfuser.engine.train import Interrupted
+    from mfuser.engine.train import train as train_run
 
     run = RunSpec.of(
         registry,
@@ -106,7 +106,7 @@ def train(
     if no_evaluate or not run.targets:
         emit({"run": str(folder)}) if as_json else click.echo(f"trained: {folder}")
         return
-    from mfuser.evaluate import evaluate as evaluate_run
+    from mfuser.engine.evaluate import evaluate as evaluate_run
 
     pictures = folder / "pictures"
     report = evaluate_run(
@@ -149,9 +149,9 @@ def evaluate(
     """Score RUN (a folder or a checkpoint) on several domains at once: IoU, mIoU, average."""
     registry = open_registry(registries, plugins, data_roots)
     check_device(device)
-    from mfuser.console import Console
-    from mfuser.evaluate import evaluate as evaluate_run
-    from mfuser.run import domains
+    from mfuser.config.run import domains
+    from mfuser.engine.console import Console
+    from mfuser.engine.evaluate import evaluate as evaluate_run
 
     chosen = [d for reference in _split(targets) for d in domains(registry, reference)]
     folder = out or (run if run.is_dir() else run.parent)
@@ -206,9 +206,9 @@ def predict(
     """Colour masks and overlays of IMAGES (files or folders) from RUN."""
     registry = open_registry(registries, plugins)
     check_device(device)
-    from mfuser.console import Console
-    from mfuser.predict import find_images
-    from mfuser.predict import predict as predict_images
+    from mfuser.engine.console import Console
+    from mfuser.engine.predict import find_images
+    from mfuser.engine.predict import predict as predict_images
 
     if scale != scale:  # click's range lets NaN through
         raise click.UsageError("--scale takes a factor, not nan")
@@ -240,7 +240,7 @@ def _split(names: str | None) -> tuple[str, ...]:
 
 
 def _show(report, folder: Path, as_json: bool, pictures: Path) -> None:  # type: ignore[no-untyped-def]
-    from mfuser.evaluate import picture
+    from mfuser.engine.evaluate import picture
 
     # Only those of this report: the folder may hold others from before.
     names = [picture(name) for name in ("overview", *report.domains)]

@@ -12,17 +12,17 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
-from mfuser import measure
-from mfuser.console import Console
+from mfuser.config.registry import Registry
+from mfuser.config.study import AdapterStudySpec
+from mfuser.engine.console import Console
 from mfuser.errors import MFuserError, RegistryError
-from mfuser.measure import AdapterCost, Growth
-from mfuser.registry import Registry
-from mfuser.run import write_json, write_text
+from mfuser.files import write_json, write_text
+from mfuser.reporting import adapter_cost
+from mfuser.reporting.adapter_cost import AdapterCost, Growth
 from mfuser.specs import FusionSpec, TokenShape
 from mfuser.study import paper
 from mfuser.study.grid import value_label
 from mfuser.study.runs import Inputs, Job
-from mfuser.study.spec import AdapterStudySpec
 
 FILE = "measured.json"
 COLUMNS = (
@@ -63,7 +63,7 @@ def adapters(registry: Registry, name: str, study: AdapterStudySpec) -> dict[str
             raise RegistryError(f"{place}: two are called '{label}'; give one a label")
         assert isinstance(spec, FusionSpec)
         try:
-            measure.layout(spec, shape, label)
+            adapter_cost.layout(spec, shape, label)
         except MFuserError as error:
             raise RegistryError(f"{place}, {label}: {error}") from error
         if study.paper is not None:
@@ -102,10 +102,10 @@ def work(job: dict[str, Any], registry: Registry) -> None:
     study = AdapterStudySpec.model_validate(job["study"])
     spec = registry.components.validate(("fusion",), job["adapter"])
     assert isinstance(spec, FusionSpec)
-    device = job["device"] or measure.default_device()
-    machine = measure.machine(device)
+    device = job["device"] or adapter_cost.default_device()
+    machine = adapter_cost.machine(device)
     console, label = Console(), str(job["label"])
-    cost = measure.adapter_cost(
+    cost = adapter_cost.adapter_cost(
         spec,
         label,
         width=study.width,
@@ -117,7 +117,7 @@ def work(job: dict[str, Any], registry: Registry) -> None:
     growth = None
     if study.curve:
         with console.task(label, len(study.curve)) as task:
-            growth = measure.growth(
+            growth = adapter_cost.growth(
                 spec,
                 label,
                 tokens=study.curve,

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mfuser.assembly import sketch
+from mfuser.config.pairing import PairingSpec
+from mfuser.config.registry import Registry, Table, merge
+from mfuser.config.run import Domain, RunSpec
+from mfuser.config.study import StudySpec, is_alternative
 from mfuser.errors import MFuserError, RegistryError
-from mfuser.pairing import PairingSpec
-from mfuser.registry import Registry, Table, merge
-from mfuser.run import Domain, RunSpec
+from mfuser.model.assembly import sketch
 from mfuser.study import paper
-from mfuser.study.spec import StudySpec, is_alternative
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mfuser.config.recipe import RecipeSpec
+from mfuser.config.registry import Registry, load_registry, shipped
+from mfuser.config.run import RunSpec, domains
+from mfuser.config.study import AdapterStudySpec, PaperReference
 from mfuser.errors import MFuserError, suggest
-from mfuser.recipe import RecipeSpec
-from mfuser.registry import Registry, load_registry, shipped
-from mfuser.run import RunSpec, domains
-from mfuser.study.spec import AdapterStudySpec, PaperReference
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -13,12 +13,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
-from mfuser.registry import Registry
-from mfuser.run import write_json, write_text
+from mfuser.config.registry import Registry
+from mfuser.config.study import StudySpec
+from mfuser.files import write_json, write_text
 from mfuser.study import paper
 from mfuser.study.grid import Variant
 from mfuser.study.runs import REPORT, Job
-from mfuser.study.spec import StudySpec
 
 AVERAGE = "unseen average"
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from mfuser.checkpoints import FINAL, LAST
-from mfuser.console import Console
+from mfuser.engine.checkpoints import FINAL, LAST
+from mfuser.engine.console import Console
+from mfuser.engine.folder import RUN, read_run
 from mfuser.errors import CheckpointError, MFuserError
-from mfuser.run import RUN, read_run, write_json
+from mfuser.files import write_json
 from mfuser.study.grid import Variant
 
 STUDY = "study.json"

@@ -12,11 +12,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from mfuser.checkpoints import FINAL
-from mfuser.console import Console
+from mfuser.config.registry import Registry, load_registry
+from mfuser.config.run import RunSpec
+from mfuser.engine.checkpoints import FINAL
+from mfuser.engine.console import Console
+from mfuser.engine.folder import RUN
 from mfuser.errors import MFuserError
-from mfuser.registry import Registry, load_registry
-from mfuser.run import RUN, RunSpec, write_json
+from mfuser.files import write_json
 from mfuser.study.adapters import work as measure_adapter
 from mfuser.study.runs import REPORT
 
@@ -25,8 +27,8 @@ INTERRUPTED = 130
 
 def train(job: dict[str, Any], registry: Registry) -> None:
     """Train, or continue, then evaluate: afterwards the folder holds a model and a report."""
-    from mfuser.evaluate import evaluate
-    from mfuser.train import train as train_run
+    from mfuser.engine.evaluate import evaluate
+    from mfuser.engine.train import train as train_run
 
     run, folder, device = RunSpec.model_validate(job["run"]), Path(job["folder"]), job["device"]
     console = Console()
@@ -49,7 +51,7 @@ def train(job: dict[str, Any], registry: Registry) -> None:
 def main() -> int:
     job = json.load(sys.stdin)
     outcome = Path(job["outcome"])
-    from mfuser.train import Diverged, Interrupted
+    from mfuser.engine.train import Diverged, Interrupted
 
     try:
         registry = load_registry(

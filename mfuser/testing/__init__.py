@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mfuser.errors import MFuserError, PluginError
-from mfuser.plugins import Component, Components
+from mfuser.plugins.components import Component, Components
 from mfuser.specs import DatasetSpec, Spec
 from mfuser.testing import datasets, kinds, modules, partners, specs
 from mfuser.testing.bench import BENCHES
@@ -127,7 +127,7 @@ def check_plugin(
 
 def plugin_components(name: str) -> tuple[Components, list[Component]]:
     """What is installed with the plugin `name`, and what of it that plugin offers."""
-    from mfuser.plugins import load_components, offered_by
+    from mfuser.plugins.discovery import load_components, offered_by
 
     installed = load_components()
     broken = [b for b in installed.broken if b.plugin.split(" ")[0] == name]

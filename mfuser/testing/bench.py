@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfuser.contracts import built
 from mfuser.interfaces import (
     Decoder,
     FusionAdapter,
@@ -17,6 +16,7 @@ from mfuser.interfaces import (
     VisionBackbone,
     VisionLanguageBackbone,
 )
+from mfuser.plugins.contracts import built
 from mfuser.specs import (
     DecoderSpec,
     EnhancerSpec,

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mfuser.config.pairing import PairingSpec
 from mfuser.errors import MFuserError
 from mfuser.interfaces import IGNORE
-from mfuser.pairing import PairingSpec
-from mfuser.plugins import Component, Components
+from mfuser.plugins.components import Component, Components
 from mfuser.specs import Spec
 
 IMAGE = (48, 80)
@@ -122,6 +122,6 @@ def labels_for(batch: int, size: tuple[int, int], classes: int) -> Any:
 @functools.cache
 def everything() -> Components:
     """What is installed."""
-    from mfuser.plugins import installed_components
+    from mfuser.plugins.discovery import installed_components
 
     return installed_components()

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 
 from mfuser.errors import MFuserError, PluginError
-from mfuser.plugins import Components
+from mfuser.plugins.components import Components
 from mfuser.specs import Spec
 from mfuser.testing.bench import BENCHES
 from mfuser.testing.partners import tiny

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mfuser.assembly import build_model
-from mfuser.contracts import origin
+from mfuser.config.pairing import PairingSpec
 from mfuser.errors import PluginError
-from mfuser.model import DGSSModel
-from mfuser.pairing import PairingSpec
+from mfuser.model.assembly import build_model
+from mfuser.model.dgss import DGSSModel
+from mfuser.plugins.contracts import origin
 from mfuser.testing.partners import CLASSES, IMAGE, ROLES, labels_for
 from mfuser.testing.verdict import Broken, NotTried
 

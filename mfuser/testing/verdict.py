@@ -133,7 +133,7 @@ def _place(error: BaseException) -> str:
         for f in frames
         if not any(
             part in f.filename
-            for part in ("/torch/", "/pydantic", "/mfuser/testing/", "/mfuser/contracts.py")
+            for part in ("/torch/", "/pydantic", "/mfuser/testing/", "/mfuser/plugins/contracts.py")
         )
     ]
     frame = (own or frames)[-1]

@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 import pytest
 
-from mfuser import reference
-from mfuser.registry import Registry, load_registry
+from mfuser.cli import reference
+from mfuser.config.registry import Registry, load_registry
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,8 +42,8 @@ def test_reference_is_up_to_date() -> None:
     written = (ROOT / "docs" / "reference.md").read_text("utf-8")
     made = reference.reference() + "\n"
     for n, (a, b) in enumerate(zip(written.splitlines(), made.splitlines(), strict=False), 1):
-        assert a == b, f"line {n}: run `python -m mfuser.reference > docs/reference.md`"
-    assert written == made, "run `python -m mfuser.reference > docs/reference.md`"
+        assert a == b, f"line {n}: run `python -m mfuser.cli.reference > docs/reference.md`"
+    assert written == made, "run `python -m mfuser.cli.reference > docs/reference.md`"
 
 
 def test_all_hooks_specs_and_commands_are_documented() -> None:

@@ -12,10 +12,10 @@ import mfuser.testing
 import mfuser_kernels
 from mfuser import hookspecs
 from mfuser.cli import cli
-from mfuser.pairing import PairingSpec
-from mfuser.plugins import GROUP, load_components
-from mfuser.reference import commands
-from mfuser.registry import TABLES
+from mfuser.cli.reference import commands
+from mfuser.config.pairing import PairingSpec
+from mfuser.config.registry import TABLES
+from mfuser.plugins.discovery import GROUP, load_components
 from mfuser.specs import KINDS
 
 NAMES = """BackboneSpec DGSSModel DataError Dataset DatasetSpec Decoder DecoderOutput DecoderSpec

@@ -64,7 +64,7 @@ def test_plugins_import_nothing_heavy(root: Path) -> None:
     """`mfuser list` imports every plugin: the libraries wait until a model is built."""
     code = (
         "import sys\n"
-        "from mfuser.plugins import load_components\n"
+        "from mfuser.plugins.discovery import load_components\n"
         "found = load_components()\n"
         "assert not found.broken, found.broken\n"
         "heavy = {'timm', 'open_clip', 'transformers', 'cv2', 'accelerate'} & set(sys.modules)\n"

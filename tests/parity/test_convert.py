@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from mfuser import MFuserError, PairingSpec, load_registry
-from mfuser.assembly import unfilled
-from mfuser.checkpoints import load_model, load_released
+from mfuser.engine.checkpoints import load_model, load_released
 from mfuser.errors import CheckpointError
+from mfuser.model.assembly import unfilled
 from mfuser.released import recognise, translate
 from mfuser.released.files import read_released
 

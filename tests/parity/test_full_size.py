@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mfuser import DGSSModel, Registry, load_registry
-from mfuser.assembly import unfilled
+from mfuser.model.assembly import unfilled
 from mfuser.released import recognise, translate
 
 PAIRINGS = {

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfuser import DGSSModel, PairingSpec
-from mfuser.alignment import score_map
-from mfuser.checkpoints import load_released
-from mfuser.inference import sliding_window
+from mfuser.engine.checkpoints import load_released
+from mfuser.model.alignment import score_map
+from mfuser.model.sliding_window import sliding_window
 from mfuser.released import recognise, translate
 
 KINDS = ("eva", "clip", "siglip")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mfuser import MFuserError, build_model, components
-from mfuser.registry import Registry
+from mfuser.config.registry import Registry
 
 AXES = ("fusion", "enhancer", "decoder")
 TOWERS = {"both": {}, "vfm": {"vlm": "none"}, "vlm": {"vfm": "none"}}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mfuser import IGNORE, DataError, Dataset, DatasetSpec, Sample
-from mfuser.classes import CITYSCAPES
+from mfuser.config.classes import CITYSCAPES
 from mfuser.data.images import read_image, read_label
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")

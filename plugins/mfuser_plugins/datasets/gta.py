@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mfuser import IGNORE, Dataset, DatasetSpec, hookimpl
-from mfuser.classes import CITYSCAPES
+from mfuser.config.classes import CITYSCAPES
 from mfuser.data.images import UnreadableImage, image_size
 from mfuser_plugins.datasets._files import (
     CITYSCAPES_IDS,

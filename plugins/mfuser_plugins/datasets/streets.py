@@ -11,12 +11,12 @@ import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
 from mfuser import Dataset, DatasetSpec, Sample, hookimpl
-from mfuser.classes import CITYSCAPES
+from mfuser.config.classes import CITYSCAPES
 from mfuser.specs import ImageSize
 
 if TYPE_CHECKING:
-    from mfuser_plugins.datasets._streets.geometry import Scene
-    from mfuser_plugins.datasets._streets.styles import DomainName
+    from mfuser_streets.geometry import Scene
+    from mfuser_streets.styles import DomainName
 
 COUNT = {"train": 2000, "val": 100}
 VERSION = 1
@@ -79,8 +79,8 @@ class Streets(Dataset):
         return Sample(image.copy(), label.astype(np.int64), self.name(index))
 
     def _draw(self, index: int) -> Sample:
-        from mfuser_plugins.datasets._streets.render import render
-        from mfuser_plugins.datasets._streets.styles import DOMAIN, DOMAINS
+        from mfuser_streets.render import render
+        from mfuser_streets.styles import DOMAIN, DOMAINS
 
         with _one_thread():
             scene, domain = self._scene(index)
@@ -111,8 +111,8 @@ class Streets(Dataset):
         return np.random.default_rng([self.seed, split, stream, self._index(index)])
 
     def _scene(self, index: int) -> tuple[Scene, DomainName]:
-        from mfuser_plugins.datasets._streets.layout import draw_scene
-        from mfuser_plugins.datasets._streets.styles import DOMAIN, SHIFTED
+        from mfuser_streets.layout import draw_scene
+        from mfuser_streets.styles import DOMAIN, SHIFTED
 
         domain = (
             SHIFTED[self._index(index) % len(SHIFTED)] if self.domain == "shifted" else self.domain
@@ -154,7 +154,7 @@ class StreetsSpec(DatasetSpec, name="streets"):
 
     def expand(self) -> list[DatasetSpec]:
         """All five shifted domains for "shifted"."""
-        from mfuser_plugins.datasets._streets.styles import SHIFTED
+        from mfuser_streets.styles import SHIFTED
 
         if self.domain != "shifted":
             return [self]

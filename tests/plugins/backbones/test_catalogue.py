@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import PositiveInt
 
-from mfuser.plugins import components
+from mfuser.plugins.discovery import components
 from mfuser.specs import BackboneInfo, BackboneSpec, VisionSpec
 from mfuser_plugins.backbones import catalogue
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from mfuser import IGNORE, DataError
-from mfuser.classes import CITYSCAPES
+from mfuser.config.classes import CITYSCAPES
 from mfuser_plugins.datasets import camvid, mapillary, synthia
 from mfuser_plugins.datasets._files import CITYSCAPES_IDS, TRAIN_IDS, LabelMap
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from mfuser import IGNORE, DataError, Dataset
-from mfuser.classes import CITYSCAPES
-from mfuser.plugins import components
+from mfuser.config.classes import CITYSCAPES
+from mfuser.plugins.discovery import components
 from mfuser_plugins.datasets.acdc import AcdcSpec
 from mfuser_plugins.datasets.bdd100k import Bdd100kSpec
 from mfuser_plugins.datasets.camvid import CamvidSpec

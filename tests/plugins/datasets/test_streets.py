@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mfuser import IGNORE
-from mfuser.classes import CITYSCAPES
-from mfuser_plugins.datasets._streets import materials
-from mfuser_plugins.datasets._streets.geometry import Camera, Painter, Thing, painters_order
+from mfuser.config.classes import CITYSCAPES
 from mfuser_plugins.datasets.streets import Streets, StreetsSpec
+from mfuser_streets import materials
+from mfuser_streets.geometry import Camera, Painter, Thing, painters_order
 
 DOMAINS = ("game", "camera", "fog", "night", "rain", "snow")
 CLASSES = len(CITYSCAPES.names)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mfuser import TokenShape, components
-from mfuser.measure import AdapterCost, Growth, Seconds
+from mfuser.reporting.adapter_cost import AdapterCost, Growth, Seconds
 
 
 @pytest.fixture(scope="module")

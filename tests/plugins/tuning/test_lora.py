@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mfuser import DGSSModel, MFuserError, VisionBackbone, build_model, checkpoints, components
+from mfuser import DGSSModel, MFuserError, VisionBackbone, build_model, components
+from mfuser.engine import checkpoints
 from mfuser_plugins.tuning.lora import LoraSpec, LowRank, merge, tune
 
 SIZE = (64, 96)

@@ -1,0 +1,1 @@
+"""Registries and what they hold: pairings, recipes, studies, runs."""

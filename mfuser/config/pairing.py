@@ -1,0 +1,175 @@
+"""What a pairing is: two encoders, what fuses them, and what turns them into masks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    model_validator,
+)
+
+from mfuser.config.classes import CITYSCAPES
+from mfuser.specs import (
+    DecoderSpec,
+    EnhancerSpec,
+    FusionSpec,
+    ImageSize,
+    Options,
+    TuningSpec,
+    VisionLanguageSpec,
+    VisionSpec,
+    component_of,
+)
+
+
+class PromptSpec(Options):
+    """The text prompt: [start, learned context, class name, end].
+
+    context: learned tokens after the first one; 0 turns them off.
+    slots: tokens a bare class name may take, start and end included. Encoders that pool the last
+        position (SigLIP) give another embedding for another number.
+    ids: the token ids of the class names, `slots` for each, where the tokenizer is not to be
+        asked. Converted checkpoints bring them, so that no tokenizer need be downloaded.
+    """
+
+    context: NonNegativeInt = 8
+    slots: PositiveInt = 5
+    ids: tuple[tuple[NonNegativeInt, ...], ...] | None = None
+
+
+class MergeSpec(Options):
+    """How the two final token sequences become one visual embedding: x_vlm + P(x_vfm).
+
+    vfm_norm: apply the VFM's final norm first (off in the released CLIP models).
+    project: a linear map P. None: only where the widths differ.
+    """
+
+    vfm_norm: bool = True
+    project: bool | None = None
+
+
+class PyramidSpec(Options):
+    """Features at strides 4, 8, 16, 32 from the taps of both encoders, concatenated.
+
+    width: project the concatenated taps to this width first; None keeps their sum (the released
+        models: 2 x 1024 channels, of which the up-sampling alone trains 50 M parameters).
+    """
+
+    width: PositiveInt | None = None
+
+
+class AlignmentSpec(Options):
+    """The pixel-text alignment loss (paper, eq. 12) on the map of cosine similarities.
+
+    loss: "softmax" (every released model, SigLIP's too) or "sigmoid" (the paper's text for
+        SigLIP).
+    temperature: of softmax models; sigmoid models bring their own scale and bias.
+    logit_scale, logit_bias: in place of a sigmoid model's own: exp(logit_scale) * similarity +
+        logit_bias. The released SigLIP checkpoints do not hold them.
+    """
+
+    weight: NonNegativeFloat = 1.0
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    temperature: PositiveFloat = 0.07
+    logit_scale: float | None = None
+    logit_bias: float | None = None
+
+
+def _absent(value: Any) -> Any:
+    return None if value in ("none", {"name": "none"}) else value
+
+
+def _classes(value: Any) -> Any:
+    if value == "cityscapes":
+        return CITYSCAPES.names
+    return tuple(value) if isinstance(value, list) else value
+
+
+Absent = BeforeValidator(_absent)
+
+
+class PairingSpec(Options):
+    """Everything that decides the model; it rebuilds the model from there alone.
+
+    vfm, vlm: the encoders; "none" leaves one out. A vision-language model may serve as VFM.
+    tuning: small trained changes inside the encoders, beside fusion; "none", or e.g. "lora".
+    taps: positions (blocks of the shallower encoder, from 0) whose tokens feed the pyramid. None:
+        after a third, a half, two thirds and all of the depth, 7, 11, 15, 23 of 24 as released.
+    image_size: what the model is trained on, and the sliding window it is tested with.
+    """
+
+    vfm: Annotated[
+        SerializeAsAny[VisionSpec | VisionLanguageSpec] | None,
+        component_of("vision", "vision_language"),
+        Absent,
+    ] = None
+    vlm: Annotated[
+        SerializeAsAny[VisionLanguageSpec] | None, component_of("vision_language"), Absent
+    ] = None
+    fusion: Annotated[SerializeAsAny[FusionSpec], component_of("fusion")] = Field(
+        default="none", validate_default=True
+    )
+    tuning: Annotated[SerializeAsAny[TuningSpec] | None, component_of("tuning"), Absent] = None
+    enhancer: Annotated[SerializeAsAny[EnhancerSpec], component_of("enhancer")] = Field(
+        default="none", validate_default=True
+    )
+    decoder: Annotated[SerializeAsAny[DecoderSpec], component_of("decoder")]
+    image_size: ImageSize = (512, 512)
+    classes: Annotated[tuple[str, ...], BeforeValidator(_classes)] = CITYSCAPES.names
+    taps: tuple[NonNegativeInt, ...] | None = None
+    prompt: PromptSpec = PromptSpec()
+    merge: MergeSpec = MergeSpec()
+    pyramid: PyramidSpec = PyramidSpec()
+    alignment: AlignmentSpec = AlignmentSpec()
+
+    @model_validator(mode="after")
+    def _fits(self) -> PairingSpec:
+        vfm, vlm = self.vfm, self.vlm
+        if vfm is None and vlm is None:
+            raise ValueError("a pairing needs a 'vfm', a 'vlm' or both")
+        if vlm is None and self.decoder.needs_text:
+            raise ValueError(
+                f"decoder '{self.decoder.name}' takes class queries from text, and there is no "
+                "'vlm' to make them; use decoder = \"linear\" or add a vlm"
+            )
+        if vlm is None and self.enhancer.name != "none":
+            raise ValueError(
+                f"enhancer '{self.enhancer.name}' works on class text embeddings, and there is no "
+                "'vlm' to make them; use enhancer = \"none\" or add a vlm"
+            )
+        one_tower = vfm is None or vlm is None
+        if one_tower and self.fusion.name != "none" and not self.fusion.single_tower:
+            raise ValueError(
+                f"fusion '{self.fusion.name}' joins two encoders, and there is only one; use "
+                'fusion = "none" or add the other'
+            )
+        if self.tuning is not None:
+            absent = set(self.tuning.encoders or ()) - set(self.encoders())
+            if absent:
+                raise ValueError(
+                    f"tuning '{self.tuning.name}' is to change the '{absent.pop()}', and there is "
+                    "none; leave 'encoders' out to tune those that are there"
+                )
+        if not self.classes or len(set(self.classes)) != len(self.classes):
+            raise ValueError("'classes' needs at least one name, and no name twice")
+        ids = self.prompt.ids
+        if ids is not None and [len(row) for row in ids] != [self.prompt.slots] * len(self.classes):
+            raise ValueError(
+                f"'prompt.ids' needs {self.prompt.slots} numbers (prompt.slots) for each of the "
+                f"{len(self.classes)} classes; leave it out to have the class names tokenized"
+            )
+        if self.taps is not None and len(self.taps) != 4:
+            raise ValueError(f"'taps' takes four positions (strides 4 to 32), not {len(self.taps)}")
+        return self
+
+    def encoders(self) -> dict[str, VisionSpec | VisionLanguageSpec]:
+        """The encoders that are there, by role."""
+        roles = {"vfm": self.vfm, "vlm": self.vlm}
+        return {role: spec for role, spec in roles.items() if spec is not None}

@@ -1,0 +1,319 @@
+"""Checkpoints: what trains, in one safetensors file with the resolved spec inside.
+
+A checkpoint holds the tensors that training changes (adapters, prompt, enhancer, pyramid,
+decoder, encoders that are not frozen) and, for resuming, the optimiser's; its metadata holds the
+resolved pairing and run. A complete one (converted from a released model) holds the frozen
+encoders' tensors too, and nothing else is needed to run it. It is written under a temporary name,
+flushed and renamed: the file of that name is always a whole one. Nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mfuser.config.pairing import PairingSpec
+from mfuser.config.registry import Registry, load_registry
+from mfuser.errors import CheckpointError, MFuserError
+from mfuser.model.assembly import build_model, unfilled
+from mfuser.model.dgss import DGSSModel
+from mfuser.released import recognise, translate
+
+FORMAT = "mfuser-1"
+MODEL, OPTIMISER = "model.", "optimiser."
+
+LAST = "last.safetensors"
+FINAL = "model.safetensors"
+
+
+@dataclass
+class Checkpoint:
+    """model: trained tensors by name. optimiser: "exp_avg.NAME", …; empty in a finished model.
+    meta: "pairing" and "run" as resolved, "step", "frozen" (fingerprints of what is not inside);
+    of one to resume float16 from, "scaler" (the loss scale and the steps since it changed);
+    of a complete one "complete" and "statistics" (mean and std of each encoder's images)."""
+
+    model: dict[str, Tensor]
+    optimiser: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.meta["step"])
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The part of the state dict that training changes: all but what lies in frozen encoders."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    frozen_modules = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if name
+        and any(True for _ in module.parameters())
+        and not any(p.requires_grad for p in module.parameters())
+    )
+    state = {}
+    for name, tensor in model.state_dict().items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            keep = not name.startswith(frozen_modules) if frozen_modules else True
+        else:
+            keep = parameter.requires_grad
+        if keep:
+            state[name] = tensor
+    return state
+
+
+def frozen_fingerprint(model: nn.Module) -> dict[str, list[float]]:
+    """Two values of every frozen tensor, by encoder: they tell other weights from these.
+
+    Values, not a checksum: positions resampled on another machine differ in their last bits.
+    """
+    prints: dict[str, list[float]] = {}
+    for role in ("vfm", "vlm"):
+        backbone = getattr(getattr(model, "encoder", None), role, None)
+        if backbone is None:
+            continue
+        values: list[float] = []
+        for _, parameter in sorted(backbone.named_parameters()):
+            if not parameter.requires_grad and parameter.device.type != "meta":
+                flat = parameter.detach().flatten()
+                values += flat[[len(flat) // 3, 2 * len(flat) // 3]].double().tolist()
+        prints[role] = [float(f"{v:.7g}") for v in values]
+    return prints
+
+
+def _same_weights(one: list[float], other: list[float]) -> bool:
+    """Equal but for rounding: 1e-4 is far above that of a resampling, far below a training's."""
+    return len(one) == len(other) and all(
+        math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(one, other, strict=True)
+    )
+
+
+def write(path: Path, checkpoint: Checkpoint) -> None:
+    """Write whole or not at all. Raises CheckpointError if the folder takes no files."""
+    tensors = {MODEL + k: v for k, v in checkpoint.model.items()}
+    tensors |= {OPTIMISER + k: v for k, v in checkpoint.optimiser.items()}
+    tensors = _apart({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    meta = {"format": FORMAT, **{k: json.dumps(v) for k, v in checkpoint.meta.items()}}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _clear_leftovers(path)  # first: they take the space that this one needs
+    try:
+        save_file(tensors, temporary, metadata=meta)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what processes that are no more, killed while they wrote `path`, have left behind."""
+    named = re.compile(rf"\.{re.escape(path.name)}\.([1-9][0-9]*)\.tmp")
+    with contextlib.suppress(OSError):  # a folder that cannot be read is the writer's to report
+        for file in path.parent.iterdir():
+            match = named.fullmatch(file.name)
+            if match and file.is_file() and not file.is_symlink() and not _lives(int(match[1])):
+                file.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether there is such a process on this machine; yes where that cannot be told."""
+    if sys.platform == "win32":  # where signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's; no number of a process
+        return True
+    return True
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same without shared memory, which safetensors refuses; copies only what shares some."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        shared = storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen
+        seen.add(storage.data_ptr())
+        apart[name] = tensor.clone() if shared else tensor
+    return apart
+
+
+def read(path: Path) -> Checkpoint:
+    """Raises CheckpointError if the file is missing, cut off, or not one of ours."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); copy or download it again"
+        ) from error
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} holds tensors but is not a checkpoint of this project (format "
+            f"{meta.get('format', 'none')!r}, expected {FORMAT!r})"
+        )
+    try:
+        decoded = {k: json.loads(v) for k, v in meta.items() if k != "format"}
+        int(decoded["step"])
+        if not isinstance(decoded["pairing"], dict) or not isinstance(decoded["run"], dict):
+            raise TypeError("no tables")
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its metadata is damaged ({error})") from error
+    return Checkpoint(
+        {k.removeprefix(MODEL): v for k, v in tensors.items() if k.startswith(MODEL)},
+        {k.removeprefix(OPTIMISER): v for k, v in tensors.items() if k.startswith(OPTIMISER)},
+        decoded,
+    )
+
+
+def restore(model: DGSSModel, checkpoint: Checkpoint, path: Path) -> None:
+    """Put the trained tensors into a model assembled from the same spec.
+
+    Raises CheckpointError naming the first tensors that do not fit, or the encoder whose frozen
+    weights are not those the checkpoint was trained with.
+    """
+    expected = trained_state(model)
+    _check_names(expected, checkpoint.model, path)
+    trained_on = checkpoint.meta.get("frozen", {})
+    for role, found in frozen_fingerprint(model).items():
+        if not _same_weights(trained_on.get(role, found), found):
+            raise CheckpointError(
+                f"{path}: the frozen weights of its {role} are not those it was trained with; give "
+                f"the same weights (--set {role}.weights=…)"
+            )
+    model.load_state_dict(checkpoint.model, strict=False)
+
+
+def fill(model: DGSSModel, tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """Give an `unfilled` model its tensors, all of them; they are taken over, not copied, where
+    they have its precision. Raises CheckpointError naming the first that do not fit.
+    """
+    expected = model.state_dict()
+    _check_names(expected, tensors, path)
+    cast = {n: t.to(expected[n].dtype) for n, t in tensors.items()}
+    model.load_state_dict(cast, assign=True)
+
+
+def _check_names(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path | str
+) -> None:
+    problems = [f"missing {name}" for name in expected if name not in given]
+    problems += [f"unexpected {name}" for name in given if name not in expected]
+    problems += [
+        f"{name} is {tuple(given[name].shape)}, the model has {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit this pairing: {'; '.join(problems[:3])}"
+            + (f" (and {len(problems) - 3} more)" if len(problems) > 3 else "")
+        )
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    registry: Registry | None = None,
+    settings: list[str] | None = None,
+) -> tuple[DGSSModel, Checkpoint]:
+    """A trained model from a run folder or a checkpoint file, from its own spec alone.
+
+    settings: "vfm.weights=PATH" and the like, where the frozen encoders' weights have moved.
+    """
+    file = find(Path(path))
+    checkpoint = read(file)
+    registry = registry or load_registry()
+    try:
+        spec = registry.saved_pairing(checkpoint.meta["pairing"], settings or (), str(file))
+    except MFuserError as error:
+        plugins = checkpoint.meta["run"].get("plugins")
+        hint = f" (it was trained with --plugin {' --plugin '.join(plugins)})" if plugins else ""
+        raise CheckpointError(f"{error}{hint}") from error
+    if checkpoint.meta.get("complete"):
+        model = unfilled(spec)
+        if model.encoder.vlm is not None and model.ids is None:
+            raise CheckpointError(f"{file}: {model.without_ids} (--set vlm.tokenizer=FOLDER)")
+        fill(model, checkpoint.model, file)
+        for role, (mean, std) in checkpoint.meta.get("statistics", {}).items():
+            model.encoder.backbones[role].set_statistics(tuple(mean), tuple(std))
+    else:
+        model = build_model(spec, seed=checkpoint.meta["run"].get("seed", 0))
+        restore(model, checkpoint, file)
+    return model.eval(), checkpoint
+
+
+def load_released(state_dict: Mapping[str, Tensor], spec: PairingSpec) -> DGSSModel:
+    """A released MFuser's (or tqdm's) state dict -> the assembled model of a spec that fits it.
+
+    The kind is recognised from the keys; the spec's own weights are not looked for, so "random"
+    will do. The tensors are copied. Where the spec's tokenizer cannot be loaded, or is not the
+    one (a reduced vocabulary), give spec.prompt.ids, or set `model.ids` (K, slots) before use.
+
+    Raises CheckpointError listing every key that is missing, unexpected or of another shape.
+    """
+    model = unfilled(spec)
+    shapes = {n: t.shape for n, t in model.state_dict().items()}
+    translation = translate(state_dict, shapes, recognise(state_dict))
+    fill(model, {n: t.detach().clone() for n, t in translation.tensors.items()}, "the state dict")
+    return model
+
+
+def find(path: Path) -> Path:
+    """The checkpoint in a run folder: the finished model, else the last one saved."""
+    if path.is_dir():
+        for name in (FINAL, LAST):
+            if (path / name).is_file():
+                return path / name
+        raise CheckpointError(f"{path} holds no run: neither {FINAL} nor {LAST} is there")
+    if not path.exists():
+        raise CheckpointError(f"there is no run folder or checkpoint {path}")
+    return path
+
+
+def to_optimiser_state(
+    optimiser: torch.optim.Optimizer, names: dict[Tensor, str]
+) -> dict[str, Tensor]:
+    """The optimiser's tensors, by parameter name."""
+    return {
+        f"{key}.{names[p]}": value
+        for p, state in optimiser.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def from_optimiser_state(
+    optimiser: torch.optim.Optimizer, names: dict[Tensor, str], saved: dict[str, Tensor]
+) -> None:
+    by_name = {name: p for p, name in names.items()}
+    for key, value in saved.items():
+        slot, _, name = key.partition(".")
+        if name not in by_name:
+            raise CheckpointError(
+                f"the checkpoint's optimiser knows a tensor {name} that the model lacks"
+            )
+        parameter = by_name[name]
+        # AdamW keeps its step count on the CPU.
+        target = value.clone() if slot == "step" else value.to(parameter.device)
+        optimiser.state[parameter][slot] = target

@@ -1,0 +1,94 @@
+"""The folder of a run: what it holds, and who may begin or go on in it.
+
+runs/NAME/run.json            pairing, recipe, domains and seed, resolved
+          last.safetensors    to resume from
+          model.safetensors   the finished model
+          log.jsonl           loss and rate, a line per logged step
+          report.{json,md,csv}, pictures/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from mfuser.config.run import RunSpec
+from mfuser.errors import CheckpointError, brief
+from mfuser.files import check_writable, write_json
+
+RUN = "run.json"
+FREE = ("on_bad_image", "workers", "save_every")
+"""Keys of a recipe that may change when a run goes on: its weights do not depend on them."""
+
+
+def check_folder(folder: Path, run: RunSpec, resume: bool) -> RunSpec:
+    """Whether a run may begin or go on in a folder; returns the run as it was begun.
+
+    Raises CheckpointError if the folder holds something else. Nothing is written.
+    """
+    file = folder / RUN
+    if file.is_file():
+        begun = read_run(folder)
+        if not resume:
+            raise CheckpointError(
+                f"{folder} already holds a run ('{begun.pairing_name}', recipe "
+                f"'{begun.recipe_name}'); continue it with --resume or choose another --out"
+            )
+        same = {"recipe": begun.recipe | {k: run.recipe[k] for k in FREE}}
+        was = begun.model_copy(update=same)
+        differing = [
+            key
+            for key in ("pairing", "recipe", "source", "seed", "world")
+            if getattr(was, key) != getattr(run, key)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"{folder} holds another run: its {_difference(was, run, differing[0])}; resume "
+                "with the same settings or choose another --out"
+            )
+        return begun
+    if resume:
+        raise CheckpointError(f"{folder} holds no run to resume (there is no {RUN})")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty and holds no run; choose another --out")
+    return run
+
+
+def open_folder(folder: Path, run: RunSpec, resume: bool) -> RunSpec:
+    """Make or reopen a run's folder; returns the run as it was begun.
+
+    Raises CheckpointError as `check_folder` does, or if the folder cannot be written.
+    """
+    run = check_folder(folder, run, resume)
+    if not (folder / RUN).is_file():
+        check_writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RUN, run.model_dump(mode="json"))
+    return run
+
+
+def clear_folder(folder: Path) -> None:
+    """Undo `open_folder` for a run that failed before there was anything to keep."""
+    for name in (RUN, "log.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty: the rest is somebody else's
+        folder.rmdir()
+
+
+def read_run(folder: Path) -> RunSpec:
+    file = folder / RUN
+    try:
+        return RunSpec.model_validate(json.loads(file.read_text("utf-8")))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} holds no run (there is no {RUN})") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {brief(error)}") from error
+
+
+def _difference(begun: RunSpec, run: RunSpec, key: str) -> str:
+    old, new = getattr(begun, key), getattr(run, key)
+    if isinstance(old, dict):
+        changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+        return f"{key}.{changed[0]} is {old.get(changed[0])!r}, not {new.get(changed[0])!r}"
+    return f"{key} is {getattr(old, 'name', old)!r}, not {getattr(new, 'name', new)!r}"

@@ -1,0 +1,1 @@
+"""The method: two encoders in lockstep, fused; class queries; a decoder."""

@@ -1,0 +1,234 @@
+"""From a pairing to a model: build the parts and let them meet at their declared widths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from mfuser.config.pairing import PairingSpec
+from mfuser.errors import MFuserError, placed
+from mfuser.interfaces import (
+    Decoder,
+    FusionAdapter,
+    TextEnhancer,
+    VisionBackbone,
+    VisionLanguageBackbone,
+)
+from mfuser.model.dgss import DGSSModel, Prompt
+from mfuser.model.encoder import PairEncoder, default_taps, lockstep, shapes
+from mfuser.model.pyramid import STRIDES, Pyramid
+from mfuser.plugins.contracts import built, complete
+from mfuser.specs import VisionLanguageSpec, VisionSpec
+
+if TYPE_CHECKING:
+    from mfuser.config.registry import Registry
+
+
+def build_model(
+    pairing: str | PairingSpec,
+    registry: Registry | None = None,
+    *,
+    seed: int = 0,
+    **overrides: Any,
+) -> DGSSModel:
+    """Assemble a pairing: by its name in the registry, or from a resolved spec.
+
+    overrides: top-level keys of the pairing, e.g. `fusion="none"`, `image_size=224`,
+        `vfm={"weights": "dinov2.pth"}` (a table without a name changes options).
+    seed: of everything that starts random; the global generator is left as it was.
+
+    Raises RegistryError for a spec that does not hold, WeightsError for missing weights.
+    """
+    if isinstance(pairing, str):
+        if registry is None:
+            from mfuser.config.registry import load_registry
+
+            registry = load_registry()
+        spec = registry.pairing(pairing, overrides)
+    elif overrides:
+        raise MFuserError("overrides go with a pairing's name; a resolved spec is taken as it is")
+    else:
+        spec = pairing
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _assemble(spec).eval()
+
+
+def sketch(spec: PairingSpec) -> DGSSModel:
+    """The model's layout on the meta device: shapes and counts, no weights, no tokenizer."""
+    with torch.device("meta"):
+        return _assemble(_without_weights(spec), tokens="none").eval()
+
+
+def unfilled(spec: PairingSpec) -> DGSSModel:
+    """The model without values in its parameters (they are on the meta device), buffers computed.
+
+    For `load_state_dict(…, assign=True)`: no weights are looked for, no memory is taken. A
+    tokenizer that cannot be loaded is no error before class texts are asked for. Models whose
+    constructors compute with their parameters (ViTamin, Swin) cannot be built so: theirs are
+    random values in memory.
+    """
+    spec = _without_weights(spec)
+    try:
+        with _parameters_on_meta():
+            return _assemble(spec, tokens="if there").eval()
+    except MFuserError:  # a fault of the spec itself comes up again
+        return _assemble(spec, tokens="if there").eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters registered meanwhile lose their values, before they are initialised."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _without_weights(spec: Any) -> Any:
+    """The same spec with every backbone's weights "random", nested ones too."""
+    update: dict[str, Any] = {}
+    for name in type(spec).model_fields:
+        value = getattr(spec, name)
+        if name == "weights":
+            update[name] = "random"
+        elif isinstance(value, BaseModel):
+            update[name] = _without_weights(value)
+    return spec.model_copy(update=update)
+
+
+def _assemble(spec: PairingSpec, tokens: Literal["all", "if there", "none"] = "all") -> DGSSModel:
+    backbones: dict[str, VisionBackbone] = {}
+    for role, backbone_spec in spec.encoders().items():
+        try:
+            backbones[role] = _backbone(role, backbone_spec, spec.image_size)
+        except MFuserError as error:
+            raise placed(error, f"{role} '{backbone_spec.name}'") from error
+        if backbones[role].depth < 1:
+            raise MFuserError(f"{role} '{backbone_spec.name}' has no blocks; give it a depth")
+    vfm, vlm = backbones.get("vfm"), backbones.get("vlm")
+    assert vlm is None or isinstance(vlm, VisionLanguageBackbone)
+
+    _tune(spec, backbones)
+    positions = len(lockstep([b.depth for b in backbones.values()]))
+    taps = _taps(spec.taps, positions)
+    encoder = PairEncoder(
+        vfm,
+        vlm,
+        _adapters(spec, backbones, positions),
+        taps,
+        project_vfm=_projection(spec, vfm, vlm),
+        vfm_norm=spec.merge.vfm_norm,
+    )
+    if min(spec.image_size) < STRIDES[-1]:
+        raise MFuserError(
+            f"image_size {spec.image_size} is below {STRIDES[-1]} pixels, the pyramid's coarsest "
+            "stride; enlarge it"
+        )
+    patch = spec.image_size[0] / encoder.grid[0]
+    pyramid = Pyramid(encoder.tap_channels, spec.pyramid.width, patch)
+    text_dim = vlm.text_dim if vlm is not None else None
+    classes = len(spec.classes)
+    decoder = built(
+        spec.decoder, Decoder, lambda: spec.decoder.build(pyramid.channels, classes, text_dim)
+    )
+    enhancer = built(
+        spec.enhancer, TextEnhancer, lambda: spec.enhancer.build(text_dim or 0, classes)
+    )
+    prompt = ids = cause = None
+    if vlm is not None:
+        try:
+            ids = _ids(spec, vlm, tokens != "none")
+        except MFuserError as error:
+            if tokens == "all":
+                raise
+            cause = str(error)
+        if spec.prompt.context:
+            prompt = Prompt(spec.prompt.context, vlm.context_dim)
+    model = DGSSModel(spec, encoder, pyramid, enhancer, decoder, prompt, ids)
+    if cause is not None:
+        model.without_ids = f"no prompt.ids, and the class names cannot be tokenized: {cause}"
+    return model
+
+
+def _ids(spec: PairingSpec, vlm: VisionLanguageBackbone, tokens: bool) -> Tensor:
+    """Token ids of the class names (K, slots): given, or tokenized; zeros without tokens."""
+    slots = spec.prompt.slots
+    if not tokens:
+        return torch.zeros(len(spec.classes), slots, dtype=torch.long)
+    if spec.prompt.ids is not None:
+        return torch.tensor(spec.prompt.ids, dtype=torch.long)
+    return vlm.tokenize(list(spec.classes), slots)
+
+
+def _backbone(
+    role: str, spec: VisionSpec | VisionLanguageSpec, image_size: tuple[int, int]
+) -> VisionBackbone:
+    kind = VisionLanguageBackbone if role == "vlm" else VisionBackbone
+    backbone: VisionBackbone = built(spec, kind, lambda: spec.build(image_size))
+    complete(backbone)
+    return backbone
+
+
+def _taps(taps: Sequence[int] | None, positions: int) -> tuple[int, ...]:
+    if taps is None:
+        return default_taps(positions)
+    if max(taps) >= positions:
+        raise MFuserError(
+            f"taps {tuple(taps)} go beyond the {positions} positions of this pairing "
+            f"(0 to {positions - 1})"
+        )
+    return tuple(taps)
+
+
+def _tune(spec: PairingSpec, backbones: Mapping[str, VisionBackbone]) -> None:
+    """Change the chosen encoders in place."""
+    if spec.tuning is None:
+        return
+    for role in spec.tuning.encoders or backbones:
+        try:
+            spec.tuning.build(backbones[role])
+        except MFuserError as error:
+            raise placed(error, f"tuning '{spec.tuning.name}' of the {role}") from error
+
+
+def _adapters(
+    spec: PairingSpec, backbones: Mapping[str, VisionBackbone], positions: int
+) -> dict[int, FusionAdapter]:
+    """An adapter after every N-th position (paper, table 11)."""
+    fusion = spec.fusion
+    adapters = {
+        p: built(fusion, FusionAdapter, lambda: fusion.build(*shapes(backbones)), optional=True)
+        for p in range(positions)
+        if (p + 1) % fusion.every == 0
+    }
+    return {p: adapter for p, adapter in adapters.items() if adapter is not None}
+
+
+def _projection(
+    spec: PairingSpec, vfm: VisionBackbone | None, vlm: VisionBackbone | None
+) -> nn.Module | None:
+    if vfm is None or vlm is None:
+        return None
+    wanted = spec.merge.project
+    if wanted is None:
+        wanted = vfm.embed_dim != vlm.embed_dim
+    if not wanted and vfm.embed_dim != vlm.embed_dim:
+        raise MFuserError(
+            f"merge.project = false, but the widths differ (vfm {vfm.embed_dim}, vlm "
+            f"{vlm.embed_dim}); leave it out"
+        )
+    return nn.Linear(vfm.embed_dim, vlm.embed_dim) if wanted else None

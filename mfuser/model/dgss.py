@@ -1,0 +1,178 @@
+"""The whole model: images in, class scores out. Reads top to bottom like the paper's figure 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mfuser.config.pairing import PairingSpec
+from mfuser.errors import MFuserError
+from mfuser.interfaces import Decoder, DecoderOutput, TextEnhancer
+from mfuser.model.alignment import alignment_loss, score_map
+from mfuser.model.encoder import PairEncoder
+from mfuser.model.sliding_window import sliding_window
+from mfuser.plugins.contracts import expect, scalars
+
+
+class Prompt(nn.Module):
+    """Learned context tokens shared by all classes (CoOp, Zhou et al. 2022): (n, context_dim).
+
+    Trunc-normal with standard deviation 1, as released.
+    """
+
+    def __init__(self, length: int, context_dim: int) -> None:
+        super().__init__()
+        self.contexts = nn.Parameter(nn.init.trunc_normal_(torch.empty(length, context_dim)))
+
+
+@dataclass
+class ModelOutput:
+    """alignment: (B, K, h, w) cosine similarity of pixels and class texts; None without a VLM."""
+
+    decoder: DecoderOutput
+    alignment: Tensor | None
+
+
+class DGSSModel(nn.Module):
+    """Two frozen encoders, fused; class texts as queries; masks.
+
+    Images are RGB in [0, 1], or uint8, (B, 3, H, W): each encoder applies its own statistics.
+    """
+
+    def __init__(
+        self,
+        spec: PairingSpec,
+        encoder: PairEncoder,
+        pyramid: nn.Module,
+        enhancer: TextEnhancer,
+        decoder: Decoder,
+        prompt: Prompt | None,
+        ids: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = encoder
+        self.pyramid = pyramid
+        self.enhancer = enhancer
+        self.decoder = decoder
+        self.prompt = prompt
+        self.register_buffer("ids", ids, persistent=False)
+        self.without_ids = "the class names have no token ids"
+        """Why `ids` is None, where it is: what `text` says."""
+        self._text: Tensor | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.spec.classes
+
+    def text(self) -> Tensor:
+        """Class text embeddings (K, C); computed once for as long as nothing trains."""
+        vlm = self.encoder.vlm
+        assert vlm is not None
+        keep = not self.training and not torch.is_grad_enabled()
+        if keep and self._text is not None:
+            return self._text
+        if self.ids is None:
+            raise MFuserError(self.without_ids)
+        assert isinstance(self.ids, Tensor)
+        text = vlm.encode_text(self.ids, self.prompt.contexts if self.prompt else None)
+        expect(vlm, "encode_text()'s result", text, (len(self.classes), vlm.text_dim))
+        if keep:
+            self._text = text
+        return text
+
+    def train(self, mode: bool = True) -> DGSSModel:
+        self._text = None
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self._text = None
+        return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self._text = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None
+    ) -> ModelOutput | dict[str, Tensor]:
+        """With labels (B, H, W) int64: named losses, whose sum is minimised. Else predictions."""
+        encoded = self.encoder(as_unit_range(images))
+        pyramid = self.pyramid(encoded.taps)
+        queries = alignment = None
+        if encoded.visual is not None:
+            text = self.text().expand(len(images), -1, -1)  # (B, K, C)
+            queries = self.enhancer(text, encoded.visual)
+            expect(self.enhancer, "forward()'s result", queries, tuple(text.shape))
+            alignment = score_map(encoded.visual[:, 1:], queries, encoded.grid)
+        read = (alignment,) if self.decoder.reads_alignment else ()
+        output = ModelOutput(self.decoder(pyramid, queries, *read), alignment)
+        return output if labels is None else self.losses(output, labels)
+
+    def losses(self, output: ModelOutput, labels: Tensor) -> dict[str, Tensor]:
+        """The decoder's losses (eq. 11) and the pixel-text alignment (eq. 12)."""
+        losses = scalars(self.decoder, self.decoder.loss(output.decoder, labels))
+        options = self.spec.alignment
+        if output.alignment is not None and options.weight:
+            scale, bias = self._alignment_scale()
+            losses["loss_align"] = options.weight * alignment_loss(
+                output.alignment, labels, scale, bias, options.loss
+            )
+        return losses
+
+    def _alignment_scale(self) -> tuple[Tensor | float, Tensor | None]:
+        vlm = self.encoder.vlm
+        assert vlm is not None
+        if vlm.alignment == "sigmoid":
+            scale, bias = vlm.logit_scale_bias()
+            options = self.spec.alignment
+            if options.logit_scale is not None:
+                scale = torch.full_like(scale, options.logit_scale).exp()
+            if options.logit_bias is not None:
+                bias = torch.full_like(scale, options.logit_bias)
+            return scale, bias
+        return 1 / self.spec.alignment.temperature, None
+
+    def segment(
+        self,
+        images: Tensor,
+        *,
+        stride: tuple[int, int] | None = None,
+        window_batch: int = 1,
+    ) -> Tensor:
+        """Class scores (B, K, H, W) of images of any size from the image size up.
+
+        Larger images are read through a sliding window of the image size (stride two thirds of
+        it, as released), whose scores are averaged. Raises MFuserError for smaller ones.
+        """
+        if images.ndim == 3:
+            images = images[None]
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise MFuserError(
+                f"images have shape {tuple(images.shape)}, not (B, 3, H, W) or (3, H, W)"
+            )
+        was_training = self.training
+        if was_training:  # toggling would throw the cached text embeddings away
+            self.eval()
+        try:
+            with torch.no_grad():
+                return sliding_window(
+                    self._scores, as_unit_range(images), self.spec.image_size, stride, window_batch
+                )
+        finally:
+            if was_training:
+                self.train()
+
+    def _scores(self, windows: Tensor) -> Tensor:
+        output = self(windows)
+        size = (windows.shape[-2], windows.shape[-1])
+        scores = self.decoder.semantic_logits(output.decoder, size)
+        shape = (len(windows), len(self.classes), *size)
+        return expect(self.decoder, "semantic_logits()'s result", scores, shape)
+
+
+def as_unit_range(images: Tensor) -> Tensor:
+    """uint8 or float images -> float in [0, 1]."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images

@@ -1,0 +1,204 @@
+"""The pair of encoders in lockstep, and what they hand on: taps and a visual embedding.
+
+    image -> VFM tokens -> block 1 -> ... -> block N -> norm --+
+                              ^ offset                          v
+                            fusion adapter                    x_vlm + P(x_vfm) -> VLM head
+                              v offset                          ^
+    image -> VLM tokens -> block 1 -> ... -> block N -> norm --+
+
+Method: Zhang & Tan, "Mamba as a Bridge", CVPR 2025, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mfuser.errors import PluginError
+from mfuser.interfaces import FusionAdapter, Stream, VisionBackbone, VisionLanguageBackbone
+from mfuser.plugins.contracts import expect, named
+from mfuser.specs import TokenShape
+
+
+def lockstep(depths: Sequence[int]) -> list[list[range]]:
+    """Pair the blocks of encoders by relative depth.
+
+    One position per block of the shallowest encoder; position p ends, in every encoder, at the
+    same fraction of its depth. Returns, per position, the blocks of each encoder to run:
+    depths 12 and 24 give [[0:1, 0:2], [1:2, 2:4], ...].
+    """
+    positions = min(depths)
+    ends = [[math.ceil((p + 1) * d / positions) for p in range(positions)] for d in depths]
+    return [[range(e[p - 1] if p else 0, e[p]) for e in ends] for p in range(positions)]
+
+
+def default_taps(positions: int) -> tuple[int, ...]:
+    """A third, a half, two thirds and all of the depth: 7, 11, 15, 23 of 24, as released."""
+    return tuple(max(1, round(positions * f)) - 1 for f in (1 / 3, 1 / 2, 2 / 3, 1))
+
+
+def resample(patches: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """(B, h*w, D) on one grid -> (B, h'*w', D) on another, bilinear."""
+    if grid == to:
+        return patches
+    maps = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+    maps = F.interpolate(maps, to, mode="bilinear", align_corners=False)
+    return maps.flatten(2).transpose(1, 2)
+
+
+@dataclass
+class Encoded:
+    """taps: four maps (B, D_vfm + D_vlm, h, w). visual: tokens (B, 1 + T, C) in the joint space,
+    global first, on `grid`; None without a VLM."""
+
+    taps: list[Tensor]
+    visual: Tensor | None
+    grid: tuple[int, int]
+
+
+class PairEncoder(nn.Module):
+    """Two backbones, or one, stepped together with fusion adapters between their blocks.
+
+    adapters: position -> adapter, which reads both token sequences after that position and
+        returns what is added to each (paper, eq. 2-6).
+    taps: four positions whose patch tokens feed the pyramid.
+    project_vfm: maps the VFM's final tokens to the VLM's width before the two are added.
+    """
+
+    def __init__(
+        self,
+        vfm: VisionBackbone | None,
+        vlm: VisionLanguageBackbone | None,
+        adapters: Mapping[int, FusionAdapter],
+        taps: Sequence[int],
+        project_vfm: nn.Module | None = None,
+        vfm_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.vfm = vfm
+        self.vlm = vlm
+        self.schedule = lockstep([b.depth for b in self.backbones.values()])
+        self.adapters = nn.ModuleDict({str(p): a for p, a in sorted(adapters.items())})
+        self.taps = tuple(taps)
+        self.project_vfm = project_vfm
+        self.vfm_norm = vfm_norm
+        self.grid = max((b.grid for b in self.backbones.values()), key=lambda g: g[0] * g[1])
+        self.checkpointing = False
+
+    @property
+    def backbones(self) -> dict[str, VisionBackbone]:
+        """The encoders that are there, VFM first."""
+        both = {"vfm": self.vfm, "vlm": self.vlm}
+        return {role: backbone for role, backbone in both.items() if backbone is not None}
+
+    @property
+    def tap_channels(self) -> int:
+        return sum(b.embed_dim for b in self.backbones.values())
+
+    def forward(self, images: Tensor) -> Encoded:
+        """Images (B, 3, H, W), RGB in [0, 1], of the image size."""
+        streams = {r: self._embed(b, images) for r, b in self.backbones.items()}
+        tokens = {role: stream.tokens for role, stream in streams.items()}
+        kept: dict[int, Tensor] = {}
+        for position, blocks in enumerate(self.schedule):
+            for (role, backbone), indices in zip(self.backbones.items(), blocks, strict=True):
+                for i in indices:
+                    tokens[role] = self._step(backbone, i, tokens[role], streams[role].state)
+            if str(position) in self.adapters:
+                offsets = self._fuse(self.adapters[str(position)], tokens)
+                for role, offset in offsets.items():
+                    tokens[role] = tokens[role] + offset
+            if position in self.taps:
+                kept[position] = self._tap(tokens)
+        visual, grid = None, self.grid
+        if self.vlm is not None:
+            state = streams["vlm"].state
+            merged = self._merge(tokens, {r: s.state for r, s in streams.items()})
+            visual = self._project(self.vlm, merged, state)
+            grid = self.vlm.grid
+        return Encoded([kept[p] for p in self.taps], visual, grid)
+
+    def _embed(self, backbone: VisionBackbone, images: Tensor) -> Stream:
+        stream = backbone.embed(backbone.normalise(images))
+        shape = (len(images), backbone.token_shape.num_tokens, backbone.embed_dim)
+        expect(backbone, "embed()'s token sequence", stream.tokens, shape)
+        return stream
+
+    def _project(self, vlm: VisionLanguageBackbone, tokens: Tensor, state: object) -> Tensor:
+        """Global and dense embedding as one sequence (B, 1 + T, C)."""
+        whole, dense = vlm.project(tokens, state)
+        patches = vlm.grid[0] * vlm.grid[1]
+        expect(vlm, "project()'s global embedding", whole, (len(tokens), 1, vlm.text_dim))
+        expect(vlm, "project()'s dense embedding", dense, (len(tokens), patches, vlm.text_dim))
+        return torch.cat([whole, dense], dim=1)
+
+    def _step(self, backbone: VisionBackbone, i: int, tokens: Tensor, state: object) -> Tensor:
+        if self.checkpointing and tokens.requires_grad:
+            after = checkpoint(backbone.block, i, tokens, state, use_reentrant=False)
+        else:
+            after = backbone.block(i, tokens, state)
+        return expect(backbone, f"block({i})'s result", after, tokens.shape)
+
+    def _fuse(self, adapter: nn.Module, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        given = (
+            tokens.get("vfm"),
+            tokens.get("vlm"),
+            self.vfm.grid if self.vfm is not None else None,
+            self.vlm.grid if self.vlm is not None else None,
+        )
+        if self.checkpointing and torch.is_grad_enabled():
+            offsets = checkpoint(adapter, *given, use_reentrant=False)
+        else:
+            offsets = adapter(*given)
+        if not isinstance(offsets, (tuple, list)) or len(offsets) != 2:
+            raise PluginError(
+                f"{named(adapter)}: forward() returned {type(offsets).__name__}, and a pair "
+                "(vfm_offset, vlm_offset) is expected"
+            )
+        return {
+            role: expect(adapter, f"the offset of the {role}", offset, tokens[role].shape)
+            for role, offset in zip(("vfm", "vlm"), offsets, strict=True)
+            if role in tokens and offset is not None
+        }
+
+    def _tap(self, tokens: dict[str, Tensor]) -> Tensor:
+        """Patch tokens of both encoders on the finer grid, concatenated: (B, D, h, w)."""
+        maps = [
+            resample(tokens[r][:, b.num_prefix_tokens :], b.grid, self.grid)
+            for r, b in self.backbones.items()
+        ]
+        return torch.cat(maps, dim=2).transpose(1, 2).unflatten(2, self.grid)
+
+    def _finish(self, backbone: VisionBackbone, tokens: Tensor, state: object) -> Tensor:
+        return expect(backbone, "finish()'s result", backbone.finish(tokens, state), tokens.shape)
+
+    def _merge(self, tokens: dict[str, Tensor], states: dict[str, object]) -> Tensor:
+        """x_vlm + P(x_vfm): patches with patches, class token with class token if both have one."""
+        assert self.vlm is not None
+        x_vlm = self._finish(self.vlm, tokens["vlm"], states["vlm"])
+        if self.vfm is None:
+            return x_vlm
+        x_vfm = tokens["vfm"]
+        if self.vfm_norm:
+            x_vfm = self._finish(self.vfm, x_vfm, states["vfm"])
+        if self.project_vfm is not None:
+            x_vfm = self.project_vfm(x_vfm)
+        n_vfm, n_vlm = self.vfm.num_prefix_tokens, self.vlm.num_prefix_tokens
+        patches = resample(x_vfm[:, n_vfm:], self.vfm.grid, self.vlm.grid)
+        shared = min(n_vfm, n_vlm, 1)
+        added = F.pad(patches, (0, 0, n_vlm - shared, 0))
+        return x_vlm + torch.cat([x_vfm[:, :shared], added], dim=1)
+
+
+def shapes(encoder_roles: Mapping[str, VisionBackbone]) -> tuple[TokenShape | None, ...]:
+    """What fusion specs are built from: the token shapes of VFM and VLM, None where absent."""
+    return tuple(
+        encoder_roles[role].token_shape if role in encoder_roles else None
+        for role in ("vfm", "vlm")
+    )

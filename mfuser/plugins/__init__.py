@@ -1,0 +1,1 @@
+"""Finding plugins and holding them to what they promise."""

@@ -1,0 +1,194 @@
+"""What a pairing comes to: parameters, operations, memory; laid out without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mfuser.config.pairing import PairingSpec
+from mfuser.model.assembly import sketch
+from mfuser.reporting import compatibility
+
+PARTS = {
+    "vfm": "encoder.vfm",
+    "vlm": "encoder.vlm",
+    "fusion": "encoder.adapters",
+    "merge": "encoder.project_vfm",
+    "prompt": "prompt",
+    "pyramid": "pyramid",
+    "enhancer": "enhancer",
+    "decoder": "decoder",
+}
+
+
+def describe(spec: PairingSpec) -> dict[str, Any]:
+    """Parts with trained and frozen parameters and GFLOPs of one image; encoders' shapes; how they
+    fit: schedule, resampling, projections, memory, time, warnings."""
+    model = sketch(spec)
+    images = torch.empty(1, 3, *spec.image_size, device="meta")
+    flops: dict[str, dict[Any, int]] = {}
+    try:
+        # Operations whose size depends on values cannot be laid out.
+        with torch.no_grad(), FlopCounterMode(display=False, depth=4) as counter:
+            model(images)
+        flops = counter.get_flop_counts()
+    except (NotImplementedError, RuntimeError, AssertionError):  # the counter's own, too
+        counter = None
+    parts = []
+    for part, path in PARTS.items():
+        module = _submodule(model, path)
+        if module is None:
+            continue
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+        if trained + frozen == 0 and part not in ("enhancer",):
+            continue
+        parts.append(
+            {
+                "part": part,
+                "component": getattr(getattr(spec, part, None), "name", ""),
+                "trained": trained,
+                "frozen": frozen,
+                "gflops": _flops_below(flops, path) / 1e9 if counter else None,
+            }
+        )
+    encoder = model.encoder
+    gflops = counter.get_total_flops() / 1e9 if counter else None
+    speed = compatibility.speed()
+    return {
+        "image_size": list(spec.image_size),
+        "classes": len(spec.classes),
+        "parts": parts,
+        "trained": sum(p["trained"] for p in parts),
+        "frozen": sum(p["frozen"] for p in parts),
+        "gflops": gflops,
+        "encoders": {
+            role: {
+                "model": getattr(getattr(spec, role), "model", getattr(spec, role).name),
+                "depth": b.depth,
+                "width": b.embed_dim,
+                "patch": list(b.patch_size),
+                "grid": list(b.grid),
+                "prefix tokens": b.num_prefix_tokens,
+                "tokens": b.token_shape.num_tokens,
+                "licence": getattr(spec, role).licence() or b.license,
+            }
+            for role, b in encoder.backbones.items()
+        },
+        "schedule": [[[r.start, r.stop] for r in blocks] for blocks in encoder.schedule],
+        "adapters after": [int(p) for p in encoder.adapters],
+        "taps": list(encoder.taps),
+        "common grid": list(encoder.grid),
+        "resampling": compatibility.resampling(model),
+        "projections": compatibility.projections(model),
+        "memory": compatibility.memory(model, images),
+        "time": None
+        if gflops is None
+        else {"gflops per second here": speed, "seconds at least": gflops / speed},
+        "warnings": compatibility.warnings(spec, model),
+    }
+
+
+def render(name: str, facts: dict[str, Any]) -> list[Table | str]:
+    """Tables and lines for a terminal."""
+    encoders = Table(
+        title=f"{name}, {facts['image_size'][0]}x{facts['image_size'][1]}", title_justify="left"
+    )
+    for column in ("", "model", "depth", "width", "patch", "grid", "prefix", "tokens", "licence"):
+        encoders.add_column(column)
+    for role, e in facts["encoders"].items():
+        encoders.add_row(
+            role,
+            str(e["model"]),
+            str(e["depth"]),
+            str(e["width"]),
+            "x".join(map(str, e["patch"])),
+            "x".join(map(str, e["grid"])),
+            str(e["prefix tokens"]),
+            str(e["tokens"]),
+            e["licence"] or "?",
+        )
+    parts = Table()
+    for column in ("part", "component", "trained", "frozen", "GFLOPs"):
+        parts.add_column(column, justify="left" if column in ("part", "component") else "right")
+    for p in facts["parts"]:
+        parts.add_row(
+            p["part"], p["component"], f"{p['trained']:,}", f"{p['frozen']:,}", _number(p["gflops"])
+        )
+    parts.add_section()
+    parts.add_row(
+        "all", "", f"{facts['trained']:,}", f"{facts['frozen']:,}", _number(facts["gflops"])
+    )
+    positions = len(facts["schedule"])
+    lines = [f"blocks of a position: {_schedule(facts)}"]
+    for what in ("resampling", "projections"):
+        lines += [f"{what}: {'; '.join(facts[what]) or 'none'}"]
+    trains = [f"{p['part']} {p['trained']:,}" for p in facts["parts"] if p["trained"]]
+    lines += [f"trains: {', '.join(trains) or 'nothing'}"]
+    lines += [
+        f"{positions} positions; adapters after {_ranges(facts['adapters after'])}; "
+        f"taps after {', '.join(map(str, facts['taps']))} (from 0); pyramid on a "
+        f"{facts['common grid'][0]}x{facts['common grid'][1]} grid",
+        "GFLOPs: 2 x multiply-adds of one image, forward; the scan's own are counted with fusion "
+        "and enhancer"
+        if facts["gflops"] is not None
+        else "GFLOPs: not available, some operation here cannot be laid out without values",
+    ]
+    if facts["memory"] is not None:
+        parts_of = ", ".join(f"{what} {gib:.2f}" for what, gib in facts["memory"].items())
+        total = sum(facts["memory"].values())
+        lines.append(f"memory of a training step, one image, float32: {total:.2f} GiB ({parts_of})")
+    if facts["time"] is not None:
+        lines.append(
+            f"time of one image, forward: at least {facts['time']['seconds at least']:.2g} s here, "
+            f"at the {facts['time']['gflops per second here']:,.0f} GFLOP/s of a matrix product"
+        )
+    lines += [f"warning: {text}" for text in facts["warnings"]]
+    return [encoders, parts, *lines]
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    module: Any = model
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return None
+    return module
+
+
+def _flops_below(flops: dict[str, dict[Any, int]], path: str) -> int:
+    """FLOPs of a part. Encoders are stepped, so their blocks are counted, not they themselves."""
+    own = flops.get(f"DGSSModel.{path}")
+    if own:
+        return sum(own.values())
+    below = [n for n in flops if n.startswith(f"DGSSModel.{path}.")]
+    outer = [n for n in below if not any(n != m and n.startswith(m + ".") for m in below)]
+    return sum(sum(flops[n].values()) for n in outer)
+
+
+def _schedule(facts: dict[str, Any]) -> str:
+    """ "vfm 1, vlm 2", or "vfm 1, vlm 1 to 2" where they do not divide."""
+    counts = zip(
+        *([stop - start for start, stop in blocks] for blocks in facts["schedule"]), strict=True
+    )
+    roles = []
+    for role, of_role in zip(facts["encoders"], counts, strict=True):
+        low, high = min(of_role), max(of_role)
+        roles.append(f"{role} {low}" if low == high else f"{role} {low} to {high}")
+    return ", ".join(roles)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.2f}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    if not numbers:
+        return "none"
+    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,104 @@
+"""Masks as colours, overlays, and panels beside the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from mfuser.config.classes import CITYSCAPES
+from mfuser.interfaces import IGNORE
+
+
+def palette(classes: Sequence[str]) -> np.ndarray:
+    """(256, 3) uint8: Cityscapes' colours by name, others spread over the hues; 255 black."""
+    known = dict(zip(CITYSCAPES.names, CITYSCAPES.colours, strict=True))
+    table = np.zeros((256, 3), np.uint8)
+    for k, name in enumerate(classes):
+        hue = int(255 * (k * 0.618034 % 1))
+        spread = np.asarray(Image.new("HSV", (1, 1), (hue, 190, 220)).convert("RGB"))[0, 0]
+        table[k] = known.get(name, spread)
+    table[IGNORE] = 0
+    return table
+
+
+def colour(label: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """(H, W) ids -> (H, W, 3) uint8."""
+    return table[label]
+
+
+def overlay(
+    image: np.ndarray, label: np.ndarray, table: np.ndarray, share: float = 0.55
+) -> np.ndarray:
+    """The image with its mask over it; ignored pixels stay as they are."""
+    mixed = image * (1 - share) + table[label] * share
+    return np.where((label == IGNORE)[..., None], image, mixed).astype(np.uint8)
+
+
+def indexed(label: np.ndarray, table: np.ndarray) -> Image.Image:
+    """A palette PNG whose index is the class id."""
+    picture = Image.fromarray(label.astype(np.uint8), mode="P")
+    picture.putpalette(table.flatten().tolist())
+    return picture
+
+
+def panels(
+    rows: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[str],
+    width: int = 384,
+    names: Sequence[str] = (),
+) -> Image.Image:
+    """Rows of pictures (uint8, HWC) under column titles, each scaled to `width`; `names` of rows
+    are written into their first picture."""
+    gap, head = 4, 18
+    tiles = [[_scaled(p, width) for p in row] for row in rows]
+    columns = max(len(row) for row in tiles)
+    height = head + sum(max(t.height for t in row) + gap for row in tiles)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, height - gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        pen.text((column * (width + gap) + 2, 3), title, fill="black")
+    y = head
+    for i, row in enumerate(tiles):
+        for column, tile in enumerate(row):
+            sheet.paste(tile, (column * (width + gap), y))
+        if i < len(names):
+            box = pen.textbbox((4, y + 3), names[i])
+            pen.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill="black")
+            pen.text((4, y + 3), names[i], fill="white")
+        y += max(t.height for t in row) + gap
+    return sheet
+
+
+def stacked(*sheets: Image.Image) -> Image.Image:
+    """Pictures below each other."""
+    width = max(s.width for s in sheets)
+    sheet = Image.new("RGB", (width, sum(s.height for s in sheets)), "white")
+    y = 0
+    for part in sheets:
+        sheet.paste(part, (0, y))
+        y += part.height
+    return sheet
+
+
+def _scaled(picture: np.ndarray, width: int) -> Image.Image:
+    image = Image.fromarray(picture)
+    return image.resize(
+        (width, round(image.height * width / image.width)),
+        Image.Resampling.NEAREST if image.width < width else Image.Resampling.BILINEAR,
+    )
+
+
+def legend(classes: Sequence[str], table: np.ndarray, width: int) -> Image.Image:
+    """Coloured squares with class names, as many to a line as fit."""
+    cell, line = 120, 18
+    columns = max(1, width // cell)
+    rows = -(-len(classes) // columns)
+    sheet = Image.new("RGB", (width, rows * line + 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, name in enumerate(classes):
+        x, y = (k % columns) * cell + 2, (k // columns) * line + 3
+        pen.rectangle((x, y, x + 12, y + 12), fill=tuple(int(c) for c in table[k]))
+        pen.text((x + 17, y + 1), name, fill="black")
+    return sheet

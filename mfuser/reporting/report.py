@@ -1,0 +1,225 @@
+"""The report of an evaluation: a table for people, JSON, Markdown and CSV for the rest."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+
+from mfuser.config.recipe import RecipeSpec
+from mfuser.config.run import RunSpec
+from mfuser.files import write_json, write_text
+from mfuser.model.dgss import DGSSModel
+from mfuser.version import __version__
+
+
+class DomainResult(BaseModel):
+    """Scores of one domain, in [0, 1]. seen: it is the source. scored: classes that count.
+    most_frequent: mIoU of predicting the source's most frequent class everywhere."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    miou: float
+    accuracy: float
+    iou: dict[str, float]
+    images: int
+    scored: list[str]
+    seen: bool
+    most_frequent: float | None = None
+    skipped: list[str] = []
+
+
+class Report(BaseModel):
+    """What was measured, and how: a figure without its protocol means nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pairing: str
+    recipe: str
+    protocol: dict[str, Any]
+    notes: list[str]
+    classes: list[str]
+    domains: dict[str, DomainResult]
+    untrained: dict[str, float]
+    average: float | None
+    """mIoU averaged over the unseen domains."""
+    gap: float | None
+    """Source minus that average, where the source was scored too."""
+
+    @staticmethod
+    def of(
+        model: DGSSModel,
+        run: RunSpec,
+        step: int,
+        domains: dict[str, DomainResult],
+        *,
+        untrained: dict[str, float],
+        stride: tuple[int, int],
+        limit: int | None,
+    ) -> Report:
+        recipe = RecipeSpec.model_validate(run.recipe)
+        unseen = [d.miou for d in domains.values() if not d.seen]
+        seen = [d.miou for d in domains.values() if d.seen]
+        average = float(np.mean(unseen)) if unseen else None
+        counts = {d.images for d in domains.values()}
+        protocol = {
+            "source": run.source.name,
+            "steps": step,
+            "batch": recipe.batch_size * recipe.accumulate * run.world,
+            "seed": run.seed,
+            "window": list(model.spec.image_size),
+            "stride": list(stride),
+            "images per domain": counts.pop() if len(counts) == 1 else "see domains",
+            "limited to the first images": limit,
+            "checkpoint": "the last one" if step == recipe.steps else f"step {step}, unfinished",
+            "mfuser": __version__,
+        }
+        return Report(
+            pairing=run.pairing_name,
+            recipe=run.recipe_name,
+            protocol=protocol,
+            notes=_notes(model, domains),
+            classes=list(model.classes),
+            domains=domains,
+            untrained=untrained,
+            average=average,
+            gap=seen[0] - average if seen and average is not None else None,
+        )
+
+    def rows(self) -> list[tuple[str, list[float | None]]]:
+        """Class and summary rows, a value per domain in per cent, then the unseen average."""
+        names = list(self.domains)
+        result: list[tuple[str, list[float | None]]] = []
+        for c in self.classes:
+            values = [self.domains[n].iou.get(c) for n in names]
+            if any(v is not None for v in values):
+                result.append((c, self._averaged(values)))
+        result.append(("mIoU", self._averaged([self.domains[n].miou for n in names])))
+        constant = [self.domains[n].most_frequent for n in names]
+        if any(v is not None for v in constant):
+            result.append(("most frequent class", self._averaged(constant)))
+        if self.untrained:
+            result.append(("untrained model", self._averaged([self.untrained[n] for n in names])))
+        return result
+
+    def columns(self) -> list[str]:
+        heads = [n + (" (source)" if d.seen else "") for n, d in self.domains.items()]
+        return [*heads, "unseen average"]
+
+    def _averaged(self, values: list[float | None]) -> list[float | None]:
+        unseen = [
+            v
+            for v, d in zip(values, self.domains.values(), strict=True)
+            if v is not None and not d.seen
+        ]
+        return [*values, float(np.mean(unseen)) if unseen else None]
+
+    def table(self) -> Table:
+        """For the terminal."""
+        table = Table(title=f"{self.pairing}, IoU in %", title_justify="left")
+        table.add_column("")
+        for column in self.columns():
+            table.add_column(column, justify="right")
+        for name, values in self.rows():
+            if name == "mIoU":
+                table.add_section()
+            table.add_row(name, *map(_percent, values), style="bold" if name == "mIoU" else None)
+        return table
+
+    def summary(self) -> list[str]:
+        lines = [self._protocol_line(), *self.notes]
+        if self.gap is not None:
+            lines.append(
+                f"Gap between source and unseen average: {100 * self.gap:.1f} points of mIoU."
+            )
+        return lines
+
+    def markdown(self, pictures: list[str] | None = None) -> str:
+        heads = ["", *self.columns()]
+        lines = [f"# {self.pairing}, recipe {self.recipe}", "", "IoU in %.", ""]
+        lines += ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+        for name, values in self.rows():
+            cells = [_percent(v) for v in values]
+            if name == "mIoU":
+                name, cells = "**mIoU**", [f"**{c}**" for c in cells]
+            lines.append("| " + " | ".join([name, *cells]) + " |")
+        lines += ["", *(f"{line}\n" for line in self.summary())]
+        lines += [f"![{p}]({p})" for p in pictures or []]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def csv(self) -> str:
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["class", *self.columns()])
+        for name, values in self.rows():
+            writer.writerow([name, *("" if v is None else f"{100 * v:.4f}" for v in values)])
+        return out.getvalue()
+
+    def save(self, folder: Path, pictures: list[str] | None = None) -> None:
+        """report.json, report.md and report.csv."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "report.json", self.as_json())
+        write_text(folder / "report.md", self.markdown(pictures))
+        write_text(folder / "report.csv", self.csv())
+
+    def as_json(self) -> dict[str, Any]:
+        """NaN, which JSON lacks, becomes null."""
+        return _no_nan(self.model_dump(mode="json"))
+
+    def _protocol_line(self) -> str:
+        p = self.protocol
+        images = p["images per domain"]
+        if isinstance(images, str):
+            images = ", ".join(f"{n} {d.images}" for n, d in self.domains.items())
+        parts = [
+            f"source {p['source']}",
+            f"{p['steps']} steps of {p['batch']}",
+            f"seed {p['seed']}",
+            f"window {p['window'][0]}x{p['window'][1]}, stride {p['stride'][0]}x{p['stride'][1]}",
+            f"images per domain: {images}",
+            f"checkpoint: {p['checkpoint']}",
+        ]
+        return "Protocol: " + "; ".join(parts) + "."
+
+
+def _notes(model: DGSSModel, domains: dict[str, DomainResult]) -> list[str]:
+    notes = []
+    scratch = [
+        role
+        for role, spec in model.spec.encoders().items()
+        if getattr(spec, "weights", None) == "random" and not spec.freeze
+    ]
+    if scratch:
+        notes.append(
+            f"The {' and '.join(scratch)} started from random weights and trained with the rest: "
+            "nothing here is pretrained, so these figures say nothing about foundation models."
+        )
+    scored = {tuple(d.scored) for d in domains.values()}
+    if any(len(s) < len(model.classes) for s in scored):
+        fewest = min(scored, key=len)
+        notes.append(
+            f"Scored over the classes that source and target share ({len(fewest)} of "
+            f"{len(model.classes)}): {', '.join(fewest)}."
+        )
+    skipped = [name for d in domains.values() for name in d.skipped]
+    if skipped:
+        notes.append(f"Unreadable and left out: {', '.join(skipped)}.")
+    return notes
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _no_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _no_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_no_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

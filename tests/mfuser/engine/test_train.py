@@ -1,0 +1,354 @@
+"""Training: repeatable, resumable to the bit, and never at the cost of what was there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mfuser import Registry, build_model
+from mfuser.data.loading import ClassMap, training_stream
+from mfuser.data.sampling import ShuffledSampler
+from mfuser.data.transforms import Augmentation, AugmentationSpec
+from mfuser.engine import checkpoints
+from mfuser.engine import train as training
+from mfuser.engine.folder import RUN, read_run
+from mfuser.engine.train import Interrupted, Trainer, parameter_groups, train
+from mfuser.errors import CheckpointError, MFuserError
+
+
+def weights(folder: Path, name: str = checkpoints.FINAL) -> dict[str, torch.Tensor]:
+    return checkpoints.read(folder / name).model
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[], None]) -> None:
+    """Calls `what` during a step (counted from 1)."""
+    original = Trainer._step
+
+    def stepped(self: Trainer, number: int, batches: Any) -> Any:
+        losses = original(self, number, batches)
+        if number + 1 == step:
+            what()
+        return losses
+
+    monkeypatch.setattr(Trainer, "_step", stepped)
+
+
+# ---- the same weights
+
+
+def test_one_seed_gives_identical_weights(tiny: Registry, begin: Any, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(hash(name) % 1000)  # what the caller's generator holds is no matter
+        train(tiny, begin("tiny", "steps=2", f"seed={seed}"), tmp_path / name)
+    a, b, c = (weights(tmp_path / n) for n in "abc")
+    assert same(a, b) and not same(a, c)
+    start = checkpoints.trained_state(build_model("tiny", tiny))
+    moved = [k for k in a if not torch.equal(a[k], start[k])]
+    # Weight decay of 1e-5 leaves some values of normalisation and bias where they were.
+    assert len(moved) > 0.8 * len(a)
+
+
+@pytest.mark.parametrize("recipe", [(), ("accumulate=2",), ("rare_classes={min_pixels=50}",)])
+def test_stopped_and_resumed_equals_never_stopped(
+    tiny: Registry,
+    begin: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: tuple[str, ...],
+) -> None:
+    monkeypatch.setenv("MFUSER_CACHE", str(tmp_path / "cache"))
+    run = begin("plain", "steps=5", "save_every=2", *recipe)
+    train(tiny, run, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted) as stopped:
+            train(tiny, run, tmp_path / "parts")
+    assert stopped.value.step == 3
+    assert checkpoints.read(tmp_path / "parts" / checkpoints.LAST).step == 3
+    assert not (tmp_path / "parts" / checkpoints.FINAL).exists()
+    train(tiny, run, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    whole = checkpoints.read(tmp_path / "whole" / checkpoints.LAST)
+    parts = checkpoints.read(tmp_path / "parts" / checkpoints.LAST)
+    assert same(whole.optimiser, parts.optimiser) and whole.optimiser
+
+
+def test_the_loss_scale_of_float16_comes_back(
+    tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scaler as float16 has it, in float32 on the CPU."""
+    accelerator = training._accelerator
+    scaler: dict[str, Any] = {"growth_factor": 1.7, "growth_interval": 2}
+
+    def scaled(*arguments: Any) -> Any:
+        made = accelerator(*arguments)
+        made.scaler = torch.amp.GradScaler("cpu", **scaler)
+        return made
+
+    monkeypatch.setattr(training, "_accelerator", scaled)
+    run = begin("plain", "steps=5", "save_every=3")
+    train(tiny, run, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(tiny, run, tmp_path / "parts")
+    train(tiny, run, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    states = [
+        checkpoints.read(tmp_path / name / checkpoints.LAST).meta["scaler"]
+        for name in ("whole", "parts")
+    ]
+    assert states[0] == states[1]
+    assert states[0]["scale"] == pytest.approx(2**16 * 1.7**2) and states[0]["_growth_tracker"] == 1
+    assert "scaler" not in checkpoints.read(tmp_path / "parts" / checkpoints.FINAL).meta
+
+    # A scale so large that the first step is skipped: there is no state of the optimiser yet.
+    scaler["init_scale"] = 1e38
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(tiny, run, tmp_path / "skipped")
+    assert not checkpoints.read(tmp_path / "skipped" / checkpoints.LAST).optimiser
+    train(tiny, run, tmp_path / "skipped", resume=True)
+
+
+def test_killed_between_checkpoints_resumes_from_the_last_whole_one(
+    tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin("plain", "steps=5", "save_every=2")
+    train(tiny, run, tmp_path / "whole")
+
+    def die() -> None:
+        raise KeyboardInterrupt  # as if the process were gone
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, die)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny, run, tmp_path / "killed")
+    assert checkpoints.read(tmp_path / "killed" / checkpoints.LAST).step == 2
+    train(tiny, run, tmp_path / "killed", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+def test_killed_between_the_last_two_files(tiny: Registry, begin: Any, tmp_path: Path) -> None:
+    run = begin()
+    train(tiny, run, tmp_path / "r")
+    final = weights(tmp_path / "r")
+    (tmp_path / "r" / checkpoints.FINAL).unlink()
+    train(tiny, run, tmp_path / "r", resume=True)
+    assert same(final, weights(tmp_path / "r"))
+
+
+def test_workers_draw_the_same_crops(tiny: Registry, begin: Any, tmp_path: Path) -> None:
+    train(tiny, begin("plain"), tmp_path / "none")
+    train(tiny, begin("plain", "workers=2"), tmp_path / "two")
+    assert same(weights(tmp_path / "none"), weights(tmp_path / "two"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal(write_registry: Any, tmp_path: Path) -> None:
+    """A whole process group is interrupted, loader workers and all."""
+    registry = write_registry()
+    command = [sys.executable, "-m", "mfuser", "train", "plain", "--recipe", "tiny"]
+    command += ["--registry", str(registry), "--out", "run", "--no-evaluate"]
+    command += ["--set-recipe", "steps=400", "--set-recipe", "workers=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    for _ in range(600):
+        if process.poll() is not None or (log.is_file() and log.read_text()):
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    found = re.search(r"interrupted after step (\d+); all is saved in run", err)
+    assert found, err
+    stopped = checkpoints.read(tmp_path / "run" / checkpoints.LAST)
+    assert stopped.step == int(found[1]) < 400
+    again = err.strip().splitlines()[-1].split()
+    assert again[:3] == ["mfuser", "train", "plain"] and again[-1] == "--resume"
+
+
+# ---- the folder
+
+
+def test_what_a_run_leaves(tiny: Registry, begin: Any, tmp_path: Path) -> None:
+    run = begin()
+    folder = tmp_path / "deep" / "run"
+    model = train(tiny, run, folder)
+    assert not model.training
+    assert set(os.listdir(folder)) == {checkpoints.LAST, "log.jsonl", checkpoints.FINAL, RUN}
+    assert read_run(folder).pairing == tiny.pairing("plain").model_dump(mode="json")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 4]
+    assert lines[0]["loss"] == pytest.approx(
+        sum(v for k, v in lines[0].items() if k.startswith("loss_")), rel=1e-6
+    )
+    meta = checkpoints.read(folder / checkpoints.FINAL).meta
+    assert meta["step"] == 4 and meta["run"]["source"]["name"] == "toy"
+    assert meta["run"]["most_frequent"] in tiny.pairing("plain").classes
+
+
+def test_a_folder_with_another_run_is_left_alone(
+    tiny: Registry, begin: Any, tmp_path: Path
+) -> None:
+    train(tiny, begin(), tmp_path / "r")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
+    for run, resume, message in (
+        (begin(), False, "already holds a run .'plain', recipe 'tiny'.*--resume"),
+        (begin("lone"), False, "already holds a run"),
+        (begin("lone"), True, r"holds another run: its pairing\.vlm is .* not None"),
+        (begin("plain", "lr=1e-4"), True, r"recipe\.lr is 0\.001, not 0\.0001"),
+        (begin("plain", "seed=3"), True, r"recipe\.seed is 0, not 3"),
+        (begin("plain", source="toy-night"), True, "source is 'toy', not 'toy-night'"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(tiny, run, tmp_path / "r", resume=resume)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()} == before
+
+
+def test_what_does_not_decide_the_weights_may_change(
+    tiny: Registry, begin: Any, tmp_path: Path
+) -> None:
+    train(tiny, begin(), tmp_path / "r")
+    changed = begin("plain", "workers=1", "on_bad_image=skip", "save_every=3")
+    train(tiny, changed, tmp_path / "r", resume=True)
+
+
+def test_folders_that_are_no_runs(tiny: Registry, begin: Any, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    for folder, resume, message in (
+        ("full", False, "is not empty and holds no run; choose another --out"),
+        ("full", True, "holds no run to resume"),
+        ("none", True, "holds no run to resume"),
+        ("file", False, "cannot be written: a file of that name is there"),
+        ("file/below", False, "cannot be written"),
+        ("/proc/mfuser", False, "the folder /proc/mfuser cannot be written"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(tiny, begin(), tmp_path / folder, resume=resume)
+    assert os.listdir(tmp_path / "full") == ["thesis.tex"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "full"]
+
+
+def test_a_damaged_record_of_the_run(tiny: Registry, begin: Any, tmp_path: Path) -> None:
+    train(tiny, begin(), tmp_path / "r")
+    record = tmp_path / "r" / RUN
+    for text in ("{", "[]", '{"pairing_name": 3}', record.read_text()[:-50]):
+        record.write_text(text)
+        with pytest.raises(CheckpointError, match=r"run\.json cannot be read: ") as caught:
+            train(tiny, begin(), tmp_path / "r", resume=True)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(
+    tiny: Registry, begin: Any, tmp_path: Path
+) -> None:
+    train(tiny, begin(), tmp_path / "r")
+    train(tiny, begin("lone"), tmp_path / "other")
+    last = tmp_path / "r" / checkpoints.LAST
+    mine = last.read_bytes()
+    last.write_bytes((tmp_path / "other" / checkpoints.LAST).read_bytes())
+    with pytest.raises(CheckpointError, match="is of another pairing than the run in"):
+        train(tiny, begin(), tmp_path / "r", resume=True)
+    last.write_bytes((tmp_path / "r" / checkpoints.FINAL).read_bytes())
+    with pytest.raises(CheckpointError, match="holds no state of the optimiser"):
+        train(tiny, begin(), tmp_path / "r", resume=True)
+    last.write_bytes(mine[: len(mine) // 2])
+    with pytest.raises(CheckpointError, match=r"last\.safetensors is not a whole safetensors file"):
+        train(tiny, begin(), tmp_path / "r", resume=True)
+    assert last.read_bytes() == mine[: len(mine) // 2]
+
+
+# ---- the recipe
+
+
+def test_parameter_groups_by_decay_and_place(tiny: Registry) -> None:
+    model = build_model("plain", tiny, vfm={"freeze": False})
+    recipe = tiny.recipe("tiny", ["backbone_lr=0.1", "weight_decay=0.05"])
+    groups = parameter_groups(model, recipe)
+    names = {p: n for n, p in model.named_parameters()}
+    placed = {names[p]: (g["weight_decay"], g["factor"]) for g in groups for p in g["params"]}  # type: ignore[attr-defined]
+    assert set(placed) == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert placed["decoder.norm.weight"] == (0.0, 1.0)
+    assert placed["decoder.classify.weight"] == (0.05, 1.0)
+    assert placed["encoder.vfm.model.blocks.0.norm1.weight"] == (0.0, 0.1)
+    assert placed["encoder.vfm.model.blocks.0.attn.qkv.weight"] == (0.05, 0.1)
+
+
+def test_nothing_to_train(tiny: Registry) -> None:
+    model = build_model("lone", tiny)
+    model.requires_grad_(False)
+    with pytest.raises(MFuserError, match="nothing in this pairing trains"):
+        parameter_groups(model, tiny.recipe("tiny"))
+
+
+def test_two_precisions_in_one_process(tiny: Registry, begin: Any, tmp_path: Path) -> None:
+    train(tiny, begin("plain"), tmp_path / "a")
+    train(tiny, begin("plain", "precision=bf16"), tmp_path / "b")
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert not same(a, b) and {t.dtype for t in b.values() if t.is_floating_point()} == {
+        torch.float32
+    }
+
+
+def test_gradients_are_accumulated(tiny: Registry, begin: Any, tmp_path: Path) -> None:
+    """Two crops in two batches or in one: the same step, without normalisation over the batch."""
+    fixed = ("augmentation={scale=[1.0, 1.0], photometric=false, flip=0.0}", "steps=1", "warmup=0")
+    train(tiny, begin("tiny", "accumulate=2", *fixed), tmp_path / "two")
+    train(tiny, begin("tiny", "accumulate=1", *fixed), tmp_path / "one")
+    assert not same(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    assert read_run(tmp_path / "two").recipe["accumulate"] == 2
+
+
+def test_a_run_continues_its_epoch(tiny: Registry) -> None:
+    """The stream from a later start gives the batches that the whole one gives there."""
+    dataset = tiny.dataset("toy").build(None, "train")
+    model_classes = tiny.pairing("plain").classes
+
+    def stream(start: int) -> list[Any]:
+        return list(
+            training_stream(
+                dataset,
+                ClassMap(dataset, model_classes),
+                ShuffledSampler(len(dataset)),
+                Augmentation(AugmentationSpec(), (64, 96)),
+                seed=4,
+                steps=9,
+                batch_size=2,
+                start=start,
+            )
+        )
+
+    whole, later = stream(0), stream(5)
+    assert len(whole) == 9 and len(later) == 4
+    for one, other in zip(whole[5:], later, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+        assert one.images.dtype == torch.uint8 and one.labels.dtype == torch.int64

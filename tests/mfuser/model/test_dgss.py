@@ -1,0 +1,212 @@
+"""The whole model: what trains, sliding windows, cached texts, images of every type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mfuser import DGSSModel, MFuserError, Registry, build_model
+from mfuser.model.sliding_window import sliding_window, window_origins
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Registry) -> DGSSModel:
+    return build_model("tiny", tiny)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.randint(0, 19, (2, 64, 96))
+    labels[:, :5] = 255
+    return torch.rand(2, 3, 64, 96), labels
+
+
+def test_losses_are_finite_named_scalars(model: DGSSModel) -> None:
+    losses = model.train()(*batch())
+    assert {"loss_cls", "loss_mask", "loss_dice", "loss_align"} <= set(losses)
+    assert all(v.ndim == 0 and v.isfinite() for v in losses.values())
+
+
+@pytest.mark.parametrize("pairing", ["tiny", "plain", "lone"])
+def test_what_trains_gets_gradients_and_nothing_else_does(tiny: Registry, pairing: str) -> None:
+    model = build_model(pairing, tiny).train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(2):
+        sum(model(*batch()).values()).backward()  # type: ignore[union-attr]
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(("encoder.vfm.", "encoder.vlm."))
+        assert parameter.requires_grad is not frozen, name
+        assert (parameter.grad is None) is frozen, name
+        assert torch.equal(parameter, before[name])
+
+
+def test_every_trained_parameter_moves(tiny: Registry) -> None:
+    """No part is wired past: a step changes each tensor (zero gradients at start are counted)."""
+    model = build_model("tiny", tiny).train()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    reached = dict.fromkeys(trained, False)
+    optimiser = torch.optim.SGD(trained.values(), lr=1e-2)
+    for _ in range(3):  # zero-initialised outputs open their inputs' gradients one step later
+        optimiser.zero_grad()
+        sum(model(*batch()).values()).backward()  # type: ignore[union-attr]
+        for name, parameter in trained.items():
+            reached[name] |= parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        optimiser.step()
+    # Softmax over keys does not feel a constant shift of all of them.
+    assert [n for n, seen in reached.items() if not seen and not n.endswith("k_proj.bias")] == []
+
+
+def test_unfrozen_encoders_train(tiny: Registry) -> None:
+    model = build_model("plain", tiny, vfm={"freeze": False}).train()
+    sum(model(*batch()).values()).backward()  # type: ignore[union-attr]
+    vfm = dict(model.encoder.vfm.named_parameters())  # type: ignore[union-attr]
+    assert all(p.requires_grad for p in vfm.values())
+    assert sum(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in vfm.values()) > 10
+    assert not any(p.requires_grad for p in model.encoder.vlm.parameters())  # type: ignore[union-attr]
+
+
+def test_one_seed_one_model(tiny: Registry) -> None:
+    torch.manual_seed(123)
+    state = torch.random.get_rng_state()
+    one, two, other = (build_model("tiny", tiny, seed=s).state_dict() for s in (5, 5, 6))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert any(not torch.equal(one[k], other[k]) for k in one)
+
+
+# ---- windows
+
+
+@given(st.integers(1, 200), st.integers(1, 60), st.integers(1, 60))
+def test_windows_cover_the_side_and_stay_inside(extra: int, window: int, stride: int) -> None:
+    size, stride = window + extra - 1, min(stride, window)
+    origins = window_origins(size, window, stride)
+    covered = set()
+    for origin in origins:
+        assert 0 <= origin <= size - window
+        covered |= set(range(origin, origin + window))
+    assert covered == set(range(size))
+    assert origins == sorted(set(origins))
+
+
+def test_windows_of_the_released_models() -> None:
+    assert window_origins(1024, 512, 341) == [0, 341, 512]
+    assert window_origins(2048, 512, 341) == [0, 341, 682, 1023, 1364, 1536]
+
+
+def naive(
+    scores: Callable[[torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    window: tuple[int, int],
+    stride: tuple[int, int],
+) -> torch.Tensor:
+    _, _, height, width = images.shape
+    total, count = None, torch.zeros(height, width)
+    tops = [*range(0, height - window[0], stride[0]), height - window[0]]
+    lefts = [*range(0, width - window[1], stride[1]), width - window[1]]
+    for top in dict.fromkeys(tops):
+        for left in dict.fromkeys(lefts):
+            part = scores(images[:, :, top : top + window[0], left : left + window[1]])
+            if total is None:
+                total = torch.zeros(len(images), part.shape[1], height, width)
+            total[:, :, top : top + window[0], left : left + window[1]] += part
+            count[top : top + window[0], left : left + window[1]] += 1
+    assert total is not None
+    return total / count
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97), (64, 150), (101, 133)])
+def test_segment_is_the_average_over_windows(model: DGSSModel, size: tuple[int, int]) -> None:
+    model.eval()
+    images = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        expected = naive(model._scores, images, (64, 96), (43, 64))
+    got = model.segment(images)
+    assert got.shape == (2, 19, *size)
+    # Windows in other batches: float32 sums in another order.
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    several = model.segment(images, window_batch=3)
+    torch.testing.assert_close(several, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        dense = naive(model._scores, images, (64, 96), (20, 30))
+    torch.testing.assert_close(model.segment(images, stride=(20, 30)), dense, rtol=1e-4, atol=1e-5)
+
+
+def test_segment_refuses_what_it_cannot_do(model: DGSSModel) -> None:
+    with pytest.raises(MFuserError, match="60x96 pixels is smaller than the window of 64x96"):
+        model.segment(torch.rand(1, 3, 60, 96))
+    with pytest.raises(MFuserError, match=r"shape \(1, 4, 64, 96\), not \(B, 3, H, W\)"):
+        model.segment(torch.rand(1, 4, 64, 96))
+    with pytest.raises(MFuserError, match="shape"):
+        model.segment(torch.rand(64, 96))
+    with pytest.raises(MFuserError, match="a stride of 65x96 leaves gaps"):
+        model.segment(torch.rand(1, 3, 200, 200), stride=(65, 96))
+
+
+def test_no_window_is_lost_to_gaps() -> None:
+    ones = sliding_window(lambda w: w[:, :1] * 0 + 1, torch.rand(1, 3, 50, 70), (20, 30), (20, 30))
+    assert torch.equal(ones, torch.ones(1, 1, 50, 70))
+
+
+def test_uint8_and_float_images_are_one(model: DGSSModel) -> None:
+    images = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    assert torch.equal(model.segment(images), model.segment(images.float() / 255))
+    assert torch.equal(model.segment(images[0]), model.segment(images))
+
+
+def test_segment_leaves_the_mode_as_it_was(model: DGSSModel) -> None:
+    model.train()
+    running = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
+    model.segment(torch.rand(1, 3, 64, 96))
+    assert model.training and model.decoder.training
+    assert all(torch.equal(b, running[n]) for n, b in model.named_buffers() if n in running)
+    model.eval()
+    assert not model.segment(torch.rand(1, 3, 64, 96)).requires_grad
+    assert not model.training
+
+
+# ---- cached texts
+
+
+def test_texts_are_computed_once_until_something_changes(tiny: Registry) -> None:
+    model = build_model("tiny", tiny)
+    vlm = model.encoder.vlm
+    assert vlm is not None
+    calls = []
+    original = vlm.encode_text
+    vlm.encode_text = lambda *a: (calls.append(1), original(*a))[1]  # type: ignore[method-assign]
+    image = torch.rand(1, 3, 100, 100)
+    model.segment(image)
+    model.segment(image)
+    with torch.no_grad():
+        first = model.text()
+    assert len(calls) == 1
+    assert model.text().requires_grad and len(calls) == 2  # never the cached one
+    calls.pop()
+
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    state["prompt.contexts"] += 1.0
+    model.load_state_dict(state)
+    with torch.no_grad():
+        second = model.text()
+    assert len(calls) == 2 and not torch.allclose(first, second)
+
+    model.train()
+    model(*batch())
+    model(*batch())
+    assert len(calls) == 4  # while training, every time
+    model.eval()
+    model.segment(image)
+    assert len(calls) == 5
+    model.double()
+    assert model._text is None
+
+
+def test_text_has_a_gradient_to_the_prompt_even_in_eval_mode(tiny: Registry) -> None:
+    model = build_model("tiny", tiny).eval()
+    model.segment(torch.rand(1, 3, 64, 96))
+    model.text().sum().backward()
+    assert model.prompt is not None and model.prompt.contexts.grad is not None

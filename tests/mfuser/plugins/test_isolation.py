@@ -1,0 +1,202 @@
+"""A stranger's plugin that misbehaves: it is named, and the others go on working."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mfuser import MFuserError
+from mfuser.plugins.discovery import load_components
+from mfuser.plugins.timelimit import TimeLimit, limited
+
+GOOD = """
+from mfuser import FusionSpec, hookimpl
+
+class GoodSpec(FusionSpec, name="good"):
+    '''Nothing.'''
+    def build(self, vfm, vlm):
+        return None
+
+@hookimpl
+def mfuser_components():
+    return [GoodSpec]
+"""
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Writes a module and the metadata of an installed distribution that offers it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    written = []
+
+    def write(name: str, source: str, requires: str = "", entry: str = "") -> None:
+        (tmp_path / f"{name}.py").write_text(source, "utf-8")
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        needs = f"Requires-Dist: {requires}\n" if requires else ""
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}", "utf-8"
+        )
+        (info / "entry_points.txt").write_text(f"[mfuser]\n{entry or name} = {name}\n", "utf-8")
+        written.append(name)
+
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+def causes() -> dict[str, str]:
+    return {b.plugin.split(" ")[0]: b.cause for b in load_components().broken}
+
+
+def test_installed_plugin_is_found(install: Install) -> None:
+    install("stranger_good", GOOD)
+    found = load_components()
+    assert not found.broken
+    assert found.kind("fusion")["good"].plugin == "stranger_good"
+
+
+def test_raising_plugin_is_named_and_the_others_work(install: Install) -> None:
+    install("stranger_bad", "raise RuntimeError('no licence')")
+    install("stranger_exit", "import sys\nsys.exit(3)")
+    install("stranger_good", GOOD)
+    found = load_components()
+    broken = {b.plugin: b.cause for b in found.broken}
+    assert broken["stranger_bad (stranger_bad)"] == "RuntimeError: no licence"
+    assert "SystemExit: 3" in broken["stranger_exit (stranger_exit)"]
+    assert {"good", "none"} <= set(found.kind("fusion"))
+
+
+@pytest.mark.parametrize(
+    "hang",
+    [
+        "import time\ntime.sleep(60)",
+        "while True:\n    pass",
+        # Code that retries whatever happens.
+        "import time\nfor i in range(3):\n    try:\n        time.sleep(60)\n"
+        "    except BaseException:\n        pass\n",
+    ],
+    ids=["sleeps", "loops", "swallows"],
+)
+def test_hanging_plugin_is_stopped(
+    install: Install, monkeypatch: pytest.MonkeyPatch, hang: str
+) -> None:
+    monkeypatch.setenv("MFUSER_PLUGIN_TIMEOUT", "0.5")
+    monkeypatch.setenv("MFUSER_PLUGINS", "stranger_hang,stranger_good")
+    install("stranger_hang", hang)
+    install("stranger_good", GOOD)
+    start = time.monotonic()
+    found = load_components()
+    assert time.monotonic() - start < 15
+    assert "good" in found.kind("fusion")
+    assert [b.plugin for b in found.broken] == ["stranger_hang (stranger_hang)"]
+    if "except" not in hang:
+        assert "took more than 0.5 s" in found.broken[0].cause
+        assert "MFUSER_PLUGIN_TIMEOUT=60" in found.broken[0].cause
+
+
+def test_hanging_hook_is_stopped(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MFUSER_PLUGIN_TIMEOUT", "0.5")
+    monkeypatch.setenv("MFUSER_PLUGINS", "stranger_hook")
+    install(
+        "stranger_hook",
+        "import time\nfrom mfuser import hookimpl\n@hookimpl\n"
+        "def mfuser_components():\n    time.sleep(60)\n",
+    )
+    assert "its hook mfuser_components took more than 0.5 s" in causes()["stranger_hook"]
+
+
+def test_limit_in_another_thread() -> None:
+    result: list[object] = []
+
+    def run() -> None:
+        try:
+            limited(0.2, lambda: time.sleep(5))
+        except TimeLimit:
+            result.append("stopped")
+        result.append(limited(5, lambda: 7))
+        with pytest.raises(KeyError):
+            limited(5, lambda: {}["x"])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(4)
+    assert result == ["stopped", 7]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (">=0.1,<0.2", ""),
+        (">=7", "it works with mfuser >=7, and this is"),
+        ("seven", "is no set of versions"),
+        (7, "is no set of versions"),
+    ],
+)
+def test_declared_version(install: Install, text: object, expected: str) -> None:
+    install("stranger_version", f"mfuser_requires = {text!r}\n{GOOD}")
+    cause = causes().get("stranger_version", "")
+    assert (expected in cause) if expected else not cause
+
+
+def test_version_of_the_package_is_checked_before_it_is_imported(
+    install: Install, tmp_path: Path
+) -> None:
+    install("stranger_new", f"open({str(tmp_path / 'ran')!r}, 'w')\n{GOOD}", "mfuser (>=7)")
+    assert "its package stranger_new works with mfuser >=7" in causes()["stranger_new"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_shadowed_name_names_both_and_the_way_out(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("stranger_none", GOOD.replace('"good"', '"none"'))
+    with pytest.raises(MFuserError, match="named 'none'.*'no_fusion'.*'stranger_none'") as error:
+        load_components()
+    assert "MFUSER_PLUGINS=-stranger_none" in str(error.value)
+    monkeypatch.setenv("MFUSER_PLUGINS", "-stranger_none")
+    assert load_components().kind("fusion")["none"].plugin == "no_fusion"
+
+
+def test_entry_point_of_a_known_name_does_not_hide_the_other(install: Install) -> None:
+    install("stranger_good", GOOD, entry="linear")
+    found = load_components()
+    assert {"linear"} <= set(found.kind("decoder"))
+    assert found.kind("fusion")["good"].plugin == "linear (stranger_good)" or (
+        found.kind("decoder")["linear"].plugin.startswith("linear (")
+    )
+
+
+def test_narrowing(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("stranger_bad", "raise RuntimeError")
+    monkeypatch.setenv("MFUSER_PLUGINS", "linear, no_fusion")
+    found = load_components()
+    assert set(found.kind("decoder")) == {"linear"} and set(found.kind("fusion")) == {"none"}
+    assert not found.kind("vision") and not found.broken
+    monkeypatch.setenv("MFUSER_PLUGINS", "")
+    assert not load_components().kind("fusion")
+    monkeypatch.setenv("MFUSER_PLUGINS", "-stranger_bad")
+    assert not load_components().broken and load_components().kind("vision")
+    monkeypatch.setenv("MFUSER_PLUGINS", "liner")
+    with pytest.raises(MFuserError, match="'liner'; did you mean 'linear'"):
+        load_components()
+
+
+def test_asked_for_by_name_is_loaded_whatever_is_narrowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MFUSER_PLUGINS", "linear")
+    file = tmp_path / "mine.py"
+    file.write_text(GOOD, "utf-8")
+    assert set(load_components([str(file)]).kind("fusion")) == {"good"}
+    file.write_text("raise RuntimeError('no')", "utf-8")
+    sys.modules.pop("mfuser_plugin_mine", None)
+    with pytest.raises(MFuserError, match="mine.py' cannot be used: RuntimeError: no"):
+        load_components([str(file)])
