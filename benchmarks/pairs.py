@@ -1,7 +1,7 @@
 """Every timm with every open_clip architecture: which assemble, and what is refused and why.
 
 python benchmarks/pairs.py                          assemble each (continues where it stopped),
-                                                    write the catalogue and docs/backbones.md
+                                                    write the catalog and docs/backbones.md
 python benchmarks/pairs.py --again                  forget what was found before
 python benchmarks/pairs.py --retry                  try again what was refused
 python benchmarks/pairs.py --steps 60 --seed 0      train one step of that many random pairs
@@ -10,7 +10,7 @@ python benchmarks/pairs.py --json
 An architecture counts if a model of it, its fixed partner and the default fusion assembles on the
 meta device, and if its own stepping (embed, every block, the end; for open_clip the projection and
 the class texts too) gives the shapes it declares. Hugging Face text towers are laid out with their
-type's default configuration, not the hub's. The catalogue is what
+type's default configuration, not the hub's. The catalog is what
 `mfuser list backbones --all` reads.
 """
 
@@ -34,7 +34,7 @@ from mfuser.errors import MFuserError
 from mfuser.interfaces import VisionLanguageBackbone
 from mfuser.model.assembly import build_model, sketch, unfilled
 from mfuser_plugins.backbones._text_towers import HuggingFaceTower
-from mfuser_plugins.backbones.catalogue import CATALOGUE, candidates
+from mfuser_plugins.backbones.catalog import CATALOG, candidates
 from mfuser_plugins.backbones.open_clip import OpenClipSpec
 from mfuser_plugins.backbones.timm import TimmSpec
 
@@ -174,7 +174,7 @@ def save(found: dict[str, dict[str, Any]]) -> None:
         **{library: dict(sorted(found[library].items())) for library in sorted(found)},
     }
     lines = json.dumps(content, indent=1).replace("\n   ", " ").replace("\n  }", " }")
-    CATALOGUE.write_text(lines + "\n", "utf-8")
+    CATALOG.write_text(lines + "\n", "utf-8")
 
 
 def shallow(library: str, name: str) -> Any:
@@ -269,7 +269,7 @@ def steps(found: dict[str, dict[str, Any]], count: int, seed: int, path: Path) -
 
 def table(found: dict[str, dict[str, Any]], trained: dict[str, Any]) -> str:
     """docs/backbones.md."""
-    from mfuser_plugins.backbones.catalogue import family_of
+    from mfuser_plugins.backbones.catalog import family_of
 
     good = {k: [n for n, e in v.items() if "refused" not in e] for k, v in found.items()}
     n, m = len(good["timm"]), len(good["open_clip"])
@@ -331,7 +331,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    kept = json.loads(CATALOGUE.read_text("utf-8")) if CATALOGUE.is_file() else {}
+    kept = json.loads(CATALOG.read_text("utf-8")) if CATALOG.is_file() else {}
     found = {k: {} if options.again else kept.get(k, {}) for k in ("timm", "open_clip")}
     path = ROOT / "benchmarks" / f"pairs_steps_{options.seed}.json"
     if options.steps:

@@ -80,7 +80,7 @@ def given(name: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of `x`, (B, L, D) and (B, L, N), contiguous in the layout that `name` works in.
 
     It matters: from views of (B, L, D), mamba_ref takes half the time, since its loop over time
-    then reads neighbouring memory. mamba-ssm's own model hands it (B, D, L).
+    then reads neighboring memory. mamba-ssm's own model hands it (B, D, L).
     """
     swap = TIME_LAST.get(name, ())
     return {k: t.transpose(1, 2).contiguous() if k in swap else t for k, t in x.items()}

@@ -20,8 +20,8 @@ from mfuser.config.classes import CITYSCAPES
 from mfuser_plugins.datasets.streets import StreetsSpec
 
 DOMAINS = ("game", "camera", "fog", "night", "rain", "snow")
-COLOURS = np.zeros((256, 3), np.uint8)
-COLOURS[: len(CITYSCAPES.colours)] = CITYSCAPES.colours
+COLORS = np.zeros((256, 3), np.uint8)
+COLORS[: len(CITYSCAPES.colors)] = CITYSCAPES.colors
 
 
 def draw(domain: str, start: int, count: int) -> float:
@@ -65,9 +65,9 @@ def picture(path: Path, indices: list[int], height: int = 128) -> None:
         samples = [dataset[i] for i in indices]
         rows.append(np.array(Image.fromarray(np.hstack([s.image for s in samples])).reduce(2)))
         if domain in ("game", "snow"):
-            rows.append(np.hstack([COLOURS[s.label[::2, ::2]] for s in samples]))
+            rows.append(np.hstack([COLORS[s.label[::2, ::2]] for s in samples]))
     image = Image.fromarray(np.vstack(rows))
-    # 256 colours: the noise of the camera rows would make a true-colour PNG four times as large.
+    # 256 colors: the noise of the camera rows would make a true-color PNG four times as large.
     few = image.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
 

@@ -1,4 +1,4 @@
-"""Domain-generalised semantic segmentation with any pair of foundation models.
+"""Domain-generalized semantic segmentation with any pair of foundation models.
 
 The public names are loaded when they are used, so that `import mfuser` stays cheap.
 """

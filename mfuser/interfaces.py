@@ -53,7 +53,7 @@ class VisionBackbone(nn.Module, ABC):
     grid: tuple[int, int]
     """Patches (h, w) of an image of `image_size`."""
     license: str | None = None
-    """The weights' licence where their publisher states one."""
+    """The weights' license where their publisher states one."""
     always_trains: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the names of parameters that train although the backbone is frozen."""
 
@@ -65,7 +65,7 @@ class VisionBackbone(nn.Module, ABC):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) RGB in [0, 1] -> the same, as this backbone's weights expect it."""
         return (images - self.mean) / self.std
 
@@ -82,7 +82,7 @@ class VisionBackbone(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, images: Tensor) -> Stream:
-        """Normalised images (B, 3, H, W) of `image_size` -> the tokens before the first block.
+        """Normalized images (B, 3, H, W) of `image_size` -> the tokens before the first block.
 
         Raises MFuserError if the images have another size.
         """
@@ -178,7 +178,7 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
-        """Labels (B, H, W) int64, 255 ignored -> named scalars; their sum is minimised."""
+        """Labels (B, H, W) int64, 255 ignored -> named scalars; their sum is minimized."""
 
     @abstractmethod
     def semantic_logits(self, output: DecoderOutput, size: tuple[int, int]) -> Tensor:
@@ -195,7 +195,7 @@ class Sample:
 
 
 class Dataset(ABC):
-    """Labelled images of one domain; plain indexing, no augmentation.
+    """Labeled images of one domain; plain indexing, no augmentation.
 
     classes: names of the label space. class_ids: which of them occur in this dataset's
     definition (CamVid's labels cover 11 of the 19); only these can be scored.

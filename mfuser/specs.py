@@ -89,7 +89,7 @@ class Spec(Options):
 class BackboneInfo:
     """A model that a backbone component can build, as `mfuser list backbones --all` shows it.
 
-    tokens: of a 448x448 image, prefix included. licence: of the published weights, where their
+    tokens: of a 448x448 image, prefix included. license: of the published weights, where their
         publisher states one. tried: whether it was laid out and stepped. refused: why it cannot
         be used.
     """
@@ -99,7 +99,7 @@ class BackboneInfo:
     depth: int | None = None
     patch: int | None = None
     tokens: int | None = None
-    licence: str | None = None
+    license: str | None = None
     tried: bool = False
     refused: str | None = None
 
@@ -117,12 +117,12 @@ class BackboneSpec(Spec):
     patch_size: PositiveInt | None = None
 
     @classmethod
-    def catalogue(cls) -> Iterable[BackboneInfo]:
+    def catalog(cls) -> Iterable[BackboneInfo]:
         """Optional: the models this component knows by name, without building any."""
         return ()
 
-    def licence(self) -> str | None:
-        """Optional: the licence of the weights named here, where known; loads nothing."""
+    def license(self) -> str | None:
+        """Optional: the license of the weights named here, where known; loads nothing."""
         return None
 
 
@@ -208,7 +208,7 @@ class DecoderSpec(Spec):
 
 
 class DatasetSpec(Spec):
-    """Labelled images of one domain.
+    """Labeled images of one domain.
 
     split: "train" or "val", as the dataset's own folders define them.
     test_size: (width, height) that images are resized into, keeping their ratio, before they are

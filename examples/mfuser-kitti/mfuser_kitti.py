@@ -1,4 +1,4 @@
-"""KITTI's semantic benchmark (Alhaija et al., IJCV 2018): 200 labelled frames of Karlsruhe."""
+"""KITTI's semantic benchmark (Alhaija et al., IJCV 2018): 200 labeled frames of Karlsruhe."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Kitti(Dataset):
 
 
 class KittiSpec(DatasetSpec, name="kitti"):
-    """KITTI's semantic benchmark: 200 labelled frames; it ships without a split of its own."""
+    """KITTI's semantic benchmark: 200 labeled frames; it ships without a split of its own."""
 
     def build(self, root: Path | None, split: str) -> Kitti:
         """Raises DataError that says what is missing."""

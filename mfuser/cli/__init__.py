@@ -33,7 +33,7 @@ class Group(click.Group):
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mfuser")
 def cli() -> None:
-    """Domain-generalised semantic segmentation with any pair of foundation models.
+    """Domain-generalized semantic segmentation with any pair of foundation models.
 
     Pairings, recipes and datasets are declared in registry.toml; `mfuser list` shows them.
     """

@@ -26,7 +26,7 @@ def show_all(registry: Registry, pattern: str | None, as_json: bool) -> None:
     width = max(len(e["name"]) for e in found)
     library = max(len(e["component"]) for e in found)
     header = " ".join(f"{c:>6}" for c in COLUMNS)
-    click.secho(f"{'':<{library}}  {'model':<{width}} {header}  tried  licence", bold=True)
+    click.secho(f"{'':<{library}}  {'model':<{width}} {header}  tried  license", bold=True)
     for e in found:
         row = f"{e['component']:<{library}}  {e['name']:<{width}} "
         if e["refused"]:
@@ -34,7 +34,7 @@ def show_all(registry: Registry, pattern: str | None, as_json: bool) -> None:
             continue
         numbers = " ".join(f"{'?' if e[c] is None else e[c]:>6}" for c in COLUMNS)
         tried = "yes" if e["tried"] else "no"
-        click.echo(f"{row}{numbers}  {tried:<5}  {e['licence'] or '?'}")
+        click.echo(f"{row}{numbers}  {tried:<5}  {e['license'] or '?'}")
     usable = sum(not e["refused"] for e in found)
     click.echo(f"{usable} models, {len(found) - usable} refused; tokens of a 448x448 image")
 
@@ -48,7 +48,7 @@ def models(registry: Registry, pattern: str | None) -> list[dict[str, Any]]:
             assert issubclass(spec, BackboneSpec)
             listed += [
                 {"component": component.name, "kind": kind, **asdict(info)}
-                for info in spec.catalogue()
+                for info in spec.catalog()
                 if _matches(info, pattern)
             ]
     return listed

@@ -203,7 +203,7 @@ def predict(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Colour masks and overlays of IMAGES (files or folders) from RUN."""
+    """Color masks and overlays of IMAGES (files or folders) from RUN."""
     registry = open_registry(registries, plugins)
     check_device(device)
     from mfuser.engine.console import Console

@@ -1,4 +1,4 @@
-"""The label space of the field: the 19 Cityscapes train ids, their names and colours."""
+"""The label space of the field: the 19 Cityscapes train ids, their names and colors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class LabelSpace:
     names: tuple[str, ...]
-    colours: tuple[tuple[int, int, int], ...]
+    colors: tuple[tuple[int, int, int], ...]
     """RGB, as cityscapesScripts draws them."""
 
 
@@ -36,5 +36,5 @@ _CITYSCAPES = (
 
 CITYSCAPES = LabelSpace(
     names=tuple(name for name, _ in _CITYSCAPES),
-    colours=tuple(colour for _, colour in _CITYSCAPES),
+    colors=tuple(color for _, color in _CITYSCAPES),
 )

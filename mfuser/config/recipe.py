@@ -1,4 +1,4 @@
-"""What a recipe is: optimiser, schedule, augmentation, sampling, and how it is tested."""
+"""What a recipe is: optimizer, schedule, augmentation, sampling, and how it is tested."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 class RareClassSpec(Options):
     """Rare-class sampling (DAFormer, Hoyer et al. 2022, section 3.2).
 
-    temperature: of the softmax over 1 - frequency; 0.01 strongly favours rare classes (DAFormer),
+    temperature: of the softmax over 1 - frequency; 0.01 strongly favors rare classes (DAFormer),
         100, as released, is nearly uniform over classes.
     min_pixels: what an image must show of a class to count as having it.
     """
@@ -45,7 +45,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 class RecipeSpec(Options):
     """How a pairing is trained and tested.
 
-    steps: optimiser steps. batch_size: crops a step and process. accumulate: batches a step.
+    steps: optimizer steps. batch_size: crops a step and process. accumulate: batches a step.
     lr, weight_decay, warmup (steps, linear), schedule, power, min_lr: AdamW's.
     backbone_lr: multiplies the rate of encoders that are not frozen.
     no_decay: parameters whose name contains one of these are not decayed.

@@ -19,7 +19,7 @@ from mfuser.errors import suggest
 from mfuser.specs import ImageSize, Options
 
 ALTERNATIVE = ("label", "set", "pairing", "recipe")
-"""Keys of a labelled axis value that changes more than one key."""
+"""Keys of a labeled axis value that changes more than one key."""
 
 
 def _flat(axes: Any) -> Any:
@@ -57,7 +57,7 @@ class StudySpec(Options):
         "recipe.KEY" for one of the recipe's,
         "pairing" or "recipe" for whole ones by name,
         or any other name, if each value is {label = "…", set = {…}}.
-        Such a labelled value may stand in every axis: `set` is laid over the pairing, `recipe`
+        Such a labeled value may stand in every axis: `set` is laid over the pairing, `recipe`
         over the recipe, `pairing` names another base.
     """
 
@@ -136,7 +136,7 @@ def is_key(axis: str) -> bool:
 
 
 def is_alternative(value: Any) -> bool:
-    """Whether an axis value is labelled and says itself what it changes."""
+    """Whether an axis value is labeled and says itself what it changes."""
     return isinstance(value, dict) and "label" in value and "name" not in value
 
 
@@ -146,7 +146,7 @@ def _check_alternative(axis: str, value: Any) -> None:
     unknown = [k for k in value if k not in ALTERNATIVE]
     if unknown:
         raise ValueError(
-            f"axis '{axis}', {value['label']!r}: there is no such key '{unknown[0]}'; a labelled "
+            f"axis '{axis}', {value['label']!r}: there is no such key '{unknown[0]}'; a labeled "
             f"value has {', '.join(ALTERNATIVE)}"
         )
     for key, wanted in (("label", str), ("set", dict), ("pairing", str), ("recipe", dict)):

@@ -21,35 +21,35 @@ class UnreadableImage(DataError):
 def read_image(path: Path) -> np.ndarray:
     """The image as uint8 (H, W, 3) RGB, pixels as stored (an EXIF orientation is not applied).
 
-    Grey images are repeated over the channels, 16-bit ones keep their high byte, transparency is
+    Gray images are repeated over the channels, 16-bit ones keep their high byte, transparency is
     dropped. Raises UnreadableImage naming the file, also where it is cut short.
     """
     image = _load(path)
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image)
-        return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        gray = np.asarray(image)
+        return np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise UnreadableImage(f"{path}: 32-bit pixels are no photograph (8 and 16 bits are)")
-    # Pillow reads 16-bit colour as its high byte, which is what a photograph needs.
+    # Pillow reads 16-bit color as its high byte, which is what a photograph needs.
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def read_label(path: Path) -> np.ndarray:
     """The label as stored: (H, W), or (H, W, channels) in the order R, G, B.
 
-    Palette images give the index, never the colour; 16-bit files keep all 16 bits. Raises
+    Palette images give the index, never the color; 16-bit files keep all 16 bits. Raises
     UnreadableImage naming the file, also where it is cut short.
     """
-    depth, colour = _png_format(path)
-    if depth == 16 and colour in (2, 6):
+    depth, color = _png_format(path)
+    if depth == 16 and color in (2, 6):
         # Pillow would keep the high byte only: every class of SYNTHIA becomes 0.
         return _read_png16(path)
     image = _load(path)
     array = np.array(image)
     if array.dtype == bool:
         return array.astype(np.uint8)
-    if colour == 0 and depth in (2, 4):
-        # Pillow spreads grey levels of few bits over 0 to 255; ids must stay as they are.
+    if color == 0 and depth in (2, 4):
+        # Pillow spreads gray levels of few bits over 0 to 255; ids must stay as they are.
         return array // np.uint8(255 // (2**depth - 1))
     return array
 
@@ -96,7 +96,7 @@ def _unreadable(path: Path, error: Exception) -> UnreadableImage:
 
 
 def _png_format(path: Path) -> tuple[int, int]:
-    """(bits per sample, colour type) of a PNG file; (0, 0) of any other."""
+    """(bits per sample, color type) of a PNG file; (0, 0) of any other."""
     try:
         with path.open("rb") as file:
             head = file.read(26)
@@ -108,7 +108,7 @@ def _png_format(path: Path) -> tuple[int, int]:
 
 
 def _read_png16(path: Path) -> np.ndarray:
-    """A 16-bit colour PNG as uint16 (H, W, channels), R first."""
+    """A 16-bit color PNG as uint16 (H, W, channels), R first."""
     import cv2
 
     data = path.read_bytes()
@@ -117,7 +117,7 @@ def _read_png16(path: Path) -> np.ndarray:
     if array is None:
         raise UnreadableImage(f"{path} cannot be read: damaged PNG; restore it from the dataset")
     if array.dtype != np.uint16 or array.ndim != 3:
-        raise UnreadableImage(f"{path} cannot be read as a 16-bit colour PNG")
+        raise UnreadableImage(f"{path} cannot be read as a 16-bit color PNG")
     array = array.copy()
     array[..., :3] = array[..., 2::-1]
     return array

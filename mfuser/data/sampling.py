@@ -48,7 +48,7 @@ class ClassStatistics:
 
     @property
     def frequencies(self) -> np.ndarray:
-        """(K,) the share of all labelled pixels that each class covers, in [0, 1]."""
+        """(K,) the share of all labeled pixels that each class covers, in [0, 1]."""
         totals = self.pixels.sum(axis=0)
         return totals / max(int(totals.sum()), 1)
 

@@ -22,8 +22,8 @@ from mfuser.specs import Options
 TRIES = 10
 """Re-crops, both for the class share and for a wanted class (mmsegmentation, DAFormer)."""
 
-MEAN_COLOUR = (123, 117, 104)
-"""RGB of padding: CLIP's image mean, so that padding is about 0 after normalisation."""
+MEAN_COLOR = (123, 117, 104)
+"""RGB of padding: CLIP's image mean, so that padding is about 0 after normalization."""
 
 Factor = Annotated[float, Field(ge=0.1, le=10.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -35,7 +35,7 @@ class AugmentationSpec(Options):
 
     scale: range of the factor by which the image is resized before it is cropped.
     max_class_share: crops are drawn again, up to ten times, while one class covers more than
-        this share of the labelled pixels. 1 accepts every crop.
+        this share of the labeled pixels. 1 accepts every crop.
     flip: probability of a horizontal flip.
     photometric: whether brightness, contrast, saturation and hue are changed.
     min_pixels: where a class is wanted (rare-class sampling), crops are drawn again, up to ten
@@ -87,9 +87,9 @@ def draw_view(
 
 
 def view_label(label: np.ndarray, view: View) -> np.ndarray:
-    """The window of the label (H, W) resized to `view.scaled` with nearest neighbours."""
+    """The window of the label (H, W) resized to `view.scaled` with nearest neighbors."""
     rows, columns = (
-        # Pixel centres: output pixel i covers the input at (i + 1/2) / factor.
+        # Pixel centers: output pixel i covers the input at (i + 1/2) / factor.
         (2 * (np.arange(size) + start) + 1) * full // (2 * scaled)
         for start, size, scaled, full in zip(
             (view.top, view.left), view.size, view.scaled, label.shape, strict=True
@@ -130,7 +130,7 @@ def view_image(image: np.ndarray, view: View) -> np.ndarray:
 
 
 def class_share(label: np.ndarray) -> float:
-    """The share of the labelled pixels that the most frequent class covers; 1 if there is none."""
+    """The share of the labeled pixels that the most frequent class covers; 1 if there is none."""
     counts = np.bincount(label.ravel(), minlength=IGNORE + 1)[:IGNORE]
     total = int(counts.sum())
     return float(counts.max() / total) if total else 1.0
@@ -163,7 +163,7 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
 
     Contrast comes before or after the other two, with probability 1/2 (SSD, Liu et al. 2016,
     section 3.6; ranges as in mmsegmentation). Tables of 256 entries, so the cost is that of two
-    colour conversions. image: uint8 (H, W, 3) RGB; returns a new one.
+    color conversions. image: uint8 (H, W, 3) RGB; returns a new one.
     """
     import cv2
 
@@ -214,7 +214,7 @@ class Augmentation:
     """Random scale, crop, flip and photometric distortion of an image with its label.
 
     crop: (height, width) of what comes out; less where the scaled image is smaller, filled up
-    with `MEAN_COLOUR` and the ignored label.
+    with `MEAN_COLOR` and the ignored label.
     """
 
     def __init__(self, spec: AugmentationSpec, crop: tuple[int, int]) -> None:
@@ -243,7 +243,7 @@ class Augmentation:
         if self.spec.photometric:
             out = photometric_distortion(np.ascontiguousarray(out), rng)
         return (
-            np.ascontiguousarray(pad(out, self.crop, MEAN_COLOUR)),
+            np.ascontiguousarray(pad(out, self.crop, MEAN_COLOR)),
             np.ascontiguousarray(pad(seen, self.crop, IGNORE), dtype=np.int64),
         )
 

@@ -1,7 +1,7 @@
 """Checkpoints: what trains, in one safetensors file with the resolved spec inside.
 
 A checkpoint holds the tensors that training changes (adapters, prompt, enhancer, pyramid,
-decoder, encoders that are not frozen) and, for resuming, the optimiser's; its metadata holds the
+decoder, encoders that are not frozen) and, for resuming, the optimizer's; its metadata holds the
 resolved pairing and run. A complete one (converted from a released model) holds the frozen
 encoders' tensors too, and nothing else is needed to run it. It is written under a temporary name,
 flushed and renamed: the file of that name is always a whole one. Nothing in it is code.
@@ -30,10 +30,10 @@ from mfuser.config.registry import Registry, load_registry
 from mfuser.errors import CheckpointError, MFuserError
 from mfuser.model.assembly import build_model, unfilled
 from mfuser.model.dgss import DGSSModel
-from mfuser.released import recognise, translate
+from mfuser.released import recognize, translate
 
 FORMAT = "mfuser-1"
-MODEL, OPTIMISER = "model.", "optimiser."
+MODEL, OPTIMIZER = "model.", "optimizer."
 
 LAST = "last.safetensors"
 FINAL = "model.safetensors"
@@ -41,13 +41,13 @@ FINAL = "model.safetensors"
 
 @dataclass
 class Checkpoint:
-    """model: trained tensors by name. optimiser: "exp_avg.NAME", …; empty in a finished model.
+    """model: trained tensors by name. optimizer: "exp_avg.NAME", …; empty in a finished model.
     meta: "pairing" and "run" as resolved, "step", "frozen" (fingerprints of what is not inside);
     of one to resume float16 from, "scaler" (the loss scale and the steps since it changed);
     of a complete one "complete" and "statistics" (mean and std of each encoder's images)."""
 
     model: dict[str, Tensor]
-    optimiser: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
     meta: dict[str, Any]
 
     @property
@@ -106,7 +106,7 @@ def _same_weights(one: list[float], other: list[float]) -> bool:
 def write(path: Path, checkpoint: Checkpoint) -> None:
     """Write whole or not at all. Raises CheckpointError if the folder takes no files."""
     tensors = {MODEL + k: v for k, v in checkpoint.model.items()}
-    tensors |= {OPTIMISER + k: v for k, v in checkpoint.optimiser.items()}
+    tensors |= {OPTIMIZER + k: v for k, v in checkpoint.optimizer.items()}
     tensors = _apart({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     meta = {"format": FORMAT, **{k: json.dumps(v) for k, v in checkpoint.meta.items()}}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -182,7 +182,7 @@ def read(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: its metadata is damaged ({error})") from error
     return Checkpoint(
         {k.removeprefix(MODEL): v for k, v in tensors.items() if k.startswith(MODEL)},
-        {k.removeprefix(OPTIMISER): v for k, v in tensors.items() if k.startswith(OPTIMISER)},
+        {k.removeprefix(OPTIMIZER): v for k, v in tensors.items() if k.startswith(OPTIMIZER)},
         decoded,
     )
 
@@ -266,7 +266,7 @@ def load_model(
 def load_released(state_dict: Mapping[str, Tensor], spec: PairingSpec) -> DGSSModel:
     """A released MFuser's (or tqdm's) state dict -> the assembled model of a spec that fits it.
 
-    The kind is recognised from the keys; the spec's own weights are not looked for, so "random"
+    The kind is recognized from the keys; the spec's own weights are not looked for, so "random"
     will do. The tensors are copied. Where the spec's tokenizer cannot be loaded, or is not the
     one (a reduced vocabulary), give spec.prompt.ids, or set `model.ids` (K, slots) before use.
 
@@ -274,7 +274,7 @@ def load_released(state_dict: Mapping[str, Tensor], spec: PairingSpec) -> DGSSMo
     """
     model = unfilled(spec)
     shapes = {n: t.shape for n, t in model.state_dict().items()}
-    translation = translate(state_dict, shapes, recognise(state_dict))
+    translation = translate(state_dict, shapes, recognize(state_dict))
     fill(model, {n: t.detach().clone() for n, t in translation.tensors.items()}, "the state dict")
     return model
 
@@ -291,29 +291,29 @@ def find(path: Path) -> Path:
     return path
 
 
-def to_optimiser_state(
-    optimiser: torch.optim.Optimizer, names: dict[Tensor, str]
+def to_optimizer_state(
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
 ) -> dict[str, Tensor]:
-    """The optimiser's tensors, by parameter name."""
+    """The optimizer's tensors, by parameter name."""
     return {
         f"{key}.{names[p]}": value
-        for p, state in optimiser.state.items()
+        for p, state in optimizer.state.items()
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
 
 
-def from_optimiser_state(
-    optimiser: torch.optim.Optimizer, names: dict[Tensor, str], saved: dict[str, Tensor]
+def from_optimizer_state(
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], saved: dict[str, Tensor]
 ) -> None:
     by_name = {name: p for p, name in names.items()}
     for key, value in saved.items():
         slot, _, name = key.partition(".")
         if name not in by_name:
             raise CheckpointError(
-                f"the checkpoint's optimiser knows a tensor {name} that the model lacks"
+                f"the checkpoint's optimizer knows a tensor {name} that the model lacks"
             )
         parameter = by_name[name]
         # AdamW keeps its step count on the CPU.
         target = value.clone() if slot == "step" else value.to(parameter.device)
-        optimiser.state[parameter][slot] = target
+        optimizer.state[parameter][slot] = target

@@ -14,7 +14,7 @@ from mfuser.engine import checkpoints
 from mfuser.errors import CheckpointError
 from mfuser.model.assembly import unfilled
 from mfuser.model.dgss import DGSSModel
-from mfuser.released import Translation, recognise, translate
+from mfuser.released import Translation, recognize, translate
 from mfuser.released.files import Released, read_released
 
 RECIPE = "paper"
@@ -41,7 +41,7 @@ def convert(
         raise CheckpointError(f"--out {out}: give a name that ends in .safetensors")
     spec = registry.pairing(pairing, list(settings))
     released = read_released(path)
-    form = recognise(released.state, str(path))
+    form = recognize(released.state, str(path))
     _check_classes(path, released, spec.classes)
     model = unfilled(spec)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

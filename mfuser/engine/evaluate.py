@@ -265,9 +265,9 @@ def _panel(
 ) -> list[np.ndarray]:
     return [
         image,
-        draw.colour(truth, table),
+        draw.color(truth, table),
         draw.overlay(image, prediction, table),
-        draw.colour(np.where(truth == IGNORE, IGNORE, prediction), table),
+        draw.color(np.where(truth == IGNORE, IGNORE, prediction), table),
     ]
 
 

@@ -16,7 +16,7 @@ class Confusion:
         self.counts = np.zeros((num_classes, num_classes), np.int64)
 
     def add(self, label: np.ndarray, prediction: np.ndarray) -> None:
-        """Integer arrays of one shape; pixels labelled 255 do not count."""
+        """Integer arrays of one shape; pixels labeled 255 do not count."""
         k = len(self.counts)
         valid = label != IGNORE
         pairs = label[valid].astype(np.int64) * k + prediction[valid]
@@ -25,7 +25,7 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Scores:
-    """iou: (K,) in [0, 1], NaN where a class is neither labelled nor predicted, or not scored."""
+    """iou: (K,) in [0, 1], NaN where a class is neither labeled nor predicted, or not scored."""
 
     iou: np.ndarray
     accuracy: float

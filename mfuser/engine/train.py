@@ -1,7 +1,7 @@
 """The training loop: one process on a laptop, many with torchrun, resumable to the bit.
 
 Nothing random has a history: crop number n follows from (seed, n), and the generators of a step
-are seeded from (seed, step). So a checkpoint needs weights, optimiser, step and float16's loss
+are seeded from (seed, step). So a checkpoint needs weights, optimizer, step and float16's loss
 scale alone, and a resumed run ends in the weights of one that never stopped.
 """
 
@@ -142,7 +142,7 @@ def _accelerator(recipe: RecipeSpec, device: str | None) -> Accelerator:
 
 
 class Trainer:
-    """The model, its optimiser and the loop."""
+    """The model, its optimizer and the loop."""
 
     def __init__(
         self,
@@ -166,8 +166,8 @@ class Trainer:
             p: n for n, p in model.named_parameters() if p.requires_grad
         }
         groups = parameter_groups(model, recipe)
-        self.optimiser = torch.optim.AdamW(groups, lr=recipe.lr, foreach=True)
-        self.wrapped, self.prepared = accelerator.prepare(model, self.optimiser)
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, foreach=True)
+        self.wrapped, self.prepared = accelerator.prepare(model, self.optimizer)
         self.frozen = checkpoints.frozen_fingerprint(model)
 
     def resume(self) -> int:
@@ -180,9 +180,9 @@ class Trainer:
             raise CheckpointError(f"{path} is of another pairing than the run in {self.folder}")
         checkpoints.restore(self.model, checkpoint, path)
         scale = checkpoint.meta.get("scaler")  # float16 may have skipped every step so far
-        if checkpoint.step and not checkpoint.optimiser and scale is None:
-            raise CheckpointError(f"{path} holds no state of the optimiser to resume from")
-        checkpoints.from_optimiser_state(self.optimiser, self.names, checkpoint.optimiser)
+        if checkpoint.step and not checkpoint.optimizer and scale is None:
+            raise CheckpointError(f"{path} holds no state of the optimizer to resume from")
+        checkpoints.from_optimizer_state(self.optimizer, self.names, checkpoint.optimizer)
         if self.accelerator.scaler is not None and scale is not None:
             self.accelerator.scaler.load_state_dict(scale)
         self.console.say(f"resuming {self.folder} at step {checkpoint.step}")
@@ -212,7 +212,7 @@ class Trainer:
                 task.advance(note=f"loss {loss:.3f}")
                 if step % EVERY == 0 or step + 1 == recipe.steps:
                     seconds = round(time.perf_counter() - begun, 4)
-                    rate = self.optimiser.param_groups[0]["lr"]
+                    rate = self.optimizer.param_groups[0]["lr"]
                     log.write(step + 1, {"loss": loss, "lr": rate, "seconds": seconds, **losses})
                 # Every process must leave in the same step.
                 stop = accelerator.reduce(
@@ -242,12 +242,12 @@ class Trainer:
         return f" (the last checkpoint in {self.folder} is from before)"
 
     def _step(self, step: int, batches: list[Batch]) -> dict[str, float]:
-        """One optimiser step; returns the losses as numbers."""
+        """One optimizer step; returns the losses as numbers."""
         recipe, accelerator = self.recipe, self.accelerator
         key = np.random.SeedSequence((self.run.seed, step, accelerator.process_index))
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
         factor = recipe.rate(step)
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * factor * group["factor"]
         logged: dict[str, float] = {}
         for micro, batch in enumerate(batches):
@@ -285,10 +285,10 @@ class Trainer:
                 f"{broken[0]} is no longer finite after step {step}; lower lr = "
                 f"{self.recipe.lr:g} or set clip_grad{self._kept()}"
             )
-        optimiser = checkpoints.to_optimiser_state(self.optimiser, self.names)
+        optimizer = checkpoints.to_optimizer_state(self.optimizer, self.names)
         scaler = self.accelerator.scaler  # None but in float16
         last = meta if scaler is None else meta | {"scaler": scaler.state_dict()}
-        checkpoints.write(self.folder / checkpoints.LAST, Checkpoint(state, optimiser, last))
+        checkpoints.write(self.folder / checkpoints.LAST, Checkpoint(state, optimizer, last))
         if step == self.recipe.steps:
             checkpoints.write(self.folder / checkpoints.FINAL, Checkpoint(state, {}, meta))
 

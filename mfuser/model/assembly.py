@@ -83,7 +83,7 @@ def unfilled(spec: PairingSpec) -> DGSSModel:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters registered meanwhile lose their values, before they are initialised."""
+    """Parameters registered meanwhile lose their values, before they are initialized."""
     register = nn.Module.register_parameter
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:

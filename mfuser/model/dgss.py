@@ -98,7 +98,7 @@ class DGSSModel(nn.Module):
     def forward(
         self, images: Tensor, labels: Tensor | None = None
     ) -> ModelOutput | dict[str, Tensor]:
-        """With labels (B, H, W) int64: named losses, whose sum is minimised. Else predictions."""
+        """With labels (B, H, W) int64: named losses, whose sum is minimized. Else predictions."""
         encoded = self.encoder(as_unit_range(images))
         pyramid = self.pyramid(encoded.taps)
         queries = alignment = None

@@ -125,7 +125,7 @@ class PairEncoder(nn.Module):
         return Encoded([kept[p] for p in self.taps], visual, grid)
 
     def _embed(self, backbone: VisionBackbone, images: Tensor) -> Stream:
-        stream = backbone.embed(backbone.normalise(images))
+        stream = backbone.embed(backbone.normalize(images))
         shape = (len(images), backbone.token_shape.num_tokens, backbone.embed_dim)
         expect(backbone, "embed()'s token sequence", stream.tokens, shape)
         return stream

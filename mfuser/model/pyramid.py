@@ -38,7 +38,7 @@ class Pyramid(nn.Module):
 
 
 def _rescale(width: int, doublings: int) -> nn.Module:
-    """Up by transposed convolutions with normalisation between them, down by max-pooling."""
+    """Up by transposed convolutions with normalization between them, down by max-pooling."""
     if doublings == 0:
         return nn.Identity()
     if doublings < 0:

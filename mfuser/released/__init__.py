@@ -15,10 +15,10 @@ from mfuser.released.translate import Format, Translation, translate
 
 FORMATS: tuple[Format, ...] = (eva.FORMAT, clip.FORMAT, siglip.FORMAT, *tqdm.FORMATS)
 
-__all__ = ["FORMATS", "Format", "Translation", "recognise", "translate"]
+__all__ = ["FORMATS", "Format", "Translation", "recognize", "translate"]
 
 
-def recognise(keys: Iterable[str], source: str = "the state dict") -> Format:
+def recognize(keys: Iterable[str], source: str = "the state dict") -> Format:
     """The format whose marks are all among the keys. Raises CheckpointError if there is none."""
     given = set(keys)
     for form in FORMATS:

@@ -135,7 +135,7 @@ def memory(model: DGSSModel, images: Tensor) -> dict[str, float] | None:
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return {
         "weights": weights / gib,
-        "gradients and optimiser": 3 * trained / gib,
+        "gradients and optimizer": 3 * trained / gib,
         "activations of one image": sum(size for _, size in saved.values()) / gib,
     }
 

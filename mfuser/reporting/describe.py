@@ -75,7 +75,7 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
                 "grid": list(b.grid),
                 "prefix tokens": b.num_prefix_tokens,
                 "tokens": b.token_shape.num_tokens,
-                "licence": getattr(spec, role).licence() or b.license,
+                "license": getattr(spec, role).license() or b.license,
             }
             for role, b in encoder.backbones.items()
         },
@@ -98,7 +98,7 @@ def render(name: str, facts: dict[str, Any]) -> list[Table | str]:
     encoders = Table(
         title=f"{name}, {facts['image_size'][0]}x{facts['image_size'][1]}", title_justify="left"
     )
-    for column in ("", "model", "depth", "width", "patch", "grid", "prefix", "tokens", "licence"):
+    for column in ("", "model", "depth", "width", "patch", "grid", "prefix", "tokens", "license"):
         encoders.add_column(column)
     for role, e in facts["encoders"].items():
         encoders.add_row(
@@ -110,7 +110,7 @@ def render(name: str, facts: dict[str, Any]) -> list[Table | str]:
             "x".join(map(str, e["grid"])),
             str(e["prefix tokens"]),
             str(e["tokens"]),
-            e["licence"] or "?",
+            e["license"] or "?",
         )
     parts = Table()
     for column in ("part", "component", "trained", "frozen", "GFLOPs"):

@@ -1,4 +1,4 @@
-"""Masks as colours, overlays, and panels beside the truth."""
+"""Masks as colors, overlays, and panels beside the truth."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mfuser.interfaces import IGNORE
 
 
 def palette(classes: Sequence[str]) -> np.ndarray:
-    """(256, 3) uint8: Cityscapes' colours by name, others spread over the hues; 255 black."""
-    known = dict(zip(CITYSCAPES.names, CITYSCAPES.colours, strict=True))
+    """(256, 3) uint8: Cityscapes' colors by name, others spread over the hues; 255 black."""
+    known = dict(zip(CITYSCAPES.names, CITYSCAPES.colors, strict=True))
     table = np.zeros((256, 3), np.uint8)
     for k, name in enumerate(classes):
         hue = int(255 * (k * 0.618034 % 1))
@@ -23,7 +23,7 @@ def palette(classes: Sequence[str]) -> np.ndarray:
     return table
 
 
-def colour(label: np.ndarray, table: np.ndarray) -> np.ndarray:
+def color(label: np.ndarray, table: np.ndarray) -> np.ndarray:
     """(H, W) ids -> (H, W, 3) uint8."""
     return table[label]
 
@@ -91,7 +91,7 @@ def _scaled(picture: np.ndarray, width: int) -> Image.Image:
 
 
 def legend(classes: Sequence[str], table: np.ndarray, width: int) -> Image.Image:
-    """Coloured squares with class names, as many to a line as fit."""
+    """Colored squares with class names, as many to a line as fit."""
     cell, line = 120, 18
     columns = max(1, width // cell)
     rows = -(-len(classes) // columns)

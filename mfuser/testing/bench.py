@@ -221,7 +221,7 @@ class BackboneBench(Bench):
         return {"images": torch.rand(batch, 3, *case)}
 
     def call(self, module: Any, inputs: Inputs) -> dict[str, Tensor]:
-        stream = module.embed(module.normalise(inputs["images"]))
+        stream = module.embed(module.normalize(inputs["images"]))
         outputs = {"embed": stream.tokens}
         tokens = stream.tokens
         for i in range(module.depth):

@@ -62,7 +62,7 @@ def odd_shapes(bench: Bench) -> str:
                         f"{what}, batch {batch}",
                         f"{name} has NaN or infinity",
                         "finite numbers",
-                        "look for divisions by zero, logarithms and uninitialised tensors",
+                        "look for divisions by zero, logarithms and uninitialized tensors",
                     )
             if not same(before, inputs):
                 raise Broken(
@@ -94,7 +94,7 @@ def deterministic(bench: Bench) -> str:
             "two modules built from one seed",
             f"{gap[0]} differs by {gap[1]:.2g}",
             "the same module: --seed decides it",
-            "initialise with torch's generator, not numpy's, Python's or the clock",
+            "initialize with torch's generator, not numpy's, Python's or the clock",
         )
     return "two builds from one seed and two calls agree exactly"
 
@@ -115,7 +115,7 @@ def modes(bench: Bench) -> str:
             raise Broken(
                 "one sample alone and the same among three, in evaluation mode",
                 f"{name} differs by {gap[1]:.2g} (relative)",
-                "the same: an image's prediction does not depend on its neighbours",
+                "the same: an image's prediction does not depend on its neighbors",
                 "use LayerNorm, or BatchNorm's running statistics; never mix over the batch axis",
             )
     module.train()
@@ -259,7 +259,7 @@ def gradients(bench: Bench) -> str:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(3)
         for p in module.parameters():
-            # Zero-initialised scales hide what lies behind them.
+            # Zero-initialized scales hide what lies behind them.
             if p.requires_grad:
                 p.add_(0.05 * torch.randn_like(p))
     inputs = bench.feed(case)
@@ -287,7 +287,7 @@ def gradients(bench: Bench) -> str:
             raise Broken(
                 f"backward() from the outputs, {len(names)} tensors that train",
                 f"no gradient reaches '{name}'",
-                "a gradient in everything that trains: optimisers and several GPUs rely on it",
+                "a gradient in everything that trains: optimizers and several GPUs rely on it",
                 "use it in forward(), remove it, or requires_grad_(False)",
             )
         if not p.grad.isfinite().all():

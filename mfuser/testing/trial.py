@@ -36,7 +36,7 @@ def trial(spec: PairingSpec, kind: str) -> str:
 
 def _trial(spec: PairingSpec, kind: str) -> str:
     model = build_model(spec).train()
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     fixed = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     fixed |= {
         n: b.clone()
@@ -57,7 +57,7 @@ def _trial(spec: PairingSpec, kind: str) -> str:
         )
     total.backward()
     _gradients(model, PLACE[ROLES[kind]])
-    optimiser.step()
+    optimizer.step()
     now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, before in fixed.items():
         if not torch.equal(now[name], before):

@@ -9,11 +9,11 @@ import numpy as np
 from mfuser_streets.geometry import Painter, Point, Thing, Vector
 
 Ground = tuple[float, float]
-"""A place on the ground, (x, z) in metres."""
+"""A place on the ground, (x, z) in meters."""
 
 
 def front_normal(near: Ground, far: Ground, side: int) -> Vector:
-    """Unit normal of the upright plane over near-far, towards the road."""
+    """Unit normal of the upright plane over near-far, toward the road."""
     dx, dz = far[0] - near[0], far[1] - near[1]
     n = math.hypot(dx, dz)
     return -side * dz / n, 0.0, side * dx / n
@@ -24,11 +24,11 @@ def building(
 ) -> Thing:
     """A house: facade to the road, gable end to the camera, windows, shop or door, roof."""
     wall, trim, roof, shop = rng.random((4, 3))
-    storey = rng.uniform(2.9, 3.5)
-    storeys = max(1, int(height / storey))
-    height = storeys * storey + 0.5
+    story = rng.uniform(2.9, 3.5)
+    stories = max(1, int(height / story))
+    height = stories * story + 0.5
     look = rng.choice(("punched", "punched", "ribbon", "tall"))
-    gabled = storeys <= 4 and rng.random() < 0.55
+    gabled = stories <= 4 and rng.random() < 0.55
     shops = rng.random() < 0.45
     awning = shops and rng.random() < 0.6
     pitch = rng.uniform(1.5, 3.0)
@@ -72,8 +72,8 @@ def building(
         if distance > 75:
             return
         first = 1 if shops else 0
-        floor, column = (g.ravel() for g in np.mgrid[first:storeys, 0:count])
-        middle, y = (column + 0.5) / count, floor * storey
+        floor, column = (g.ravel() for g in np.mgrid[first:stories, 0:count])
+        middle, y = (column + 0.5) / count, floor * story
         half = share / 2 / count
 
         def grid(t0: np.ndarray, t1: np.ndarray, y0: np.ndarray, y1: np.ndarray) -> np.ndarray:
@@ -83,15 +83,15 @@ def building(
 
         if distance < 40 and look != "ribbon":
             m = 1.12 * half
-            frames = grid(middle - m, middle + m, y + low * storey - 0.12, y + high * storey + 0.1)
+            frames = grid(middle - m, middle + m, y + low * story - 0.12, y + high * story + 0.1)
             p.polygons(p.part("trim", base[0], n, trim), frames)
-        panes = grid(middle - half, middle + half, y + low * storey, y + high * storey)
+        panes = grid(middle - half, middle + half, y + low * story, y + high * story)
         group = (floor * 7 + column * 5 + floor * column) % 3
         for i in range(3):
             p.polygons(p.part("glass", base[0], n, lit[i]), panes[group == i])
         if look == "punched" and distance < 30:
             bar = 0.01 / count
-            bars = grid(middle - bar, middle + bar, y + low * storey, y + high * storey)
+            bars = grid(middle - bar, middle + bar, y + low * story, y + high * story)
             p.polygons(p.part("trim", base[0], n, trim), bars)
         if shops:
             windows = [quad((i + 0.08) / count, (i + 0.92) / count, 0.5, 2.4) for i in range(count)]

@@ -92,10 +92,10 @@ def traffic_light(rng: np.random.Generator, x: float, z: float, side: int) -> Th
     height = rng.uniform(2.9, 3.5)
 
     def head(p: Painter, cx: float, y: float, scale: float) -> None:
-        centre = (cx, y, z)
+        center = (cx, y, z)
         w, h = 0.26 * scale, 0.62 * scale
         for material, grow in (("backplate", 0.09 * scale), ("housing", 0.0)):
-            part = p.part(material, centre, draw=draw)
+            part = p.part(material, center, draw=draw)
             p.polygon(
                 part,
                 [
@@ -106,7 +106,7 @@ def traffic_light(rng: np.random.Generator, x: float, z: float, side: int) -> Th
                 ],
             )
         for i, name in enumerate(("red_light", "amber_light", "green_light")):
-            part = p.part(name if i == state else "dark_light", centre)
+            part = p.part(name if i == state else "dark_light", center)
             p.disc(part, (cx, y + (1 - i) * 0.38 * scale, z), 0.165 * scale)
 
     def paint(p: Painter) -> None:

@@ -1,8 +1,8 @@
 """The camera, the map of part numbers, and the order in which things hide one another.
 
-World: metres, x to the right, y up from the road, z away from the camera, which stands at
+World: meters, x to the right, y up from the road, z away from the camera, which stands at
 (0, height, 0) and looks along z. Every flat piece that is drawn is a *part*: a row in a table
-(material, plane, normal, colour draw) and a number in the map. As each part keeps its plane, the
+(material, plane, normal, color draw) and a number in the map. As each part keeps its plane, the
 depth of every pixel is exact: 1 / z is linear in the image.
 """
 
@@ -23,42 +23,42 @@ Vector = tuple[float, float, float]
 FACING: Vector = (0.0, 0.0, -1.0)
 UP: Vector = (0.0, 1.0, 0.0)
 NEAR = 0.4
-"""Metres; what is closer is cut off."""
+"""Meters; what is closer is cut off."""
 FAR = 400.0
 OVERHANG = 2.0
-"""Metres that a crown or an arm may reach beyond the ground its thing stands on."""
+"""Meters that a crown or an arm may reach beyond the ground its thing stands on."""
 
 CIRCLE = np.exp(2j * np.pi * np.arange(16) / 16)
 _ROUND = [(float(c.real), float(c.imag)) for c in CIRCLE]
 _HALF = [complex(c) for c in CIRCLE[4:13:2]]
 
 Draw: TypeAlias = "Sequence[float] | np.ndarray"
-"""Three numbers in [0, 1] that pick an object's colour."""
+"""Three numbers in [0, 1] that pick an object's color."""
 MIDDLE = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
 class Camera:
-    """height: metres above the road. focal: in image heights. horizon: its row, 0 top to 1 bottom.
+    """height: meters above the road. focal: in image heights. horizon: its row, 0 top to 1 bottom.
 
-    centre: the column it looks along, 0 left to 1 right.
+    center: the column it looks along, 0 left to 1 right.
     """
 
     height: float
     focal: float
     horizon: float
-    centre: float
+    center: float
 
 
 @dataclass
 class Scene:
-    """A drawn street, yet without colour.
+    """A drawn street, yet without color.
 
     ids: (H * supersample, W * supersample) int32, the part seen there. Per part: material, plane
     (n, 3) so that 1 / z = plane . (a, b, 1) at image tangents a (right), b (up), normal (n, 3),
-    draw (n, 3) uniform in [0, 1] for its object's colour, tone (n) a brightness factor.
+    draw (n, 3) uniform in [0, 1] for its object's color, tone (n) a brightness factor.
     shadow, contact: (H, W) uint8, where the sun and where the sky is hidden from the ground.
-    sun: unit vector towards it.
+    sun: unit vector toward it.
     """
 
     camera: Camera
@@ -95,7 +95,7 @@ class Painter:
         self.shadow = np.zeros(size, np.uint8)
         self.contact = np.zeros(size, np.uint8)
         self._f = camera.focal * self.height
-        self._cx = camera.centre * self.width
+        self._cx = camera.center * self.width
         self._cy = camera.horizon * self.height
         self._parts: list[tuple[float, ...]] = []
         self.part("sky", (0.0, 0.0, FAR), FACING)
@@ -200,22 +200,22 @@ class Painter:
     ) -> None:
         """Outlines (n, corners) facing the camera at x, y (n,), each over the ones before it.
 
-        Complex metres about the centre: real right, imaginary down.
+        Complex meters about the center: real right, imaginary down.
         """
         s = self._f / z
-        centres = (self._cx + s * x) + 1j * (self._cy + s * (self.camera.height - y))
-        pixels = (outlines * s + centres[:, None]).view(np.float64).astype(np.int32)
+        centers = (self._cx + s * x) + 1j * (self._cy + s * (self.camera.height - y))
+        pixels = (outlines * s + centers[:, None]).view(np.float64).astype(np.int32)
         for part, outline in zip(parts, pixels.reshape(len(parts), -1, 2), strict=True):
             cv2.fillPoly(self.ids, [outline], part)
 
-    def disc(self, part: int, centre: Point, radius: float, squeeze: float = 1.0) -> None:
+    def disc(self, part: int, center: Point, radius: float, squeeze: float = 1.0) -> None:
         """A disc facing the camera; `squeeze`: its width over its height."""
-        x, y = self.pixel(centre)
-        r = self._f / centre[2] * radius
+        x, y = self.pixel(center)
+        r = self._f / center[2] * radius
         self._fill(part, CIRCLE.real * (r * squeeze) + CIRCLE.imag * (r * 1j) + complex(x, y))
 
     def limb(self, part: int, start: Point, end: Point, r0: float, r1: float) -> None:
-        """A rounded, tapering stick between two points, radii in metres."""
+        """A rounded, tapering stick between two points, radii in meters."""
         a, b = complex(*self.pixel(start)), complex(*self.pixel(end))
         along = b - a
         length = abs(along)
@@ -230,7 +230,7 @@ class Painter:
         cv2.fillPoly(self.ids, [pixels], part)
 
     def cast_shadow(self, footprint: Sequence[tuple[float, float]], top: float) -> None:
-        """The ground that a block over `footprint` (x, z), `top` metres high, shades."""
+        """The ground that a block over `footprint` (x, z), `top` meters high, shades."""
         sx, sy, sz = self.sun
         dx, dz = -sx / sy * top, -sz / sy * top
         points = [*footprint, *((x + dx, z + dz) for x, z in footprint)]

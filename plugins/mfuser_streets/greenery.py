@@ -67,7 +67,7 @@ def tree(rng: np.random.Generator, x: float, z: float, height: float, sort: str)
 
 
 def hedge(rng: np.random.Generator, near: Ground, far: Ground, height: float) -> list[Thing]:
-    """Bushes in a row, one every metre or so."""
+    """Bushes in a row, one every meter or so."""
     length = math.hypot(far[0] - near[0], far[1] - near[1])
     count = max(2, min(14, int(length / (0.9 * height))))
     return [

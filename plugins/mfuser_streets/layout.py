@@ -20,7 +20,7 @@ from mfuser_streets.street import Street
 from mfuser_streets.traffic import traffic
 
 START, END = 0.6, 130.0
-"""Metres ahead between which the street is drawn."""
+"""Meters ahead between which the street is drawn."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class View:
     height: tuple[float, float]
     focal: tuple[float, float]
     horizon: tuple[float, float]
-    centre: tuple[float, float]
+    center: tuple[float, float]
     bonnet: float
 
 
@@ -39,10 +39,10 @@ def draw_scene(
 ) -> Scene:
     """A random street seen by a random camera of `view`, `size` (height, width) pixels.
 
-    All random numbers are in metres or relative units: size and supersampling change none of them.
+    All random numbers are in meters or relative units: size and supersampling change none of them.
     """
     camera = Camera(
-        *(float(rng.uniform(*r)) for r in (view.height, view.focal, view.horizon, view.centre))
+        *(float(rng.uniform(*r)) for r in (view.height, view.focal, view.horizon, view.center))
     )
     azimuth, elevation = rng.uniform(0, 2 * math.pi), math.radians(rng.uniform(28, 60))
     sun = (
@@ -128,7 +128,7 @@ def _strip(
 ) -> None:
     """A band of ground along the road."""
     steps = 1 if street.bend == 0 else 2 + int(14 * (z1 - z0) / (END - START))
-    # Denser towards the camera, where a bend is seen best.
+    # Denser toward the camera, where a bend is seen best.
     zs = [z0 * (z1 / z0) ** (i / steps) for i in range(steps + 1)]
     near_side = [(street.x(x0, z), 0.0, z) for z in zs]
     far_side = [(street.x(x1, z), 0.0, z) for z in reversed(zs)]
@@ -148,7 +148,7 @@ def _ground(
         land = part(str(rng.choice(("grass", "grass", "soil", "paving"))), own=True)
         p.polygon(land, [(x0, 0, START), (x0, 0, FARTHEST), (x1, 0, FARTHEST), (x1, 0, START)])
     left, right = street.left, street.right
-    paving, joint, kerb = part("paving"), part("joint"), part("kerb")
+    paving, joint, curb = part("paving"), part("joint"), part("curb")
     for width, inner, outer in (
         (street.walk_left, left, left - street.walk_left),
         (street.walk_right, right, right + street.walk_right),
@@ -163,7 +163,7 @@ def _ground(
     asphalt = part("asphalt")
     _strip(p, street, asphalt, left, right)
     for x in (left, right):
-        _strip(p, street, kerb, x - 0.14, x + 0.14)
+        _strip(p, street, curb, x - 0.14, x + 0.14)
     if crossing is not None:
         p.polygon(
             asphalt,
@@ -202,7 +202,7 @@ def _ground(
 
 
 FARTHEST = 4000.0
-"""Metres; where the land meets the horizon."""
+"""Meters; where the land meets the horizon."""
 
 
 def _markings(

@@ -1,6 +1,6 @@
-"""What things are made of: class, colours, roughness, and whether they shine at night.
+"""What things are made of: class, colors, roughness, and whether they shine at night.
 
-Every material has two sets of colours, so that a domain can differ in more than its light: `vivid`
+Every material has two sets of colors, so that a domain can differ in more than its light: `vivid`
 is the paint box of a video game, `muted` what a camera sees.
 """
 
@@ -15,7 +15,7 @@ from mfuser import IGNORE
 from mfuser.config.classes import CITYSCAPES
 
 SWATCHES = 8
-"""Colours per set; shorter sets are repeated."""
+"""Colors per set; shorter sets are repeated."""
 
 
 class Glow(IntEnum):
@@ -27,7 +27,7 @@ class Glow(IntEnum):
     LAMP = 2
     HEADLIGHT = 3
     OWN = 4
-    """In its own colour: signals, rear lights."""
+    """In its own color: signals, rear lights."""
     FAINT = 5
     """Retroreflective: signs."""
 
@@ -40,7 +40,7 @@ class Material:
     texture: float
     """Contrast of the surface grain."""
     jitter: float
-    """How much an object's colour may differ from its swatch."""
+    """How much an object's color may differ from its swatch."""
     glow: Glow
 
 
@@ -66,7 +66,7 @@ def _add(
 _PAINTS = "d42a26 f2f2ee 1d4fa8 f0b81c 20242c 3f9a4d b9bec4 e8692a"
 _PAINTS_MUTED = "8f9397 d9dad8 2c2f34 6d2a2b 34465f b4b8bb 55585b 8a8371"
 _GLASS, _GLASS_MUTED = "27384a 30465c", "22282d 39434a"
-_TYRE = "17181b 1d1f22"
+_TIRE = "17181b 1d1f22"
 
 _add("sky", "sky", "6db1ea", "b9c4cc", 0, 0)
 _add("asphalt", "road", "5b5e66 565a63 60626a", "6f6f6d 787673 636466", 0.1, 0.03)
@@ -76,7 +76,7 @@ _add("yellow", "road", "eec23f", "b9a15f", 0.12, 0.03)
 _add("manhole rail", "road", "44464b 3f3c3a", "4a4744 55504b", 0.1, 0.03)
 _add("paving", "sidewalk", "b8a995 b3aca2 c2b29b", "958f86 a0998e 8b8885", 0.1, 0.03)
 _add("joint", "sidewalk", "a0937f 9d968c", "817c75 8b8680", 0.1, 0.03)
-_add("kerb", "sidewalk", "d8d2c6", "a9a6a0", 0.1, 0.03)
+_add("curb", "sidewalk", "d8d2c6", "a9a6a0", 0.1, 0.03)
 _add(
     "facade",
     "building",
@@ -135,7 +135,7 @@ for _who in ("person", "rider"):
 _add("helmet", "rider", "f2f0ea d8352c 2c5fbf 22252b", "b5b4b0 7d4440 45536b 27292d", 0, 0.06)
 for _who in ("car", "truck", "bus", "train"):
     _add(f"{_who}_glass", _who, _GLASS, _GLASS_MUTED, 0.02, 0.03)
-    _add(f"{_who}_tyre {_who}_trim", _who, _TYRE, "1b1c1d 232425", 0.04, 0.02)
+    _add(f"{_who}_tire {_who}_trim", _who, _TIRE, "1b1c1d 232425", 0.04, 0.02)
     _add(f"{_who}_rim", _who, "a9aeb3", "85888a", 0, 0.03)
     _add(f"{_who}_head", _who, "f7f4e3", "d6d5cc", 0, 0, Glow.HEADLIGHT)
     _add(f"{_who}_tail", _who, "d3201f", "9d2b2a", 0, 0, Glow.OWN)
@@ -172,14 +172,14 @@ INDEX = {name: i for i, name in enumerate(_TABLE)}
 """Material name -> row of the tables below."""
 
 
-def _swatches(colours: tuple[str, ...]) -> list[list[float]]:
-    rgb = [[int(c[i : i + 2], 16) / 255 for i in (0, 2, 4)] for c in colours]
+def _swatches(colors: tuple[str, ...]) -> list[list[float]]:
+    rgb = [[int(c[i : i + 2], 16) / 255 for i in (0, 2, 4)] for c in colors]
     return [rgb[i % len(rgb)] for i in range(SWATCHES)]
 
 
 _rows = list(_TABLE.values())
 LABEL = np.array([m.label for m in _rows], np.int64)
-COLOURS = {
+COLORS = {
     "vivid": np.array([_swatches(m.vivid) for m in _rows], np.float32),
     "muted": np.array([_swatches(m.muted) for m in _rows], np.float32),
 }

@@ -109,7 +109,7 @@ def _body(
 def _head(
     p: Painter,
     who: str,
-    centre: Point,
+    center: Point,
     h: float,
     along: float,
     away: float,
@@ -117,13 +117,13 @@ def _head(
     draw: Draw,
     long_hair: bool,
 ) -> None:
-    x, y, z = centre
-    p.limb(skin, (x, y - 0.22 * h, z), centre, 0.055 * h, 0.06 * h)
-    hair = p.part("helmet" if who == "rider" else f"{who}_hair", centre, draw=draw[::-1])
+    x, y, z = center
+    p.limb(skin, (x, y - 0.22 * h, z), center, 0.055 * h, 0.06 * h)
+    hair = p.part("helmet" if who == "rider" else f"{who}_hair", center, draw=draw[::-1])
     if away > 0.3:  # seen from behind
         p.disc(hair, (x, y + 0.02 * h, z), 0.125 * h, 0.9)
         if long_hair:
-            p.limb(hair, centre, (x, y - 0.16 * h, z), 0.11 * h, 0.1 * h)
+            p.limb(hair, center, (x, y - 0.16 * h, z), 0.11 * h, 0.1 * h)
         return
     p.disc(hair, (x - 0.03 * along * h, y + 0.035 * h, z), 0.125 * h, 0.92)
     p.disc(skin, (x + 0.03 * along * h, y - 0.015 * h, z), 0.1 * h, 0.82)
@@ -178,12 +178,12 @@ def two_wheeler(
 
 
 def _wheel(
-    p: Painter, part: int, pose: Pose, along: float, radius: float, tyre: float, thick: float
+    p: Painter, part: int, pose: Pose, along: float, radius: float, tire: float, thick: float
 ) -> None:
-    """A ring in the plane of travel, `tyre` its share of the radius, and its tread seen end-on."""
+    """A ring in the plane of travel, `tire` its share of the radius, and its tread seen end-on."""
     ring = [pose.at(along + radius * c, radius + radius * s, 0) for c, s in _RING]
-    if tyre < 1:
-        inner = radius * (1 - tyre)
+    if tire < 1:
+        inner = radius * (1 - tire)
         ring_inner = [pose.at(along + inner * c, radius + inner * s, 0) for c, s in _RING]
         p.polygons(part, [ring, ring_inner])  # even-odd filling leaves the hole
         for c, s in _RING[:8:2]:

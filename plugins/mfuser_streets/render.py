@@ -79,9 +79,9 @@ def _planes(image: np.ndarray) -> np.ndarray:
     return np.stack(cv2.split(image))
 
 
-def _pack(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Colours (n, 3) in [0, 1] and alpha (n,) -> (n,) uint32, to be looked up in one go."""
-    rgba = np.column_stack([colours, alpha])
+def _pack(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Colors (n, 3) in [0, 1] and alpha (n,) -> (n,) uint32, to be looked up in one go."""
+    rgba = np.column_stack([colors, alpha])
     return (np.clip(rgba, 0, 1) * 255 + 0.5).astype(np.uint8).view(np.uint32)[:, 0]
 
 
@@ -97,14 +97,14 @@ class _Frame:
         self.h, self.w = self.ids.shape
         self.labels = materials.LABEL[scene.material]
         self.ground = materials.GROUND[scene.material] & (scene.normal[:, 1] > 0.5)
-        self.colours = self._colours()
-        shaded = self.colours * self._shade()[:, None]
+        self.colors = self._colors()
+        shaded = self.colors * self._shade()[:, None]
         painted = self._antialiased(_pack(shaded, scene.material == _SKY))
         self.image, self.sky_share = painted[:3], painted[3]
         camera = scene.camera
         f = camera.focal * self.h
         columns, rows = (np.arange(n, dtype=np.float32) + 0.5 for n in (self.w, self.h))
-        self.right = (columns - camera.centre * self.w) / f
+        self.right = (columns - camera.center * self.w) / f
         """(W,): tangent of the angle to the right of the camera's axis."""
         self.up = ((camera.horizon * self.h - rows) / f)[:, None]
         """(H, 1): tangent of the angle above it."""
@@ -116,7 +116,7 @@ class _Frame:
         self.depth = 1.0 / np.maximum(inverse, np.float32(1 / 400))
 
     def _antialiased(self, packed: np.ndarray) -> np.ndarray:
-        """A colour per part -> float32 (4, H, W), averaged over the supersampled map."""
+        """A color per part -> float32 (4, H, W), averaged over the supersampled map."""
         wide = packed.take(self.scene.ids).view(np.uint8).reshape(*self.scene.ids.shape, 4)
         small = cv2.resize(wide, (self.w, self.h), interpolation=cv2.INTER_AREA)
         return np.multiply(_planes(small), np.float32(1 / 255), dtype=np.float32)
@@ -125,24 +125,24 @@ class _Frame:
         """A number per part -> float32 (H, W)."""
         return per_part.astype(np.float32).take(self.ids)
 
-    def _blend(self, colour: np.ndarray | float, amount: np.ndarray) -> None:
-        """Towards a colour (3,), an image (3, H, W) or a grey, by `amount` (H, W)."""
-        if isinstance(colour, np.ndarray) and colour.ndim == 1:
-            colour = colour.astype(np.float32)[:, None, None]
-        self.image += (colour - self.image) * amount
+    def _blend(self, color: np.ndarray | float, amount: np.ndarray) -> None:
+        """Toward a color (3,), an image (3, H, W) or a gray, by `amount` (H, W)."""
+        if isinstance(color, np.ndarray) and color.ndim == 1:
+            color = color.astype(np.float32)[:, None, None]
+        self.image += (color - self.image) * amount
 
-    def _colours(self) -> np.ndarray:
-        """(n, 3): every part's own colour in this palette."""
+    def _colors(self) -> np.ndarray:
+        """(n, 3): every part's own color in this palette."""
         scene, palette = self.scene, self.style.palette
         draw = scene.draw
         count = materials.SWATCH_COUNT[palette][scene.material]
         swatch = np.minimum(draw[:, 0] * count, count - 1).astype(np.int64)
-        colours = materials.COLOURS[palette][scene.material, swatch]
+        colors = materials.COLORS[palette][scene.material, swatch]
         jitter = materials.JITTER[scene.material] * 2.0
         warm = (draw[:, 1] - 0.5) * jitter
-        colours = colours * (1 + ((draw[:, 2] - 0.5) * 2.4 * jitter))[:, None]
-        colours = colours * (1 + warm[:, None] * np.array([0.7, 0.0, -0.7], np.float32))
-        return (colours * scene.tone[:, None]).astype(np.float32)
+        colors = colors * (1 + ((draw[:, 2] - 0.5) * 2.4 * jitter))[:, None]
+        colors = colors * (1 + warm[:, None] * np.array([0.7, 0.0, -0.7], np.float32))
+        return (colors * scene.tone[:, None]).astype(np.float32)
 
     def _shade(self) -> np.ndarray:
         """(n,): light on each part; 1 is the light on level ground under the open sky."""
@@ -181,7 +181,7 @@ class _Frame:
         image += (sky - image) * self.sky_share[:rows]
 
     def _surface(self) -> tuple[np.ndarray, np.ndarray]:
-        """Two coordinates in metres (H, W) that vary along whatever is seen there.
+        """Two coordinates in meters (H, W) that vary along whatever is seen there.
 
         On the ground x and z, on upright faces y and a mixture of x and z.
         """
@@ -262,9 +262,9 @@ class _Frame:
             [0.55 + 0.4 * scene.draw[:, 2], 1.0, 1.0, 0.95, 0.22],
         )
         own = (glow == Glow.OWN) | (glow == Glow.FAINT)
-        colour = np.where(own[:, None], self.colours, np.array([1.0, 0.8, 0.5], np.float32))
-        colour = np.where((glow == Glow.HEADLIGHT)[:, None], np.float32(1.0), colour)
-        light = self._antialiased(_pack(colour * strength[:, None], strength > 0))[:3]
+        color = np.where(own[:, None], self.colors, np.array([1.0, 0.8, 0.5], np.float32))
+        color = np.where((glow == Glow.HEADLIGHT)[:, None], np.float32(1.0), color)
+        light = self._antialiased(_pack(color * strength[:, None], strength > 0))[:3]
         quarter = max(1, self.w // 4), max(1, h // 4)
         small = cv2.resize(cv2.merge(list(light)), quarter, interpolation=cv2.INTER_AREA)
         halo = cv2.GaussianBlur(small, (0, 0), 0.005 * h)
@@ -287,7 +287,7 @@ class _Frame:
     def fog(self) -> None:
         """Koschmieder (1924): what comes through, and light scattered in."""
         veil = 1 - np.exp(-np.float32(self.style.fog) * self.depth)
-        if self.style.fog < 0.02:  # a thin haze leaves the sky its own colour
+        if self.style.fog < 0.02:  # a thin haze leaves the sky its own color
             veil *= 1 - self.sky_share
         self._blend(np.array(self.style.airlight), veil)
 
@@ -337,7 +337,7 @@ class _Frame:
         image = cv2.merge(list(self.image))
         if style.blur:
             image = cv2.GaussianBlur(image, (0, 0), max(0.35, style.blur / 1000 * self.h))
-        # One affine map of RGB: gain, contrast about mid-grey, and saturation.
+        # One affine map of RGB: gain, contrast about mid-gray, and saturation.
         luma = np.array([0.299, 0.587, 0.114], np.float32)
         saturate = style.saturation * np.eye(3) + (1 - style.saturation) * luma[None]
         matrix = style.contrast * saturate @ np.diag(np.array(style.balance)) * style.exposure

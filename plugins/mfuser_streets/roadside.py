@@ -1,4 +1,4 @@
-"""What lines the road, from the houses to the kerb."""
+"""What lines the road, from the houses to the curb."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Street:
         return self.left + 1.9
 
     def x(self, offset: float, z: float) -> float:
-        """World x of what lies `offset` metres right of the axis, z metres ahead."""
+        """World x of what lies `offset` meters right of the axis, z meters ahead."""
         return offset + 0.5 * self.bend * z * z
 
     def heading(self, z: float, sign: float = 1.0) -> tuple[float, float]:

@@ -15,7 +15,7 @@ DOMAINS: tuple[DomainName, ...] = get_args(DomainName)
 SHIFTED: tuple[DomainName, ...] = DOMAINS[1:]
 """The domains that are not the source."""
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class Style:
     saturation: float = 1.0
     exposure: float = 1.0
     contrast: float = 1.0
-    balance: Colour = (1.0, 1.0, 1.0)
+    balance: Color = (1.0, 1.0, 1.0)
     """Gain of red, green, blue: the sensor's white."""
     sun: float = 0.5
     """Share of the light that comes from the sun, 0 overcast."""
-    sky: Colour = (0.35, 0.6, 0.9)
-    skyline: Colour = (0.75, 0.87, 0.97)
+    sky: Color = (0.35, 0.6, 0.9)
+    skyline: Color = (0.75, 0.87, 0.97)
     """The sky overhead and at the horizon."""
     clouds: float = 0.5
     texture: float = 1.0
     """Multiplies the grain of every material."""
     fog: float = 0.0
-    """Extinction per metre (Koschmieder: visibility is 3.9 / fog)."""
-    airlight: Colour = (0.8, 0.8, 0.82)
+    """Extinction per meter (Koschmieder: visibility is 3.9 / fog)."""
+    airlight: Color = (0.8, 0.8, 0.82)
     night: float = 0.0
     lit: float = 0.0
     """Share of windows that are lit."""
@@ -104,14 +104,14 @@ def _camera(rng: np.random.Generator) -> Style:
 
 
 def _fog(rng: np.random.Generator) -> Style:
-    grey = rng.uniform(0.68, 0.8)
+    gray = rng.uniform(0.68, 0.8)
     return replace(
         _camera(rng),
         sun=0.0,
         fog=float(np.exp(rng.uniform(np.log(0.022), np.log(0.06)))),
-        airlight=(grey, grey + 0.005, grey + 0.015),
-        sky=(grey,) * 3,
-        skyline=(grey,) * 3,
+        airlight=(gray, gray + 0.005, gray + 0.015),
+        sky=(gray,) * 3,
+        skyline=(gray,) * 3,
         clouds=0.0,
         contrast=0.95,
         saturation=rng.uniform(0.6, 0.9),
@@ -138,18 +138,18 @@ def _night(rng: np.random.Generator) -> Style:
 
 def _rain(rng: np.random.Generator) -> Style:
     u = rng.uniform
-    grey = u(0.55, 0.68)
+    gray = u(0.55, 0.68)
     return replace(
         _camera(rng),
         sun=0.0,
-        sky=(grey - 0.1, grey - 0.07, grey - 0.03),
-        skyline=(grey + 0.06,) * 3,
+        sky=(gray - 0.1, gray - 0.07, gray - 0.03),
+        skyline=(gray + 0.06,) * 3,
         clouds=0.7,
         wet=u(0.5, 0.85),
         streaks=u(0.5, 1.0),
         drops=u(0.2, 1.0),
         fog=u(0.006, 0.014),
-        airlight=(grey,) * 3,
+        airlight=(gray,) * 3,
         exposure=u(0.75, 0.95),
         saturation=u(0.65, 0.9),
         texture=0.8,
@@ -158,17 +158,17 @@ def _rain(rng: np.random.Generator) -> Style:
 
 def _snow(rng: np.random.Generator) -> Style:
     u = rng.uniform
-    grey = u(0.76, 0.86)
+    gray = u(0.76, 0.86)
     return replace(
         _camera(rng),
         sun=0.0,
-        sky=(grey - 0.06, grey - 0.04, grey),
-        skyline=(grey + 0.05,) * 3,
+        sky=(gray - 0.06, gray - 0.04, gray),
+        skyline=(gray + 0.05,) * 3,
         clouds=0.5,
         snow=u(0.55, 1.0),
         flakes=u(0.4, 1.0),
         fog=u(0.006, 0.016),
-        airlight=(grey, grey, grey + 0.02),
+        airlight=(gray, gray, gray + 0.02),
         saturation=u(0.6, 0.85),
         exposure=u(0.92, 1.1),
     )

@@ -33,7 +33,7 @@ _LENGTH = {"car": 4.6, "truck": 8.2, "bus": 11.4, "train": 22.2}
 def traffic(
     rng: np.random.Generator, street: Street, crossing: float | None, tram: bool
 ) -> list[Thing]:
-    """Vehicles in their lanes, on the crossing and at the kerb; persons and two-wheelers."""
+    """Vehicles in their lanes, on the crossing and at the curb; persons and two-wheelers."""
     things: list[Thing] = []
     plots = _Plots()
 
@@ -122,7 +122,7 @@ def _riders(rng: np.random.Generator, street: Street, plots: _Plots) -> list[Thi
                 walk = street.walk_left if side < 0 else street.walk_right
                 offset = edge + side * (rng.uniform(0.3, walk - 0.7) if walk else -0.5)
             turn = rng.uniform(0, 2 * math.pi)
-            # A random angle pulled towards the road's own direction or straight across it.
+            # A random angle pulled toward the road's own direction or straight across it.
             turn = turn + 0.18 * math.sin(4 * turn)
             x = street.x(offset, z)
             if plots.take(x, z, 0.9, 0.6):

@@ -10,7 +10,7 @@ import numpy as np
 from mfuser_streets.geometry import Draw, Painter, Point, Thing, Vector
 
 Corner = tuple[float, float]
-"""(along, up) in metres: along grows to the front."""
+"""(along, up) in meters: along grows to the front."""
 Profile = tuple[Corner, ...]
 """Clockwise from the lower rear."""
 
@@ -94,7 +94,7 @@ VAN = Model(
     ),
     ((0.95, 0.36), (4.1, 0.36)), 0.85, (2,),
 )  # fmt: skip
-LORRY_CAB = Model(
+TRUCK_CAB = Model(
     "truck",
     ((6.2, 0.5), (6.2, 2.7), (7.6, 2.75), (7.95, 1.5), (8.0, 0.5)),
     2.35,
@@ -104,7 +104,7 @@ LORRY_CAB = Model(
     ),
     ((7.1, 0.5),), 0.85, (2,),
 )  # fmt: skip
-LORRY_BOX = Model(
+TRUCK_BOX = Model(
     "truck",
     ((0, 0.95), (0, 3.3), (6.0, 3.3), (6.0, 0.95)),
     2.45,
@@ -158,7 +158,7 @@ class Pose:
     length: float
 
     def at(self, along: float, up: float, across: float) -> Point:
-        """Metres from the rear, above the road, to the right of the axis -> world."""
+        """Meters from the rear, above the road, to the right of the axis -> world."""
         hx, hz = self.heading
         a = along - self.length / 2
         return self.x + hx * a + hz * across, up, self.z + hz * a - hx * across
@@ -174,7 +174,7 @@ class Pose:
 
 def _extrude(p: Painter, model: Model, pose: Pose, draw: Draw) -> None:
     kind, half = model.kind, model.width / 2
-    tyre = p.part(f"{kind}_tyre", pose.at(0, 0.3, 0))
+    tire = p.part(f"{kind}_tire", pose.at(0, 0.3, 0))
     for along, radius in model.wheels:
         for side in (-1.0, 1.0):
             b = side * (half - 0.15)
@@ -187,7 +187,7 @@ def _extrude(p: Painter, model: Model, pose: Pose, draw: Draw) -> None:
                     (1, 0, 0.12),
                 )
             ]
-            p.polygon(tyre, corners)
+            p.polygon(tire, corners)
     edges = []
     for i, (start, end) in enumerate(zip(model.profile, model.profile[1:], strict=False)):
         normal = pose.direction(-(end[1] - start[1]), end[0] - start[0])
@@ -215,10 +215,10 @@ def _side(p: Painter, model: Model, pose: Pose, draw: Draw, b: float, normal: Ve
         part = p.part(f"{model.kind}_{material}", body[0], normal, draw)
         for shape in shapes:
             p.polygon(part, [pose.at(a, y, b) for a, y in shape])
-    tyre = p.part(f"{model.kind}_tyre", body[0], normal)
+    tire = p.part(f"{model.kind}_tire", body[0], normal)
     rim = p.part(f"{model.kind}_rim", body[0], normal)
     for along, radius in model.wheels:
-        for part, r in ((tyre, radius * 1.12), (rim, radius * 0.58)):
+        for part, r in ((tire, radius * 1.12), (rim, radius * 0.58)):
             p.polygon(part, [pose.at(along + r * c, radius + r * s, b) for c, s in _WHEEL])
 
 
@@ -270,8 +270,8 @@ def vehicle(
     if kind == "car":
         models = (CARS[rng.choice(4, p=(0.35, 0.3, 0.23, 0.12))],)
     elif kind == "truck":
-        cargo = LORRY_BOX if rng.random() < 0.65 else TIPPER
-        models = (cargo, LORRY_CAB)
+        cargo = TRUCK_BOX if rng.random() < 0.65 else TIPPER
+        models = (cargo, TRUCK_CAB)
     else:
         models = (BUS,) if kind == "bus" else (TRAIN,)
     length, width = max(m.length for m in models), max(m.width for m in models)

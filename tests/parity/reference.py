@@ -113,9 +113,9 @@ def state(kind: str, seed: int = 0) -> State:
     rng = torch.Generator().manual_seed(seed)
     found: State = {}
 
-    def put(name: str, *shape: int, scale: float | None = None, centre: float = 0.0) -> None:
+    def put(name: str, *shape: int, scale: float | None = None, center: float = 0.0) -> None:
         scale = (1 / math.sqrt(shape[-1]) if len(shape) > 1 else 0.1) if scale is None else scale
-        found[name] = centre + scale * torch.randn(*shape, generator=rng)
+        found[name] = center + scale * torch.randn(*shape, generator=rng)
 
     def linear(name: str, out: int, into: int, bias: bool = True) -> None:
         put(f"{name}.weight", out, into)
@@ -123,13 +123,13 @@ def state(kind: str, seed: int = 0) -> State:
             put(f"{name}.bias", out)
 
     def norm(name: str, width: int, bias: bool = True) -> None:
-        put(f"{name}.weight", width, centre=1.0)
+        put(f"{name}.weight", width, center=1.0)
         if bias:
             put(f"{name}.bias", width)
 
     def fuser(name: str, width: int, states: int = 16) -> None:
         half, rank = width // 2, math.ceil(width / 16)
-        put(f"{name}.A_log", half, states, scale=0.3, centre=0.5)
+        put(f"{name}.A_log", half, states, scale=0.3, center=0.5)
         put(f"{name}.D", half, scale=0.5)
         found[f"{name}.scale"] = torch.tensor(0.5)
         linear(f"{name}.in_proj", width, width, bias=False)
@@ -241,8 +241,8 @@ def state(kind: str, seed: int = 0) -> State:
         linear(f"{name}.attn.proj", vfm, vfm)
         linear(f"{name}.mlp.fc1", 4 * vfm, vfm)
         linear(f"{name}.mlp.fc2", vfm, 4 * vfm)
-        put(f"{name}.ls1.gamma", vfm, centre=0.5)
-        put(f"{name}.ls2.gamma", vfm, centre=0.5)
+        put(f"{name}.ls1.gamma", vfm, center=0.5)
+        put(f"{name}.ls2.gamma", vfm, center=0.5)
         fuser(f"backbone.adapter.{i}", width)
         if kind != "eva":
             linear(f"backbone.adapter_proj1.{i}", width, vfm)

@@ -19,7 +19,7 @@ from mfuser import MFuserError, PairingSpec, load_registry
 from mfuser.engine.checkpoints import load_model, load_released
 from mfuser.errors import CheckpointError
 from mfuser.model.assembly import unfilled
-from mfuser.released import recognise, translate
+from mfuser.released import recognize, translate
 from mfuser.released.files import read_released
 
 META = {
@@ -168,7 +168,7 @@ def test_any_single_change_is_noticed(reference: ModuleType) -> None:
             elif change == "cut":
                 changed[key] = value[:0] if value.dim() else value[None]
             with pytest.raises(CheckpointError) as caught:
-                translate(changed, shapes, recognise(changed))
+                translate(changed, shapes, recognize(changed))
             assert key in str(caught.value)
 
 

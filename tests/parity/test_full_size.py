@@ -11,7 +11,7 @@ import torch
 
 from mfuser import DGSSModel, Registry, load_registry
 from mfuser.model.assembly import unfilled
-from mfuser.released import recognise, translate
+from mfuser.released import recognize, translate
 
 PAIRINGS = {
     "eva": "dinov2-l_eva02-clip-l",
@@ -77,7 +77,7 @@ def test_every_released_key_is_accounted_for(laid_out: tuple[str, DGSSModel], ro
     official = json.loads(facts.read_text())
     shapes = official["state_dict"]
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    form = recognise(state)
+    form = recognize(state)
     assert form.name == kind
     result = translate(state, {n: t.shape for n, t in model.state_dict().items()}, form)
     mapped = [name for names in set(result.sources.values()) for name in names]

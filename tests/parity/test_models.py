@@ -15,7 +15,7 @@ from mfuser import DGSSModel, PairingSpec
 from mfuser.engine.checkpoints import load_released
 from mfuser.model.alignment import score_map
 from mfuser.model.sliding_window import sliding_window
-from mfuser.released import recognise, translate
+from mfuser.released import recognize, translate
 
 KINDS = ("eva", "clip", "siglip")
 
@@ -112,7 +112,7 @@ def test_losses_and_gradients_equal_the_reference(
 
     state = reference.state(kind)
     released = reference.Released(kind, state)
-    form = recognise(state)
+    form = recognize(state)
     names = translate(state, {n: t.shape for n, t in model.state_dict().items()}, form).sources
     trained = {n: names[n][0] for n, p in model.named_parameters() if p.requires_grad}
     for name in trained.values():
@@ -218,7 +218,7 @@ def test_equals_the_released_tiny_model(golden: Path) -> None:
     )
     parameters = {k[len("param.") :]: v for k, v in file.items() if k.startswith("param.")}
     model = load_released(parameters, spec)
-    # The released data pipeline normalises by CLIP's statistics; each encoder here by its own.
+    # The released data pipeline normalizes by CLIP's statistics; each encoder here by its own.
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
     with torch.no_grad():

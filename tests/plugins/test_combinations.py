@@ -98,13 +98,13 @@ def test_what_makes_no_sense_is_refused_with_the_reason(tiny: Registry) -> None:
 def test_assembles_trains_a_step_and_segments(choice: Choice, tiny: Registry) -> None:
     model = build_model(tiny.pairing("tiny", overrides(choice)))
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.train()
     losses = model(torch.rand(2, 3, 64, 96), torch.randint(0, 19, (2, 64, 96)))
     total = torch.stack(list(losses.values())).sum()
     assert total.isfinite()
     total.backward()
-    optimiser.step()
+    optimizer.step()
     changed = {n for n, p in model.named_parameters() if n in before and (p != before[n]).any()}
     fusion, enhancer, decoder, tuning, _ = choice
     for part, prefix in (

@@ -77,7 +77,7 @@ def selective_scan(
         A: state decay, real, (D, N); usually negative.
         B: input matrix. One for all steps (D, N), or one for each step: (B, N, L) or
             (B, G, N, L) in layout "bdl", (B, L, N) or (B, L, G, N) in layout "bld", where
-            each of the G groups serves D / G neighbouring channels.
+            each of the G groups serves D / G neighboring channels.
         C: output matrix, shaped like any B.
         D: skip weight, (D,).
         z: gate, the shape of u; the output is multiplied by silu(z).

@@ -299,7 +299,7 @@ def backward(
 
 
 def _unfilled(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient of t: zeros if spans add to it, else (each span has its steps) uninitialised."""
+    """Gradient of t: zeros if spans add to it, else (each span has its steps) uninitialized."""
     make = torch.zeros if t.dim() <= 2 else torch.empty
     return make(t.shape, dtype=dtype, device=t.device)
 

@@ -18,7 +18,7 @@ GLIBC_LARGEST = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uninitialised; on Linux, a large one lets its fresh memory come in pieces of 2 MB.
+    """Uninitialized; on Linux, a large one lets its fresh memory come in pieces of 2 MB.
 
     4 kB pages cost 0.8 us for each of 512-channel tokens when first written, against 2.0 us for
     the scan itself (one thread, L = 65,536). The hint covers the whole pages that the tensor lies

@@ -1,7 +1,7 @@
 """The selective scan, step by step: the documentation of the operator and the oracle of its tests.
 
 For each batch item and channel d, with N states (Mamba, arXiv 2312.00752, equation 2 with the
-discretisation of its section 3.2; MFuser, arXiv 2504.03193, uses it unchanged inside MVFuser):
+discretization of its section 3.2; MFuser, arXiv 2504.03193, uses it unchanged inside MVFuser):
 
     delta_t = softplus(delta_t + delta_bias)          bias and softplus are both optional
     h_t[n]  = exp(delta_t A[d, n]) h_{t-1}[n] + delta_t B_t[n] u_t

@@ -113,7 +113,7 @@ class Stepped(VisionBackbone):
         self.grid = self.stepper.grid_of(self.image_size)
 
     def resize(self, image_size: Size, patch_size: int | None = None) -> None:
-        """See VisionBackbone.resize. Parameters are replaced: make optimisers afterwards."""
+        """See VisionBackbone.resize. Parameters are replaced: make optimizers afterwards."""
         size = (int(image_size[0]), int(image_size[1]))
         patch = self.patch_size if patch_size is None else (patch_size, patch_size)
         if min(size[0] // patch[0], size[1] // patch[1]) < 1:

@@ -158,9 +158,9 @@ class DualEncoderSpec(VisionLanguageSpec, name="dual_encoder"):
             vision.resize(image_size, self.patch_size)
         return DualEncoder(vision, text, self.text_dim)
 
-    def licence(self) -> str | None:
+    def license(self) -> str | None:
         """The image tower's."""
-        return self.vision.licence()
+        return self.vision.license()
 
 
 @hookimpl

@@ -82,8 +82,8 @@ class OpenClipSpec(VisionLanguageSpec, name="open_clip"):
     options: dict[str, Any] = {}
 
     @classmethod
-    def catalogue(cls) -> list[BackboneInfo]:
-        from mfuser_plugins.backbones.catalogue import listed
+    def catalog(cls) -> list[BackboneInfo]:
+        from mfuser_plugins.backbones.catalog import listed
 
         return listed("open_clip")
 
@@ -123,18 +123,18 @@ class OpenClipSpec(VisionLanguageSpec, name="open_clip"):
         backbone.resize(image_size, self.patch_size)
         mean, std = statistics(self.model, tag)
         backbone.set_statistics(self.mean or mean, self.std or std)
-        backbone.license = self.licence()
+        backbone.license = self.license()
         return backbone
 
-    def licence(self) -> str | None:
+    def license(self) -> str | None:
         """As timm states it for the same image tower; None for random weights and local files."""
         import open_clip
 
-        from mfuser_plugins.backbones.catalogue import open_clip_licence
+        from mfuser_plugins.backbones.catalog import open_clip_license
 
         if self.weights not in open_clip.list_pretrained_tags_by_model(self.model):
             return None
-        return open_clip_licence(self.model, self.weights)
+        return open_clip_license(self.model, self.weights)
 
 
 def merge(cfg: dict[str, Any], options: dict[str, Any]) -> None:

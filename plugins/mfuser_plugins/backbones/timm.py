@@ -68,8 +68,8 @@ class TimmSpec(VisionSpec, name="timm"):
     options: dict[str, Any] = {}
 
     @classmethod
-    def catalogue(cls) -> list[BackboneInfo]:
-        from mfuser_plugins.backbones.catalogue import listed
+    def catalog(cls) -> list[BackboneInfo]:
+        from mfuser_plugins.backbones.catalog import listed
 
         return listed("timm")
 
@@ -102,7 +102,7 @@ class TimmSpec(VisionSpec, name="timm"):
         backbone = TimmBackbone(model, stepper)
         backbone.resize(image_size, self.patch_size)
         backbone.set_statistics(self.mean or cfg["mean"], self.std or cfg["std"])
-        backbone.license = self.licence()
+        backbone.license = self.license()
         return backbone
 
     def _named(self) -> tuple[str, Path | None]:
@@ -119,7 +119,7 @@ class TimmSpec(VisionSpec, name="timm"):
             )
         return f"{architecture}.{self.weights}", None
 
-    def licence(self) -> str | None:
+    def license(self) -> str | None:
         """As timm states it; None for random weights without a tag and for local files."""
         import timm
 

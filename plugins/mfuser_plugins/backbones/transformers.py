@@ -55,7 +55,7 @@ class HuggingFaceVisionSpec(VisionSpec, name="transformers"):
     std: Statistics | None = None
 
     @classmethod
-    def catalogue(cls) -> list[BackboneInfo]:
+    def catalog(cls) -> list[BackboneInfo]:
         from mfuser_plugins.backbones._hf import LAYOUTS
 
         return [BackboneInfo(kind, tried=True) for kind in LAYOUTS]
@@ -104,7 +104,7 @@ class HuggingFacePairSpec(VisionLanguageSpec, name="transformers"):
     std: Statistics | None = None
 
     @classmethod
-    def catalogue(cls) -> list[BackboneInfo]:
+    def catalog(cls) -> list[BackboneInfo]:
         from mfuser_plugins.backbones._hf_pair import PAIRS
 
         return [BackboneInfo(kind, tried=True) for kind in PAIRS]

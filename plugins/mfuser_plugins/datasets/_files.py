@@ -25,16 +25,16 @@ CITYSCAPES_IDS = {
     **{25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18},
     IGNORE: IGNORE,
 }
-"""Cityscapes id -> train id (cityscapesScripts, labels.py). 34 is GTA's licence plate, 255 the
-licence plate's -1 in 8 bits."""
+"""Cityscapes id -> train id (cityscapesScripts, labels.py). 34 is GTA's license plate, 255 the
+license plate's -1 in 8 bits."""
 
 
 class LabelMap:
     """From a label file's raw values to train ids, through a lookup table.
 
     ids: value -> train id; every other value is an error.
-    channel: the channel of a 16-bit colour PNG that holds the value.
-    colours: RGB -> train id, for files that hold colours instead of an index.
+    channel: the channel of a 16-bit color PNG that holds the value.
+    colors: RGB -> train id, for files that hold colors instead of an index.
     hint: a sentence for the error about a value that is not in the map.
     """
 
@@ -43,7 +43,7 @@ class LabelMap:
         ids: Mapping[int, int],
         *,
         channel: int | None = None,
-        colours: Mapping[tuple[int, int, int], int] | None = None,
+        colors: Mapping[tuple[int, int, int], int] | None = None,
         hint: str = "",
     ) -> None:
         self.table = np.full(256, -1, np.int64)
@@ -52,8 +52,8 @@ class LabelMap:
         self.channel = channel
         self.hint = hint
         self._codes, self._targets = np.empty(0, np.int32), np.empty(0, np.int64)
-        if colours:
-            codes = {(r << 16) | (g << 8) | b: train_id for (r, g, b), train_id in colours.items()}
+        if colors:
+            codes = {(r << 16) | (g << 8) | b: train_id for (r, g, b), train_id in colors.items()}
             self._codes = np.array(sorted(codes), np.int32)
             self._targets = np.array([codes[int(code)] for code in self._codes], np.int64)
 
@@ -73,10 +73,10 @@ class LabelMap:
                 )
             raw = raw[..., self.channel]
         if raw.ndim == 3 and len(self._codes) and raw.shape[2] >= 3 and raw.dtype == np.uint8:
-            return self._by_colour(raw, path)
+            return self._by_color(raw, path)
         if raw.ndim != 2 or raw.dtype.kind not in "ui":
             raise DataError(
-                f"{path} is a colour picture, not a label: the official labels hold one id (or "
+                f"{path} is a color picture, not a label: the official labels hold one id (or "
                 "palette index) per pixel; restore it from the dataset"
             )
         small = raw if raw.dtype == np.uint8 else np.clip(raw, 0, 255).astype(np.uint8)
@@ -91,16 +91,16 @@ class LabelMap:
             )
         return label
 
-    def _by_colour(self, raw: np.ndarray, path: Path) -> np.ndarray:
+    def _by_color(self, raw: np.ndarray, path: Path) -> np.ndarray:
         wide = raw.astype(np.int32)
         codes = (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
         places = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
         outside = self._codes[places] != codes
         if outside.any():
-            colours = np.unique(raw[outside][:, :3], axis=0)
+            colors = np.unique(raw[outside][:, :3], axis=0)
             raise DataError(
-                f"{path} holds the colour {_some(colours.tolist())} ({int(outside.sum())} "
-                f"pixels), which is none of the {len(self._codes)} label colours"
+                f"{path} holds the color {_some(colors.tolist())} ({int(outside.sum())} "
+                f"pixels), which is none of the {len(self._codes)} label colors"
             )
         return self._targets[places]
 
@@ -225,7 +225,7 @@ def chosen_split(spec: DatasetSpec, split: str) -> str:
 def unsplit_folder(spec: DatasetSpec, images: Path, split: str) -> tuple[Path, str]:
     """Images of a dataset that ships without splits: all of them train.
 
-    Folders `train` and `val` that a user has made below are honoured. Returns the image folder
+    Folders `train` and `val` that a user has made below are honored. Returns the image folder
     and the name of the split's folder ("" without).
     """
     if not images.is_dir():

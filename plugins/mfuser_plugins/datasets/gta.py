@@ -23,7 +23,7 @@ from mfuser_plugins.datasets._files import (
 
 LAYOUT = "images/00001.png and labels/00001.png"
 
-VOID_COLOURS = (
+VOID_COLORS = (
     (0, 0, 0),
     (111, 74, 0),
     (81, 0, 81),
@@ -35,8 +35,8 @@ VOID_COLOURS = (
     (0, 0, 90),
     (0, 0, 110),
 )
-"""Cityscapes' colours of the ids that have no train id. (153, 153, 153) is pole and pole group,
-(0, 0, 142) car and licence plate: there the class that is trained wins."""
+"""Cityscapes' colors of the ids that have no train id. (153, 153, 153) is pole and pole group,
+(0, 0, 142) car and license plate: there the class that is trained wins."""
 
 UNEQUAL = frozenset(
     f"{number:05d}"
@@ -58,11 +58,11 @@ class GtaSpec(DatasetSpec, name="gta"):
     def build(self, root: Path | None, split: str) -> Dataset:
         root = require_root(self, root)
         images, part = unsplit_folder(self, root / "images", chosen_split(self, split))
-        colours = {
-            **dict.fromkeys(VOID_COLOURS, IGNORE),
-            **{colour: i for i, colour in enumerate(CITYSCAPES.colours)},
+        colors = {
+            **dict.fromkeys(VOID_COLORS, IGNORE),
+            **{color: i for i, color in enumerate(CITYSCAPES.colors)},
         }
-        official = LabelMap(CITYSCAPES_IDS, colours=colours)
+        official = LabelMap(CITYSCAPES_IDS, colors=colors)
         # Some converters' instructions keep all labels in labels/train.
         folders = [root / "labels", root / "labels" / (part or "train")]
         pairs = pair_files(

@@ -47,7 +47,7 @@ class MapillarySpec(DatasetSpec, name="mapillary"):
     """Mapillary Vistas v1.2 (66 labels): streets of six continents, all cameras and weathers.
 
     mapping: from the 66 labels to the 19 train ids. "dgss" (by name, as in the domain
-        generalisation papers since Rein) gives crosswalks, bike and service lanes, parking to
+        generalization papers since Rein) gives crosswalks, bike and service lanes, parking to
         road, curb cuts and pedestrian areas to sidewalk, street lights to pole, backs and frames
         of signs to traffic sign; "robustnet" ignores all these, and gives manholes to road.
     Figures under different mappings cannot be compared. Labels of v2.0 (124) are refused.
@@ -96,10 +96,10 @@ def _check_version(root: Path, pair: Pair) -> None:
         if count != NUM_LABELS:
             raise _version2(f"{config} lists {count} labels")
         return
-    colours = _palette(pair.label)
-    # A grey palette says nothing; 124 colours that start otherwise are the other version's.
-    beyond = [c for c in colours[NUM_LABELS:124] if c[0] != c[1] or c[1] != c[2]]
-    if len(beyond) > 29 and tuple(colours[: len(V12_START)]) != V12_START:
+    colors = _palette(pair.label)
+    # A gray palette says nothing; 124 colors that start otherwise are the other version's.
+    beyond = [c for c in colors[NUM_LABELS:124] if c[0] != c[1] or c[1] != c[2]]
+    if len(beyond) > 29 and tuple(colors[: len(V12_START)]) != V12_START:
         raise _version2(f"{pair.label} has the palette of another version")
 
 

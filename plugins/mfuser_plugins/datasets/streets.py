@@ -92,7 +92,7 @@ class Streets(Dataset):
         return f"{self.domain}_{self.split}_{self.seed}_{self._index(index):05d}"
 
     def label(self, index: int) -> np.ndarray:
-        """int64 (H, W), without colouring the scene."""
+        """int64 (H, W), without coloring the scene."""
         with _one_thread():
             return self._scene(index)[0].label()
 

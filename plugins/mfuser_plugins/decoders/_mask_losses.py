@@ -59,7 +59,7 @@ class MaskLosses:
         chosen (n, h, w): the logits of the query that answers for each mask of truth
         (n, 1, H, W); classes (B, Q, K + 1) logits and the queries' labels (B, Q), K "no object".
         """
-        loss_cls = labelled_loss(classes, labels, self.no_object)
+        loss_cls = labeled_loss(classes, labels, self.no_object)
         # At least float32: places and sums over thousands of points need it.
         chosen = chosen.unsqueeze(1)  # (n, 1, h, w)
         chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
@@ -122,7 +122,7 @@ def fixed_labels(present: Tensor) -> Tensor:
     return torch.where(present, torch.arange(k, device=present.device), k)
 
 
-def labelled_loss(classes: Tensor, labels: Tensor, no_object: float) -> Tensor:
+def labeled_loss(classes: Tensor, labels: Tensor, no_object: float) -> Tensor:
     """Weighted mean cross-entropy: classes (B, Q, K + 1), labels (B, Q), K being "no object"."""
     weight = torch.ones(classes.shape[-1], device=classes.device, dtype=classes.dtype)
     weight[-1] = no_object

@@ -10,7 +10,7 @@ from mfuser_plugins.decoders._msdeform import DeformableAttention, Shapes
 from mfuser_plugins.decoders._transformer import (
     Attention,
     FeedForward,
-    pixel_centres,
+    pixel_centers,
     sine_positions,
 )
 
@@ -134,7 +134,7 @@ class PixelDecoder(nn.Module):
                 for shape, encoding in zip(shapes, self.level_encoding.weight, strict=True)
             ]
         )
-        reference = torch.cat([pixel_centres(shape, tokens) for shape in shapes])
+        reference = torch.cat([pixel_centers(shape, tokens) for shape in shapes])
         read: list[Tensor] = []
         if self.text_proj is not None and self.text_pos_embed is not None:
             assert text is not None, "built to read text"

@@ -67,8 +67,8 @@ def sine_positions(shape: tuple[int, int], width: int, like: Tensor) -> Tensor:
     return torch.cat([y, x], -1).flatten(0, 1).to(like.dtype)
 
 
-def pixel_centres(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """(x, y) of every pixel's centre, in [0, 1], row by row -> (h * w, 2).
+def pixel_centers(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """(x, y) of every pixel's center, in [0, 1], row by row -> (h * w, 2).
 
     At least float32: in bfloat16 a place on a map of 64 pixels is off by up to 0.25 of one.
     """

@@ -43,8 +43,8 @@ class Mask2Former(MaskDecoder):
         present, truth = class_masks(labels, self.num_classes)
         each = []
         for masks, classes in zip(output.masks, output.classes, strict=True):
-            image, query, labelled = match(masks, classes, present, truth, self.losses)
-            each.append(self.losses.matched(masks[image, query], classes, labelled, truth))
+            image, query, labeled = match(masks, classes, present, truth, self.losses)
+            each.append(self.losses.matched(masks[image, query], classes, labeled, truth))
         return deep_names(each)
 
 

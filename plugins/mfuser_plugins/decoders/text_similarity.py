@@ -38,7 +38,7 @@ class TextSimilarity(Decoder):
         return DecoderOutput([alignment / self.temperature])
 
     def loss(self, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy, mean over labelled pixels; beside it the model's own alignment loss."""
+        """Cross-entropy, mean over labeled pixels; beside it the model's own alignment loss."""
         logits = self.semantic_logits(output, (labels.shape[-2], labels.shape[-1]))
         valid = (labels != IGNORE).sum().clamp(min=1)
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")

@@ -18,7 +18,7 @@ class Layer(nn.Module):
     """Self-attention among classes, a scan over [text ; image ; text], an MLP (eq. 7-10).
 
     The scan reads one way: the second copy of the text has seen the whole image, the first tells
-    the image tokens what to be read for. The normalised text enters both, and both copies'
+    the image tokens what to be read for. The normalized text enters both, and both copies'
     outputs are added to the text.
     """
 

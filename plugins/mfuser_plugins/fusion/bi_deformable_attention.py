@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mfuser import FusionSpec, TokenShape, hookimpl
 from mfuser_plugins.decoders._msdeform import DeformableAttention
-from mfuser_plugins.decoders._transformer import pixel_centres
+from mfuser_plugins.decoders._transformer import pixel_centers
 from mfuser_plugins.fusion._joint import (
     Gain,
     Grid,
@@ -53,7 +53,7 @@ class BiDeformableAttention(JointAdapter):
     def mix(self, streams: list[Tensor], grids: list[Grid]) -> list[Tensor]:
         maps = [patches(tokens, grid) for tokens, grid in zip(streams, grids, strict=True)]
         joint = torch.cat(maps, 1)
-        places = torch.cat([pixel_centres(grid, joint) for grid in grids])  # (T_vfm + T_vlm, 2)
+        places = torch.cat([pixel_centers(grid, joint) for grid in grids])  # (T_vfm + T_vlm, 2)
         offsets = self.gain(self.attention(self.query(joint), joint, places, grids))
         parts = offsets.split([part.shape[1] for part in maps], 1)
         return [

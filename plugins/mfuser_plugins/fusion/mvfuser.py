@@ -88,8 +88,8 @@ class MVFuser(Scan):
 
     A sequential branch (convolution, selective scan) gated by a spatial branch (convolution), at
     half the width. As in the released implementation, which the paper abridges: both convolutions
-    are centred, the step bias counts twice (in `dt_proj` and again in the scan), the scan's
-    output is normalised before the gate, and the gate passes SiLU twice. `scale` starts at 0.001,
+    are centered, the step bias counts twice (in `dt_proj` and again in the scan), the scan's
+    output is normalized before the gate, and the gate passes SiLU twice. `scale` starts at 0.001,
     so that the offsets start near zero.
 
     bidirectional: a second scan reads the sequence from its end (Vision Mamba, arXiv 2401.09417),

@@ -12,7 +12,7 @@ from PIL import Image
 from mfuser.data.images import UnreadableImage, image_size, read_image, read_label
 
 RNG = np.random.default_rng(0)
-COLOUR = RNG.integers(0, 256, (7, 11, 3), dtype=np.uint8)
+COLOR = RNG.integers(0, 256, (7, 11, 3), dtype=np.uint8)
 IDS = RNG.integers(0, 35, (7, 11), dtype=np.uint8)
 
 
@@ -22,28 +22,28 @@ def save(path: Path, array: np.ndarray, **options: object) -> Path:
 
 
 def test_image_is_rgb(tmp_path: Path) -> None:
-    image = read_image(save(tmp_path / "a.png", COLOUR))
+    image = read_image(save(tmp_path / "a.png", COLOR))
     assert image.dtype == np.uint8 and image.flags.writeable
-    assert (image == COLOUR).all()
+    assert (image == COLOR).all()
     assert image_size(tmp_path / "a.png") == (11, 7)
 
 
 def test_jpeg_is_close(tmp_path: Path) -> None:
     smooth = np.full((16, 16, 3), (200, 30, 90), np.uint8)
     image = read_image(save(tmp_path / "a.jpg", smooth, quality=95))
-    assert np.abs(image.astype(int) - smooth).max() <= 4  # one flat colour survives JPEG nearly
+    assert np.abs(image.astype(int) - smooth).max() <= 4  # one flat color survives JPEG nearly
 
 
-def test_image_grey_alpha_palette_and_16_bits(tmp_path: Path) -> None:
-    grey = COLOUR[..., 0]
-    want = np.repeat(grey[..., None], 3, axis=2)
-    assert (read_image(save(tmp_path / "grey.png", grey)) == want).all()
-    wide = grey.astype(np.uint16) * 256 + 77
-    assert (read_image(save(tmp_path / "grey16.png", wide)) == want).all()
-    alpha = np.dstack([COLOUR, grey])
-    assert (read_image(save(tmp_path / "alpha.png", alpha)) == COLOUR).all()
-    cv2.imwrite(str(tmp_path / "colour16.png"), COLOUR[..., ::-1].astype(np.uint16) * 256 + 77)
-    assert (read_image(tmp_path / "colour16.png") == COLOUR).all()
+def test_image_gray_alpha_palette_and_16_bits(tmp_path: Path) -> None:
+    gray = COLOR[..., 0]
+    want = np.repeat(gray[..., None], 3, axis=2)
+    assert (read_image(save(tmp_path / "gray.png", gray)) == want).all()
+    wide = gray.astype(np.uint16) * 256 + 77
+    assert (read_image(save(tmp_path / "gray16.png", wide)) == want).all()
+    alpha = np.dstack([COLOR, gray])
+    assert (read_image(save(tmp_path / "alpha.png", alpha)) == COLOR).all()
+    cv2.imwrite(str(tmp_path / "color16.png"), COLOR[..., ::-1].astype(np.uint16) * 256 + 77)
+    assert (read_image(tmp_path / "color16.png") == COLOR).all()
     palette = Image.fromarray(IDS)
     palette.putpalette(list(range(105)))
     palette.save(tmp_path / "palette.png")
@@ -53,8 +53,8 @@ def test_image_grey_alpha_palette_and_16_bits(tmp_path: Path) -> None:
 def test_exif_orientation_is_left_as_it_is(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees
-    path = save(tmp_path / "a.jpg", COLOUR, exif=exif)
-    assert read_image(path).shape == COLOUR.shape
+    path = save(tmp_path / "a.jpg", COLOR, exif=exif)
+    assert read_image(path).shape == COLOR.shape
 
 
 def test_label_keeps_index_bits_and_channels(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_label_keeps_index_bits_and_channels(tmp_path: Path) -> None:
     assert (read_label(save(tmp_path / "l.png", IDS)) == IDS).all()
     wide = IDS.astype(np.uint16) * 1000
     assert (read_label(save(tmp_path / "w.png", wide)) == wide).all()
-    assert (read_label(save(tmp_path / "c.png", COLOUR)) == COLOUR).all()
+    assert (read_label(save(tmp_path / "c.png", COLOR)) == COLOR).all()
 
 
 @pytest.mark.parametrize("channels", [3, 4])
@@ -84,13 +84,13 @@ def test_label_of_few_bits_is_not_stretched(tmp_path: Path, bits: int) -> None:
     palette.putpalette([3, 2, 1] * 2**bits)
     palette.save(tmp_path / "p.png", bits=bits)
     assert (read_label(tmp_path / "p.png") == ids).all()
-    # Pillow writes no grey PNG of few bits: turn the palette file into one, chunk by chunk.
-    grey = as_grey((tmp_path / "p.png").read_bytes())
-    (tmp_path / "g.png").write_bytes(grey)
+    # Pillow writes no gray PNG of few bits: turn the palette file into one, chunk by chunk.
+    gray = as_gray((tmp_path / "p.png").read_bytes())
+    (tmp_path / "g.png").write_bytes(gray)
     assert (read_label(tmp_path / "g.png") == ids).all()
 
 
-def as_grey(png: bytes) -> bytes:
+def as_gray(png: bytes) -> bytes:
     import struct
     import zlib
 
@@ -99,7 +99,7 @@ def as_grey(png: bytes) -> bytes:
         (length,) = struct.unpack_from(">I", png, place)
         kind, data = png[place + 4 : place + 8], png[place + 8 : place + 8 + length]
         if kind == b"IHDR":
-            data = data[:9] + b"\x00" + data[10:]  # colour type 0: grey
+            data = data[:9] + b"\x00" + data[10:]  # color type 0: gray
         if kind != b"PLTE":
             out += struct.pack(">I", len(data)) + kind + data
             out += struct.pack(">I", zlib.crc32(kind + data))

@@ -1,4 +1,4 @@
-"""The augmentation: geometry against a full resize, the two crop rules, colours, bad input."""
+"""The augmentation: geometry against a full resize, the two crop rules, colors, bad input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from mfuser import IGNORE, DataError
 from mfuser.data.transforms import (
-    MEAN_COLOUR,
+    MEAN_COLOR,
     Augmentation,
     AugmentationSpec,
     class_share,
@@ -53,7 +53,7 @@ def test_view_equals_the_window_of_the_whole_resized(shape, crop, factor, seed) 
     resized = cv2.resize(image, view.scaled[::-1], interpolation=cv2.INTER_LINEAR)[window]
     seen = view_image(image, view)
     assert seen.shape == (*view.size, 3)
-    # OpenCV rounds the sampling places to 1/32 pixel; neighbours here differ by some 40 levels.
+    # OpenCV rounds the sampling places to 1/32 pixel; neighbors here differ by some 40 levels.
     assert np.abs(seen.astype(int) - resized).max() <= 3
     rows, columns = (
         [int((i + 0.5) * full / scaled + 1e-9) for i in range(start, start + size)]
@@ -74,7 +74,7 @@ def test_image_and_label_stay_on_each_other() -> None:
         valid = seen != IGNORE
         # Bilinear edges between tiles differ; at scales of 0.5 to 2 they are a sixth at most.
         assert (np.rint(out[..., 0][valid] / 10) == seen[valid]).mean() > 0.75
-        assert valid.all() or (out[~valid] == MEAN_COLOUR).all()
+        assert valid.all() or (out[~valid] == MEAN_COLOR).all()
 
 
 @settings(max_examples=50)
@@ -112,10 +112,10 @@ def test_padding() -> None:
     out, seen = Augmentation(half, (40, 50))(image, label, rng())
     assert (seen[:20, :30] == 0).all()
     assert (seen[20:] == IGNORE).all() and (seen[:, 30:] == IGNORE).all()
-    assert (out[20:] == MEAN_COLOUR).all() and (out[:, 30:] == MEAN_COLOUR).all()
+    assert (out[20:] == MEAN_COLOR).all() and (out[:, 30:] == MEAN_COLOR).all()
 
 
-def test_class_share_counts_labelled_pixels() -> None:
+def test_class_share_counts_labeled_pixels() -> None:
     assert class_share(np.array([[1, 1, 1, 2, 255, 255]])) == 0.75
     assert class_share(np.full((2, 2), 255)) == 1.0
 
@@ -164,29 +164,29 @@ def test_photometric_distortion() -> None:
     same = np.mean([(out == image).all() for out in outs])
     assert 0.0 < same < 0.2  # all four left out: 1/16
     assert means.std() > 10
-    grey = np.full((8, 8, 3), 100, np.uint8)
-    for seed in range(50):  # hue and saturation leave grey alone
-        out = photometric_distortion(grey, rng(seed))
+    gray = np.full((8, 8, 3), 100, np.uint8)
+    for seed in range(50):  # hue and saturation leave gray alone
+        out = photometric_distortion(gray, rng(seed))
         assert (out == out[0, 0, 0]).all()
         assert 34 <= out[0, 0, 0] <= 198  # (100 - 32) / 2 and (100 + 32) * 1.5
 
 
 def test_photometric_contrast_and_order_against_the_formula() -> None:
-    """Grey pixels see brightness and contrast alone: replay the draws and compare."""
-    grey = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+    """Gray pixels see brightness and contrast alone: replay the draws and compare."""
+    gray = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
     for seed in range(40):
         generator = rng(seed)
         brightness_on, contrast_on, *_ = generator.random(5) < 0.5
         brightness, contrast = generator.uniform(-32, 32), generator.uniform(0.5, 1.5, 2)[0]
         want = np.clip(np.arange(256) + brightness * brightness_on, 0, 255)
         want = np.clip(want * (contrast if contrast_on else 1), 0, 255)
-        out = photometric_distortion(grey, rng(seed))[0, :, 0]
+        out = photometric_distortion(gray, rng(seed))[0, :, 0]
         assert np.abs(out - want).max() <= 1.3  # rounded once or twice, at contrast 1.5 at most
 
 
 def test_photometric_hue_and_saturation_against_the_formula() -> None:
     """Reds around hue 0, where the hue wraps: replay the draws, without the other two."""
-    colours = np.array([[[200, 90, 80], [200, 80, 90], [60, 160, 110]]], np.uint8)
+    colors = np.array([[[200, 90, 80], [200, 80, 90], [60, 160, 110]]], np.uint8)
     checked = 0
     for seed in range(400):
         generator = rng(seed)
@@ -196,8 +196,8 @@ def test_photometric_hue_and_saturation_against_the_formula() -> None:
         generator.uniform(-32, 32)
         saturation = generator.uniform(0.5, 1.5, 2)[1] ** int(saturation_on)
         hue = int(generator.integers(-18, 19)) * int(hue_on)
-        out = photometric_distortion(colours, rng(seed))
-        for rgb, seen in zip(colours[0] / 255, out[0], strict=True):
+        out = photometric_distortion(colors, rng(seed))
+        for rgb, seen in zip(colors[0] / 255, out[0], strict=True):
             h, s, v = colorsys.rgb_to_hsv(*rgb)
             want = colorsys.hsv_to_rgb((h + hue / 180) % 1, min(s * saturation, 1), v)
             # Hue is rounded to 2 degrees; 60 are the whole range, at most 200 levels here.

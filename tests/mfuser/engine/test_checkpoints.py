@@ -270,11 +270,11 @@ def test_settings_find_weights_that_moved(model: DGSSModel, tmp_path: Path) -> N
     assert load_model(path, settings=["vfm.weights=random"])[1].step == 3
 
 
-def test_the_optimiser_comes_back(tmp_path: Path) -> None:
-    def step(layer: torch.nn.Linear, optimiser: torch.optim.Optimizer, x: torch.Tensor) -> None:
-        optimiser.zero_grad()
+def test_the_optimizer_comes_back(tmp_path: Path) -> None:
+    def step(layer: torch.nn.Linear, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+        optimizer.zero_grad()
         layer(x).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
 
     first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     one = torch.optim.AdamW(first.parameters(), lr=0.1)
@@ -282,20 +282,20 @@ def test_the_optimiser_comes_back(tmp_path: Path) -> None:
     for x in inputs[:3]:
         step(first, one, x)
     names = {p: n for n, p in first.named_parameters()}
-    saved = checkpoints.to_optimiser_state(one, names)
+    saved = checkpoints.to_optimizer_state(one, names)
     assert sorted({k.split(".")[0] for k in saved}) == ["exp_avg", "exp_avg_sq", "step"]
 
     second.load_state_dict(first.state_dict())
     two = torch.optim.AdamW(second.parameters(), lr=0.1)
     theirs = {p: n for n, p in second.named_parameters()}
-    checkpoints.from_optimiser_state(two, theirs, {k: v.clone() for k, v in saved.items()})
+    checkpoints.from_optimizer_state(two, theirs, {k: v.clone() for k, v in saved.items()})
     step(first, one, inputs[3])
     step(second, two, inputs[3])
     assert all(
         torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
     )
     with pytest.raises(CheckpointError, match="knows a tensor weights that the model lacks"):
-        checkpoints.from_optimiser_state(two, theirs, {"exp_avg.weights": torch.zeros(1)})
+        checkpoints.from_optimizer_state(two, theirs, {"exp_avg.weights": torch.zeros(1)})
 
 
 def test_complete_file_of_a_model_that_computes_with_its_parameters(

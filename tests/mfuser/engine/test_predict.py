@@ -45,7 +45,7 @@ def test_masks_are_the_models_classes(tiny: Registry, trained: Path, tmp_path: P
         assert mask.mode == "P" and mask.size == (120, 80)
         assert (np.array(mask) == expected).all()
         first = int(expected[0, 0])
-        assert np.array(mask.convert("RGB"))[0, 0].tolist() == list(CITYSCAPES.colours[first])
+        assert np.array(mask.convert("RGB"))[0, 0].tolist() == list(CITYSCAPES.colors[first])
     with Image.open(written[0]["overlay"]) as overlay:
         assert overlay.mode == "RGB" and overlay.size == (120, 80)
     shares = written[0]["classes"]

@@ -59,7 +59,7 @@ def test_one_seed_gives_identical_weights(tiny: Registry, begin: Any, tmp_path: 
     assert same(a, b) and not same(a, c)
     start = checkpoints.trained_state(build_model("tiny", tiny))
     moved = [k for k in a if not torch.equal(a[k], start[k])]
-    # Weight decay of 1e-5 leaves some values of normalisation and bias where they were.
+    # Weight decay of 1e-5 leaves some values of normalization and bias where they were.
     assert len(moved) > 0.8 * len(a)
 
 
@@ -85,7 +85,7 @@ def test_stopped_and_resumed_equals_never_stopped(
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     whole = checkpoints.read(tmp_path / "whole" / checkpoints.LAST)
     parts = checkpoints.read(tmp_path / "parts" / checkpoints.LAST)
-    assert same(whole.optimiser, parts.optimiser) and whole.optimiser
+    assert same(whole.optimizer, parts.optimizer) and whole.optimizer
 
 
 def test_the_loss_scale_of_float16_comes_back(
@@ -117,13 +117,13 @@ def test_the_loss_scale_of_float16_comes_back(
     assert states[0]["scale"] == pytest.approx(2**16 * 1.7**2) and states[0]["_growth_tracker"] == 1
     assert "scaler" not in checkpoints.read(tmp_path / "parts" / checkpoints.FINAL).meta
 
-    # A scale so large that the first step is skipped: there is no state of the optimiser yet.
+    # A scale so large that the first step is skipped: there is no state of the optimizer yet.
     scaler["init_scale"] = 1e38
     with monkeypatch.context() as patch:
         stop_after(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Interrupted):
             train(tiny, run, tmp_path / "skipped")
-    assert not checkpoints.read(tmp_path / "skipped" / checkpoints.LAST).optimiser
+    assert not checkpoints.read(tmp_path / "skipped" / checkpoints.LAST).optimizer
     train(tiny, run, tmp_path / "skipped", resume=True)
 
 
@@ -279,7 +279,7 @@ def test_a_checkpoint_of_another_run_is_not_resumed(
     with pytest.raises(CheckpointError, match="is of another pairing than the run in"):
         train(tiny, begin(), tmp_path / "r", resume=True)
     last.write_bytes((tmp_path / "r" / checkpoints.FINAL).read_bytes())
-    with pytest.raises(CheckpointError, match="holds no state of the optimiser"):
+    with pytest.raises(CheckpointError, match="holds no state of the optimizer"):
         train(tiny, begin(), tmp_path / "r", resume=True)
     last.write_bytes(mine[: len(mine) // 2])
     with pytest.raises(CheckpointError, match=r"last\.safetensors is not a whole safetensors file"):
@@ -320,7 +320,7 @@ def test_two_precisions_in_one_process(tiny: Registry, begin: Any, tmp_path: Pat
 
 
 def test_gradients_are_accumulated(tiny: Registry, begin: Any, tmp_path: Path) -> None:
-    """Two crops in two batches or in one: the same step, without normalisation over the batch."""
+    """Two crops in two batches or in one: the same step, without normalization over the batch."""
     fixed = ("augmentation={scale=[1.0, 1.0], photometric=false, flip=0.0}", "steps=1", "warmup=0")
     train(tiny, begin("tiny", "accumulate=2", *fixed), tmp_path / "two")
     train(tiny, begin("tiny", "accumulate=1", *fixed), tmp_path / "one")

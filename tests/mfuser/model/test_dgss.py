@@ -48,13 +48,13 @@ def test_every_trained_parameter_moves(tiny: Registry) -> None:
     model = build_model("tiny", tiny).train()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     reached = dict.fromkeys(trained, False)
-    optimiser = torch.optim.SGD(trained.values(), lr=1e-2)
-    for _ in range(3):  # zero-initialised outputs open their inputs' gradients one step later
-        optimiser.zero_grad()
+    optimizer = torch.optim.SGD(trained.values(), lr=1e-2)
+    for _ in range(3):  # zero-initialized outputs open their inputs' gradients one step later
+        optimizer.zero_grad()
         sum(model(*batch()).values()).backward()  # type: ignore[union-attr]
         for name, parameter in trained.items():
             reached[name] |= parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
-        optimiser.step()
+        optimizer.step()
     # Softmax over keys does not feel a constant shift of all of them.
     assert [n for n, seen in reached.items() if not seen and not n.endswith("k_proj.bias")] == []
 

@@ -126,7 +126,7 @@ def test_asking_twice_loads_once(plugin) -> None:  # type: ignore[no-untyped-def
 
 def test_an_installed_plugin_that_fails_is_reported_and_the_others_go_on(installed) -> None:  # type: ignore[no-untyped-def]
     installed(
-        bad_import="raise RuntimeError('no licence today')",
+        bad_import="raise RuntimeError('no license today')",
         bad_syntax="def f(:",
         bad_exit="raise SystemExit(3)",
         bad_missing="import a_module_that_is_not_there",
@@ -136,7 +136,7 @@ def test_an_installed_plugin_that_fails_is_reported_and_the_others_go_on(install
     found = load_components()
     causes = {b.plugin.split(" ")[0]: b.cause for b in found.broken}
     assert set(causes) == {"bad_import", "bad_syntax", "bad_exit", "bad_missing", "bad_none"}
-    assert causes["bad_import"] == "RuntimeError: no licence today"
+    assert causes["bad_import"] == "RuntimeError: no license today"
     assert causes["bad_syntax"].startswith("SyntaxError")
     assert "a_module_that_is_not_there" in causes["bad_missing"]
     assert "no hook marked with @hookimpl" in causes["bad_none"]
@@ -146,7 +146,7 @@ def test_an_installed_plugin_that_fails_is_reported_and_the_others_go_on(install
 def test_broken_plugins_are_listed_and_named_where_a_component_is_missed(
     installed, mfuser, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # type: ignore[no-untyped-def]
-    installed(bad_import="raise RuntimeError('no licence today')")
+    installed(bad_import="raise RuntimeError('no license today')")
     found = load_components()
     with pytest.raises(
         ValueError, match="no fusion component is called 'swap'.*failed to load: bad"
@@ -156,9 +156,9 @@ def test_broken_plugins_are_listed_and_named_where_a_component_is_missed(
     result = mfuser("list", "plugins", "--json")
     assert result.code == 0
     assert [(p["name"], p["broken"]) for p in json.loads(result.out)["plugins"]] == [
-        ("bad_import (bad_import)", "RuntimeError: no licence today")
+        ("bad_import (bad_import)", "RuntimeError: no license today")
     ]
-    assert "failed to load: RuntimeError: no licence today" in mfuser("list").out
+    assert "failed to load: RuntimeError: no license today" in mfuser("list").out
 
 
 @pytest.mark.parametrize(

@@ -64,12 +64,12 @@ def test_installed_plugin_is_found(install: Install) -> None:
 
 
 def test_raising_plugin_is_named_and_the_others_work(install: Install) -> None:
-    install("stranger_bad", "raise RuntimeError('no licence')")
+    install("stranger_bad", "raise RuntimeError('no license')")
     install("stranger_exit", "import sys\nsys.exit(3)")
     install("stranger_good", GOOD)
     found = load_components()
     broken = {b.plugin: b.cause for b in found.broken}
-    assert broken["stranger_bad (stranger_bad)"] == "RuntimeError: no licence"
+    assert broken["stranger_bad (stranger_bad)"] == "RuntimeError: no license"
     assert "SystemExit: 3" in broken["stranger_exit (stranger_exit)"]
     assert {"good", "none"} <= set(found.kind("fusion"))
 

@@ -76,7 +76,7 @@ def test_memory_is_that_of_the_real_model(tiny: Registry) -> None:
     size = sum(t.numel() * t.element_size() for t in tensors)
     assert found["weights"] * 2**30 == pytest.approx(size)
     trained = sum(4 * p.numel() for p in real.parameters() if p.requires_grad)
-    assert found["gradients and optimiser"] * 2**30 == pytest.approx(3 * trained)
+    assert found["gradients and optimizer"] * 2**30 == pytest.approx(3 * trained)
 
     saved: dict[int, int] = {}
     own = {t.data_ptr() for t in tensors}

@@ -59,7 +59,7 @@ def test_every_combination_is_a_variant(write_registry) -> None:  # type: ignore
     assert not any(set(v.slug) & set("/ ,") for v in found)
 
 
-def test_a_labelled_value_changes_more_than_one_key(write_registry) -> None:  # type: ignore[no-untyped-def]
+def test_a_labeled_value_changes_more_than_one_key(write_registry) -> None:  # type: ignore[no-untyped-def]
     registry, study = study_of(
         write_registry,
         """

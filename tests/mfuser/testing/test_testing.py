@@ -81,7 +81,7 @@ def faulty(how: str) -> type[FusionSpec]:
         ("in place", "shapes at odd sizes", "the inputs have changed"),
         ("nan", "shapes at odd sizes", "has NaN or infinity"),
         ("random", "determinism", "draw random numbers only while self.training"),
-        ("numpy", "determinism", "initialise with torch's generator"),
+        ("numpy", "determinism", "initialize with torch's generator"),
         ("batch", "training and evaluation", "never mix over the batch axis"),
         ("unregistered", "state dict", "make it an nn.Parameter or a persistent buffer"),
         ("dtype", "dtypes", "vfm_offset is torch.float32"),

@@ -43,7 +43,7 @@ def test_stepping_is_the_vision_backbones() -> None:
     vision: Any = backbone.vision
     assert backbone.token_shape == vision.token_shape
     images = torch.rand(2, 3, 56, 84)
-    assert torch.equal(backbone.normalise(images), vision.normalise(images))
+    assert torch.equal(backbone.normalize(images), vision.normalize(images))
     stream = backbone.embed(images)
     tokens = stream.tokens
     for i in range(backbone.depth):

@@ -319,7 +319,7 @@ def test_files_of_openai_need_quick_gelu(tmp_path: Path) -> None:
     ({"model": "RN50"}, "ModifiedResNet.*no stream of tokens"),
     ({"model": "convnext_base"}, "of class ConvNeXt"),
     ({"model": "roberta-ViT-B-32"}, "config.json.*hf_model_name"),
-    ({"model": "ViT-B-16", "options": {"vision_cfg": {"colour": 1}}}, "colour"),
+    ({"model": "ViT-B-16", "options": {"vision_cfg": {"color": 1}}}, "color"),
     ({"model": "ViT-B-16", "options": {"vision_cfg": {"timm_model_kwargs": {}}}}, "towers of timm"),
     ({"model": "ViT-L-16-SigLIP-384", "options": trunk(32)}, "embed_dim = 64"),
 ])  # fmt: skip

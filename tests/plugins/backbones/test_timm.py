@@ -69,7 +69,7 @@ def check_stepping(backbone: TimmBackbone) -> None:
             assert torch.equal(tokens[:, : backbone.num_prefix_tokens], prefix)
     finished = backbone.finish(tokens, stream.state)
     assert finished.shape == tokens.shape
-    # Where pooling is average the library's features are not normalised; the norm is fc_norm.
+    # Where pooling is average the library's features are not normalized; the norm is fc_norm.
     assert torch.equal(finished, model.fc_norm(final))
     if not isinstance(model.norm, nn.Identity) or not isinstance(model.fc_norm, nn.Identity):
         assert not torch.equal(finished, tokens)
@@ -217,7 +217,7 @@ def test_statistics_come_from_the_tag() -> None:
     assert imagenet.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     assert half.std.flatten().tolist() == [0.5, 0.5, 0.5]
     images = torch.rand(1, 3, 64, 64)
-    assert torch.equal(own.normalise(images), images)
+    assert torch.equal(own.normalize(images), images)
     assert own.license is None
 
 
@@ -226,7 +226,7 @@ def test_statistics_come_from_the_tag() -> None:
     ({"model": "vit_tiny_patch16_224.nonsense"}, "no weights 'nonsense'"),
     ({"model": "vit_tiny_patch16_224.augreg_in21k", "weights": "dino"}, "leave one of the two out"),
     ({"model": "resnet18", "weights": "random"}, r"of class ResNet.*vit_\*"),
-    ({"model": "vit_tiny_patch16_224", "weights": "random", "options": {"colour": 1}}, "colour"),
+    ({"model": "vit_tiny_patch16_224", "weights": "random", "options": {"color": 1}}, "color"),
     ({"model": "vitamin_small_224", "weights": "random", "patch_size": 8,
       "options": {"depth": 1}}, "no single kernel"),
 ])  # fmt: skip
@@ -302,7 +302,7 @@ def test_real_dinov2_weights() -> None:
         images = torch.zeros(1, 3, 224, 336)
         images[..., 168:] = 0.8
         images += 0.05 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
-        stream = backbone.embed(backbone.normalise(images))
+        stream = backbone.embed(backbone.normalize(images))
         tokens = stream.tokens
         for i in range(10):
             tokens = backbone.block(i, tokens, stream.state)

@@ -205,7 +205,7 @@ def test_mistakes_are_named() -> None:
         TimmSpec(model="convit_tiny", weights="random").build((224, 224))
 
 
-def test_the_licence_of_a_tag_is_known_without_its_weights() -> None:
+def test_the_license_of_a_tag_is_known_without_its_weights() -> None:
     spec = {"weights": "random", "options": HIERA}
     assert TimmSpec(model="hiera_tiny_224.mae", **spec).build((224, 224)).license == "cc-by-nc-4.0"
     assert TimmSpec(model="hiera_tiny_224", **spec).build((224, 224)).license is None

@@ -119,10 +119,10 @@ def test_label_value_outside_the_map(tmp_path: Path) -> None:
         dataset.label(0)
 
 
-def test_colour_label_where_an_index_is_due(tmp_path: Path) -> None:
+def test_color_label_where_an_index_is_due(tmp_path: Path) -> None:
     write(tmp_path / "images/10k/train/1.jpg", image())
     write(tmp_path / "labels/sem_seg/colormaps/train/1.png", image())
-    with pytest.raises(DataError, match="1.png is a colour picture, not a label"):
+    with pytest.raises(DataError, match="1.png is a color picture, not a label"):
         Bdd100kSpec().build(tmp_path, "train").label(0)
 
 

@@ -62,7 +62,7 @@ def test_camvid_ids_follow_the_names() -> None:
 
 
 def dgss(name: str) -> int:
-    """The name rules of the domain-generalisation papers' converter; the order matters."""
+    """The name rules of the domain-generalization papers' converter; the order matters."""
     low = name.lower()
     if low in TRAIN_ID:
         return TRAIN_ID[low]
@@ -130,6 +130,6 @@ def test_negative_values_are_refused() -> None:
 
 def test_key_tells_maps_apart() -> None:
     maps = [LabelMap({0: 1}), LabelMap({0: 2}), LabelMap({0: 1}, channel=0)]
-    maps.append(LabelMap({0: 1}, colours={(1, 2, 3): 4}))
+    maps.append(LabelMap({0: 1}, colors={(1, 2, 3): 4}))
     assert len({m.key() for m in maps}) == len(maps)
     assert LabelMap({0: 1}).key() == maps[0].key()

@@ -42,7 +42,7 @@ def write_label(
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(array)
     if palette is not None:
-        image.putpalette([value for colour in palette for value in colour])
+        image.putpalette([value for color in palette for value in color])
         assert image.mode == "P"
     image.save(path)
 
@@ -89,20 +89,20 @@ def gta_palette() -> list[tuple[int, int, int]]:
     return [((i * 7) % 256, (i * 13) % 256, (i * 29) % 256) for i in range(35)]
 
 
-def test_gta_palette_index_is_the_id_whatever_its_colour(tmp_path: Path) -> None:
+def test_gta_palette_index_is_the_id_whatever_its_color(tmp_path: Path) -> None:
     write_image(tmp_path / "images/00001.png")
     write_label(tmp_path / "labels/00001.png", ids(7, 26, 34, 4), gta_palette())
     assert labels(GtaSpec().build(tmp_path, "train")) == [[0, 13, IGNORE]]
 
 
-def test_gta_rgb_label_is_mapped_by_colour(tmp_path: Path) -> None:
+def test_gta_rgb_label_is_mapped_by_color(tmp_path: Path) -> None:
     write_image(tmp_path / "images/00001.png")
-    colours = np.array([*CITYSCAPES.colours, (0, 0, 0), (150, 120, 90)], np.uint8)
-    write_label(tmp_path / "labels/00001.png", colours[ids(*range(21))])
+    colors = np.array([*CITYSCAPES.colors, (0, 0, 0), (150, 120, 90)], np.uint8)
+    write_label(tmp_path / "labels/00001.png", colors[ids(*range(21))])
     label = GtaSpec().build(tmp_path, "train").label(0)
     assert (label == np.where(ids(*range(21)) < 19, ids(*range(21)), IGNORE)).all()
-    write_label(tmp_path / "labels/00001.png", colours[ids(0)] + np.uint8(1))
-    with pytest.raises(DataError, match=r"00001.png holds the colour \[129, 65, 129\]"):
+    write_label(tmp_path / "labels/00001.png", colors[ids(0)] + np.uint8(1))
+    with pytest.raises(DataError, match=r"00001.png holds the color \[129, 65, 129\]"):
         GtaSpec().build(tmp_path, "train").label(0)
 
 
@@ -161,8 +161,8 @@ def test_synthia_label_saved_again_in_8_bits_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["masks", "colormaps"])
 def test_bdd100k(tmp_path: Path, folder: str) -> None:
     write_image(tmp_path / "images/10k/val/0a-1.jpg")
-    # A palette whose colours would be other classes if they were read as such.
-    palette = [*reversed(CITYSCAPES.colours)] if folder == "colormaps" else None
+    # A palette whose colors would be other classes if they were read as such.
+    palette = [*reversed(CITYSCAPES.colors)] if folder == "colormaps" else None
     write_label(tmp_path / f"labels/sem_seg/{folder}/val/0a-1.png", ids(0, 18, 255), palette)
     write_image(tmp_path / "images/100k/val/other.jpg")
     assert labels(Bdd100kSpec().build(tmp_path, "val")) == [[0, 18, IGNORE]]

@@ -131,11 +131,11 @@ def test_domains_look_as_they_are_called() -> None:
     assert mean["night"] < 0.6 * mean["camera"]
     assert mean["snow"] > mean["rain"]
 
-    def colourfulness(domain: str) -> float:
+    def colorfulness(domain: str) -> float:
         images = np.stack([dataset(domain, "val")[i].image for i in range(6)]).astype(float)
         return float((images.max(-1) - images.min(-1)).mean())
 
-    assert colourfulness("game") > 1.5 * colourfulness("camera")
+    assert colorfulness("game") > 1.5 * colorfulness("camera")
     road = CITYSCAPES.names.index("road")
 
     def road_brightness(domain: str) -> float:
@@ -198,7 +198,7 @@ def test_names_and_fingerprints_tell_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"domain": "dusk"}, {"size": 0}, {"count": 0}, {"seed": -1}, {"colour": "red"}]
+    "options", [{"domain": "dusk"}, {"size": 0}, {"count": 0}, {"seed": -1}, {"color": "red"}]
 )
 def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError) as caught:

@@ -81,10 +81,10 @@ def test_queries_that_show_a_class_answer_for_it() -> None:
     present, truth = class_masks(labels, 3)
     masks, classes = torch.full((2, 5, 8, 8), -9.0), torch.zeros(2, 5, 4)
     masks[0, 4, :4] = masks[0, 1, 4:] = masks[1, 3, :, :3] = 9.0
-    image, query, labelled = match(masks, classes, present, truth, MaskLosses(num_points=200))
+    image, query, labeled = match(masks, classes, present, truth, MaskLosses(num_points=200))
     # Image by image, classes ascending, as the masks of truth are.
     assert image.tolist() == [0, 0, 1] and query.tolist() == [1, 4, 3]
-    assert labelled.tolist() == [[3, 0, 3, 3, 2], [3, 3, 3, 1, 3]]
+    assert labeled.tolist() == [[3, 0, 3, 3, 2], [3, 3, 3, 1, 3]]
 
 
 def test_class_probability_decides_between_equal_masks() -> None:
@@ -113,18 +113,18 @@ def test_learns_to_segment() -> None:
     labels = torch.zeros(1, 24, 26, dtype=torch.long)
     labels[:, :, 13:], labels[:, :5] = 1, 255
     decoder, features = small(classes=2, queries=3), pyramid(1)
-    optimiser = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
     for _ in range(60):
         losses = decoder.loss(decoder(features), labels)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
-        optimiser.step()
+        optimizer.step()
     scores = decoder.semantic_logits(decoder(features), (24, 26))
     right = (scores.argmax(1) == labels)[:, 5:]
     assert right.float().mean() > 0.9
 
 
-def test_images_without_a_labelled_pixel() -> None:
+def test_images_without_a_labeled_pixel() -> None:
     decoder = small()
     losses = decoder.loss(decoder(pyramid(1)), torch.full((1, 24, 26), 255))
     assert losses["loss_mask"] == 0 and losses["loss_dice"] == 0 and losses["loss_cls"] > 0

@@ -12,7 +12,7 @@ from mfuser_plugins.decoders._mask_losses import (
     class_masks,
     dice_loss,
     fixed_labels,
-    labelled_loss,
+    labeled_loss,
     most_uncertain,
     sample,
 )
@@ -79,7 +79,7 @@ def test_class_masks() -> None:
 def test_sample_by_hand() -> None:
     maps = torch.tensor([[[[1.0, 2.0], [3.0, 5.0]]]])
     points = torch.tensor([[[0.25, 0.25], [0.5, 0.25], [0.5, 0.5], [0.0, 0.25]]])
-    # At a pixel's centre, between two, among four, and at the edge, where half of it is outside.
+    # At a pixel's center, between two, among four, and at the edge, where half of it is outside.
     assert sample(maps, points).tolist() == [[1.0, 1.5, 2.75, 0.5]]
 
 
@@ -94,7 +94,7 @@ def test_losses_by_hand() -> None:
     want = entropy([2, 0, 1], 0) + 0.1 * (
         entropy([0, 1, 3], 2) + entropy([1, 1, 1], 2) + entropy([0, 0, 4], 2)
     )
-    assert math.isclose(labelled_loss(classes, fixed_labels(present), 0.1).item(), want / 1.3)
+    assert math.isclose(labeled_loss(classes, fixed_labels(present), 0.1).item(), want / 1.3)
 
     logits = torch.tensor([[0.0, 2.0], [-1.0, 3.0]]).double()
     targets = torch.tensor([[1.0, 0.0], [0.0, 0.25]]).double()
@@ -106,7 +106,7 @@ def test_losses_by_hand() -> None:
     second = 1 - (2 * 0.25 * sigmoid(3) + 1) / (sigmoid(-1) + sigmoid(3) + 0.25 + 1)
     assert math.isclose(dice_loss(logits, targets).item(), (first + second) / 2)
 
-    # Four pixels, compared at their centres; the truth is the left column.
+    # Four pixels, compared at their centers; the truth is the left column.
     masks = torch.tensor([[[[1.0, -2.0], [0.5, 3.0]], [[9.0, 9.0], [9.0, 9.0]]]]).double()
     truth = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
     points = torch.tensor([[[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]]).double()

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mfuser_plugins.decoders._msdeform import DeformableAttention, deformable_attention
-from mfuser_plugins.decoders._transformer import pixel_centres, sine_positions
+from mfuser_plugins.decoders._transformer import pixel_centers, sine_positions
 
 
 def bilinear(image: Tensor, x: float, y: float) -> Tensor:
-    """(h, w, d) at (x, y) in [0, 1], zero outside, pixel centres at halves."""
+    """(h, w, d) at (x, y) in [0, 1], zero outside, pixel centers at halves."""
     h, w, d = image.shape
     x, y = x * w - 0.5, y * h - 0.5
     out = torch.zeros(d, dtype=image.dtype)
@@ -93,19 +93,19 @@ def test_half_precision_keeps_places() -> None:
     torch.manual_seed(0)
     module = DeformableAttention(16, 4, 1, 2)
     query, value = torch.randn(1, 64 * 64, 16), torch.randn(1, 64 * 64, 16)
-    want = module(query, value, pixel_centres((64, 64), query), [(64, 64)])
+    want = module(query, value, pixel_centers((64, 64), query), [(64, 64)])
     half = module.bfloat16()
     query, value = query.bfloat16(), value.bfloat16()
-    out = half(query, value, pixel_centres((64, 64), query), [(64, 64)])
+    out = half(query, value, pixel_centers((64, 64), query), [(64, 64)])
     assert out.dtype == torch.bfloat16
     # bfloat16 has 8 bits: 0.4 % a rounding. Places in bfloat16 would be off by 0.25 pixels.
     assert (out - want).square().mean() < 0.02**2 * want.square().mean()
 
 
-def test_pixel_centres_go_row_by_row() -> None:
-    centres = pixel_centres((2, 4), torch.empty(0))
-    assert centres.shape == (8, 2)
-    assert centres[1].tolist() == [3 / 8, 1 / 4] and centres[4].tolist() == [1 / 8, 3 / 4]
+def test_pixel_centers_go_row_by_row() -> None:
+    centers = pixel_centers((2, 4), torch.empty(0))
+    assert centers.shape == (8, 2)
+    assert centers[1].tolist() == [3 / 8, 1 / 4] and centers[4].tolist() == [1 / 8, 3 / 4]
 
 
 def test_sine_positions_by_hand() -> None:

@@ -171,12 +171,12 @@ def test_learns_two_halves() -> None:
     half = torch.tensor([-1.0] * 8 + [1.0] * 8).expand(1, 6, 16, 16)
     features = [F.avg_pool2d(half, 2**i) for i in range(4)]
     labels = torch.tensor([0] * 8 + [1] * 8).expand(1, 16, 16)
-    optimiser = torch.optim.AdamW(decoder.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(decoder.parameters(), 3e-3)
     for _ in range(40):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         losses = decoder.loss(decoder(features, text), labels)
         torch.stack(list(losses.values())).sum().backward()
-        optimiser.step()
+        optimizer.step()
     decoder.eval()
     prediction = decoder.semantic_logits(decoder(features, text), (16, 16)).argmax(1)
     assert (prediction == labels).float().mean() > 0.95

@@ -18,7 +18,7 @@ def test_scores_are_the_alignment_map() -> None:
     assert not list(decoder.parameters())
 
 
-def test_loss_is_the_mean_over_labelled_pixels() -> None:
+def test_loss_is_the_mean_over_labeled_pixels() -> None:
     decoder = TextSimilaritySpec(temperature=1.0).build((8,) * 4, 2, 6)
     output = decoder([], None, torch.tensor([[[[2.0, 0.0]], [[0.0, 0.0]]]]))
     labels = torch.tensor([[[0, 255]]])

@@ -20,7 +20,7 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> bool:
     return bool((got - want).abs().max() <= tolerance * want.abs().max())
 
 
-def randomised(text_dim: int, **options: int) -> MTEnhancer:
+def randomized(text_dim: int, **options: int) -> MTEnhancer:
     module = MTEnhancer(text_dim, **options, dropout=0.0).eval()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
@@ -63,7 +63,7 @@ def plainly(module: MTEnhancer, text: Tensor, visual: Tensor) -> Tensor:
 @pytest.mark.parametrize("layers", [1, 2])
 def test_equals_the_equations(layers: int) -> None:
     torch.manual_seed(layers)
-    module = randomised(12, width=16, heads=2, layers=layers, state_size=3)
+    module = randomized(12, width=16, heads=2, layers=layers, state_size=3)
     text, visual = torch.randn(2, 5, 12).double(), torch.randn(2, 10, 12).double()
     out = module(text, visual)
     want = torch.stack([plainly(module, *pair) for pair in zip(text, visual, strict=True)])

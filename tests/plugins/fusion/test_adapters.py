@@ -88,12 +88,12 @@ def test_starts_near_zero_and_learns(name: str) -> None:
     # Tokens are standard normal; the gain of 0.001 leaves a few thousandths of that.
     assert all(0 < offset.abs().max() < 0.02 for offset in offsets)
     # Deformable attention starts blind to its queries, so that they learn from the second step on.
-    optimiser = torch.optim.SGD(adapter.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         offsets = adapter(*streams, VFM.grid, VLM.grid)
         sum((offset * torch.randn_like(offset)).sum() for offset in offsets).backward()
-        optimiser.step()
+        optimizer.step()
     for key, parameter in adapter.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
 

@@ -20,7 +20,7 @@ def test_prefix_tokens_neither_ask_nor_answer() -> None:
 
 
 def seen(gradient: torch.Tensor) -> torch.Tensor:
-    """Which tokens count: bilinear weights are rounded, so that a neighbour may have 1e-7."""
+    """Which tokens count: bilinear weights are rounded, so that a neighbor may have 1e-7."""
     size = gradient.abs().sum(-1)
     return size > 1e-4 * size.max()
 
@@ -34,6 +34,6 @@ def test_looks_around_its_own_place_in_both_grids() -> None:
     read = seen(vfm.grad[0, 2:]).unflatten(0, (5, 5))
     assert read[2].tolist() == [False, True, False, True, False]
     assert not read[[0, 1, 3, 4]].any()
-    # Its centre (0.5, 0.5) lies between four patches of the 4 x 6 grid.
+    # Its center (0.5, 0.5) lies between four patches of the 4 x 6 grid.
     other = seen(vlm.grad[0, 1:]).unflatten(0, (4, 6))
     assert other[1:3, 1:5].any() and not other[[0, 3]].any() and not other[:, [0, 5]].any()

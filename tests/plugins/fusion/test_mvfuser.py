@@ -28,7 +28,7 @@ def close(got: Tensor, want: Tensor, tolerance: float = TOLERANCE) -> bool:
     return bool((got - want).abs().max() <= tolerance * want.abs().max())
 
 
-def randomised(width: int, state_size: int) -> MVFuser:
+def randomized(width: int, state_size: int) -> MVFuser:
     """A module in which every branch matters."""
     module = MVFuser(width, state_size, dropout=0.0)
     for parameter in module.parameters():
@@ -71,14 +71,14 @@ def by_loops(module: MVFuser, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize(("width", "state_size", "length"), [(32, 4, 1), (20, 3, 9), (48, 16, 40)])
 def test_equals_the_equations(width: int, state_size: int, length: int) -> None:
     torch.manual_seed(width)
-    module = randomised(width, state_size)
+    module = randomized(width, state_size)
     tokens = torch.randn(2, length, width, dtype=torch.float64)
     assert close(module(tokens), by_loops(module, tokens), 1e-9)
 
 
 def test_gradients_are_those_of_the_outputs() -> None:
     torch.manual_seed(1)
-    module = randomised(16, 2)
+    module = randomized(16, 2)
     tokens = torch.randn(1, 5, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(module, (tokens,))
 
@@ -226,7 +226,7 @@ def test_bidirectional_reads_from_both_ends(how: bool | str) -> None:
 
 
 def test_bidirectional_sum_of_equal_scans_is_symmetric() -> None:
-    module = randomised(16, 2)
+    module = randomized(16, 2)
     both = MVFuser(16, 2, dropout=0.0, bidirectional="sum").double()
     both.load_state_dict(
         module.state_dict()
@@ -276,7 +276,7 @@ def test_order_decides_who_sees_whom() -> None:
 def test_inference_in_blocks_is_the_forward_of_training(
     monkeypatch: pytest.MonkeyPatch, batch: int, length: int
 ) -> None:
-    """Blocks of at most 128 tokens, in which neighbours and state of the blocks before count."""
+    """Blocks of at most 128 tokens, in which neighbors and state of the blocks before count."""
     monkeypatch.setattr(mvfuser, "BLOCK", 128)
     torch.manual_seed(0)
     module = MVFuser(16, 4).eval()

@@ -44,7 +44,7 @@ def run(tower: VisionBackbone, images: Tensor) -> Tensor:
     return tokens
 
 
-def randomise(module: nn.Module) -> None:
+def randomize(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, LowRank):
             nn.init.normal_(part.up, std=0.1)
@@ -63,7 +63,7 @@ def test_starts_from_the_encoder_and_folds_into_it(which: str) -> None:
     LoraSpec(rank=3).build(tower)
     # Torch's attention takes another kernel where gradients are asked for.
     torch.testing.assert_close(run(tower, images), before)
-    randomise(tower)
+    randomize(tower)
     tuned = run(tower, images)
     assert (tuned - before).abs().max() > 1e-3 * before.abs().max()
     merged = merge(copy.deepcopy(tower))
@@ -76,7 +76,7 @@ def test_starts_from_the_encoder_and_folds_into_it(which: str) -> None:
 def test_every_update_gets_a_gradient_and_nothing_else_does(which: str) -> None:
     tower = backbone(which)
     LoraSpec(rank=2).build(tower)
-    randomise(tower)
+    randomize(tower)
     run(tower, torch.rand(1, 3, *SIZE)).square().sum().backward()
     names = trained(tower)
     # Four linear maps in each of two blocks, an update of two matrices each.
@@ -121,12 +121,12 @@ def test_beside_fusion_it_trains_and_is_saved(tiny) -> None:  # type: ignore[no-
     images, labels = torch.rand(2, 3, 64, 96), torch.randint(0, 19, (2, 64, 96))
     added = set(checkpoints.trained_state(model)) - set(checkpoints.trained_state(plain))
     assert {name.split(".")[1] for name in added} == {"vfm", "vlm"}
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     model.train()
     losses = model(images, labels)
     torch.stack(list(losses.values())).sum().backward()
-    optimiser.step()
+    optimizer.step()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     ups = {n for n in before if n.endswith(".up")}
     assert ups and ups <= changed
@@ -153,7 +153,7 @@ def test_errors_name_encoder_and_option(tiny) -> None:  # type: ignore[no-untype
 def test_checkpoints_hold_the_updates(tiny, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     options = {"tuning": {"name": "lora", "rank": 2}}
     tuned = build_model("plain", tiny, **options)
-    randomise(tuned)
+    randomize(tuned)
     path = tmp_path / "model.safetensors"
     meta = {"step": 1, "run": {}, "pairing": {}}
     checkpoints.write(path, checkpoints.Checkpoint(checkpoints.trained_state(tuned), {}, meta))

@@ -65,7 +65,7 @@ def machine_code(direction: str, variant: Variant) -> bytes:
 
 
 def compile_object(source: str) -> bytes:
-    """Optimise LLVM IR for this processor and translate it."""
+    """Optimize LLVM IR for this processor and translate it."""
     machine = _machine()
     module = llvm.parse_assembly(source)
     module.verify()

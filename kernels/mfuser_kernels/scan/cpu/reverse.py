@@ -76,7 +76,7 @@ def total_kernel(variant: Variant, name: str) -> str:
 
 
 class StateGroup:
-    """Neighbouring states: index of the first (a value), and how many (a number)."""
+    """Neighboring states: index of the first (a value), and how many (a number)."""
 
     def __init__(self, k: Kernel, first: Value, count: int) -> None:
         self.k, self.first = k, first

@@ -149,7 +149,7 @@ def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
     if training:
         lay.hold(saved=saved)
     blocks = lay.width // LANES
-    # Neighbouring blocks share the cached B and C, but every thread should find a few tasks.
+    # Neighboring blocks share the cached B and C, but every thread should find a few tasks.
     step = max(1, min(2, blocks * x.batch // (4 * torch.get_num_threads())))
     tasks = [
         (item, first, min(first + step, blocks), 0)

@@ -154,7 +154,7 @@ class Vector:
         return self.b.shuffle_vector(one, undefined, ir.Constant(self.int, [0] * self.lanes))
 
     def _add_pairs(self, x: Value, y: Value, size: int) -> Value:
-        """Sums of neighbouring runs of `size` lanes, those of x before those of y.
+        """Sums of neighboring runs of `size` lanes, those of x before those of y.
 
         Inside runs of four lanes for size 1, over the whole vector for size 4: both are single
         shuffles on x86, and three such steps and a last half sum 8 vectors with 24 instructions.

@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from mfuser.plugins.discovery import components
 from mfuser.specs import BackboneInfo, BackboneSpec, VisionSpec
-from mfuser_plugins.backbones import catalogue
+from mfuser_plugins.backbones import catalog
 
 
 def test_backbones_lists_the_components(mfuser: Callable[..., Any]) -> None:
@@ -29,18 +29,18 @@ def test_all_lists_models_with_their_facts(
         "timm": {"vit_large_patch14_reg4_dinov2": facts},
         "open_clip": {"RN50": {"refused": "no stream of tokens"}},
     }
-    monkeypatch.setattr(catalogue, "known", lambda library: content[library])
+    monkeypatch.setattr(catalog, "known", lambda library: content[library])
     shown = json.loads(mfuser("list", "backbones", "--all", "patch14_reg4_dinov2", "--json").out)
     entries = {e["name"]: e for e in shown}
     large = entries["vit_large_patch14_reg4_dinov2"]
-    assert large["component"] == "timm" and large["licence"] == "apache-2.0" and large["tried"]
+    assert large["component"] == "timm" and large["license"] == "apache-2.0" and large["tried"]
     assert {k: large[k] for k in facts} == facts
     small = entries["vit_small_patch14_reg4_dinov2"]
     assert not small["tried"] and small["width"] is None
     plain = mfuser("list", "backbones", "--all", "rn50")
     assert plain.code == 0 and "refused: no stream of tokens" in plain.out
     wildcard = json.loads(mfuser("list", "backbones", "--all", "hiera_*_224", "--json").out)
-    assert {e["licence"] for e in wildcard} == {"cc-by-nc-4.0"}
+    assert {e["license"] for e in wildcard} == {"cc-by-nc-4.0"}
     none = mfuser("list", "backbones", "--all", "nothing")
     assert "no model's name matches 'nothing'" in none.out
 
@@ -51,23 +51,23 @@ def test_all_goes_with_backbones_alone(mfuser: Callable[..., Any]) -> None:
         assert outcome.code == 2 and "list backbones --all" in outcome.err
 
 
-def test_a_component_without_a_catalogue_lists_nothing() -> None:
+def test_a_component_without_a_catalog_lists_nothing() -> None:
     class Quiet(VisionSpec, name="quiet"):
         width: PositiveInt = 8
 
-    assert list(Quiet.catalogue()) == []
+    assert list(Quiet.catalog()) == []
     assert BackboneInfo("a").tried is False
 
 
-def test_every_module_of_the_catalogue_exists() -> None:
-    families = {catalogue.family_of("timm", name) for name in catalogue.candidates("timm")}
-    assert families == set(catalogue.MODULES)
-    assert catalogue.family_of("open_clip", "RN50") == "ModifiedResNet"
-    assert catalogue.family_of("open_clip", "EVA02-L-14") == "timm eva"
+def test_every_module_of_the_catalog_exists() -> None:
+    families = {catalog.family_of("timm", name) for name in catalog.candidates("timm")}
+    assert families == set(catalog.MODULES)
+    assert catalog.family_of("open_clip", "RN50") == "ModifiedResNet"
+    assert catalog.family_of("open_clip", "EVA02-L-14") == "timm eva"
 
 
 @pytest.mark.parametrize(
-    "component, fields, licence",
+    "component, fields, license",
     [
         ("timm", {"model": "hiera_small_224.mae"}, "cc-by-nc-4.0"),
         ("timm", {"model": "hiera_small_224", "weights": "mae"}, "cc-by-nc-4.0"),
@@ -88,17 +88,17 @@ def test_every_module_of_the_catalogue_exists() -> None:
         ),
     ],
 )
-def test_licence_of_the_weights_that_a_spec_names(
-    component: str, fields: dict[str, Any], licence: str | None
+def test_license_of_the_weights_that_a_spec_names(
+    component: str, fields: dict[str, Any], license: str | None
 ) -> None:
     kind = "vision" if component == "timm" else "vision_language"
     spec = components(kind)[component].model_validate({"name": component, **fields})
-    assert isinstance(spec, BackboneSpec) and spec.licence() == licence
+    assert isinstance(spec, BackboneSpec) and spec.license() == license
 
 
-def test_describe_shows_the_licence_although_it_loads_no_weights(
+def test_describe_shows_the_license_although_it_loads_no_weights(
     mfuser: Callable[..., Any],
 ) -> None:
     shown = json.loads(mfuser("describe", "dinov2-l_eva02-clip-l", "--json").out)
-    licences = {role: facts["licence"] for role, facts in shown["encoders"].items()}
-    assert licences == {"vfm": "apache-2.0", "vlm": "mit"}
+    licenses = {role: facts["license"] for role, facts in shown["encoders"].items()}
+    assert licenses == {"vfm": "apache-2.0", "vlm": "mit"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from mfuser.specs import BackboneInfo
 
-CATALOGUE = Path(__file__).with_name("catalogue.json")
+CATALOG = Path(__file__).with_name("catalog.json")
 
 MODULES = (
     "vision_transformer", "vision_transformer_hybrid", "vitamin", "deit", "eva", "beit",
@@ -48,57 +48,57 @@ def family_of(library: str, name: str) -> str:
 @cache
 def known(library: str) -> dict[str, dict[str, Any]]:
     """Architecture -> width, depth, patch, tokens, prefix, parameters, or {refused: why}."""
-    content: dict[str, Any] = json.loads(CATALOGUE.read_text("utf-8"))
+    content: dict[str, Any] = json.loads(CATALOG.read_text("utf-8"))
     found: dict[str, dict[str, Any]] = content.get(library, {})
     return found
 
 
 def listed(library: str) -> list[BackboneInfo]:
-    """The architectures of a library; those the catalogue does not hold were not tried."""
+    """The architectures of a library; those the catalog does not hold were not tried."""
     found = known(library)
-    licences = {"timm": timm_licences, "open_clip": open_clip_licences}.get(library, dict)()
-    return [entry(name, found.get(name), licences.get(name)) for name in candidates(library)]
+    licenses = {"timm": timm_licenses, "open_clip": open_clip_licenses}.get(library, dict)()
+    return [entry(name, found.get(name), licenses.get(name)) for name in candidates(library)]
 
 
-def entry(name: str, facts: dict[str, Any] | None, licence: str | None) -> BackboneInfo:
+def entry(name: str, facts: dict[str, Any] | None, license: str | None) -> BackboneInfo:
     if facts is None:
-        return BackboneInfo(name, licence=licence)
+        return BackboneInfo(name, license=license)
     if "refused" in facts:
-        return BackboneInfo(name, licence=licence, tried=True, refused=facts["refused"])
+        return BackboneInfo(name, license=license, tried=True, refused=facts["refused"])
     shown = {key: facts[key] for key in ("width", "depth", "patch", "tokens")}
-    return BackboneInfo(name, licence=licence, tried=True, **shown)
+    return BackboneInfo(name, license=license, tried=True, **shown)
 
 
 @cache
-def timm_licences() -> dict[str, str]:
-    """Architecture -> the licences of its weights."""
+def timm_licenses() -> dict[str, str]:
+    """Architecture -> the licenses of its weights."""
     import timm
 
-    licences: dict[str, set[str]] = {}
+    licenses: dict[str, set[str]] = {}
     for tagged in timm.list_pretrained():
         cfg = timm.get_pretrained_cfg(tagged)
         if cfg is not None and cfg.license:
-            licences.setdefault(tagged.partition(".")[0], set()).add(cfg.license)
-    return {name: ", ".join(sorted(found)) for name, found in licences.items()}
+            licenses.setdefault(tagged.partition(".")[0], set()).add(cfg.license)
+    return {name: ", ".join(sorted(found)) for name, found in licenses.items()}
 
 
 @cache
-def open_clip_licences() -> dict[str, str]:
-    """Architecture -> the licences of its weights, as far as timm states them."""
+def open_clip_licenses() -> dict[str, str]:
+    """Architecture -> the licenses of its weights, as far as timm states them."""
     import open_clip
 
-    licences: dict[str, set[str]] = {}
+    licenses: dict[str, set[str]] = {}
     for name, tag in open_clip.list_pretrained():
-        if found := open_clip_licence(name, tag):
-            licences.setdefault(name, set()).add(found)
-    return {name: ", ".join(sorted(found)) for name, found in licences.items()}
+        if found := open_clip_license(name, tag):
+            licenses.setdefault(name, set()).add(found)
+    return {name: ", ".join(sorted(found)) for name, found in licenses.items()}
 
 
-def open_clip_licence(model: str, tag: str) -> str | None:
+def open_clip_license(model: str, tag: str) -> str | None:
     """What timm states of the same weights' image tower; open_clip itself states nothing.
 
     Found by the place on the hub, which many weights share with timm's; else, for a tower of
-    timm's, the licence of that architecture's weights if there is only one.
+    timm's, the license of that architecture's weights if there is only one.
     """
     import open_clip
     import timm
@@ -112,5 +112,5 @@ def open_clip_licence(model: str, tag: str) -> str | None:
         return str(cfg.license)
     config = open_clip.get_model_config(model) or {}
     tower = config.get("vision_cfg", {}).get("timm_model_name", "").partition(".")[0]
-    licence = timm_licences().get(tower)
-    return licence if licence and ", " not in licence else None
+    license = timm_licenses().get(tower)
+    return license if license and ", " not in license else None
