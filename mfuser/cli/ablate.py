@@ -128,7 +128,7 @@ class _TrainingPlan(_Plan):
     def check(self) -> None:
         from mfuser.study import grid, runs
 
-        runs.check_runs(self.variants, self.folder)
+        runs.check_runs(self.registry, self.variants, self.folder)
         if any(job.state()[0] != "finished" for job in self.jobs):
             grid.check_data(self.registry, self.variants)
 

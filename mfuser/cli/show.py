@@ -152,9 +152,8 @@ def check(
     found: list[dict[str, Any]] = []
     for reference in wanted:
         for domain in domains(registry, reference):
-            for split in (
-                (domain.spec.get("split"),) if domain.spec.get("split") else ("train", "val")
-            ):
+            fixed = domain.spec.split if domain.spec is not None else None
+            for split in (fixed,) if fixed else ("train", "val"):
                 entry: dict[str, Any] = {"dataset": domain.name, "split": split}
                 try:
                     built = domain.build(registry, str(split))

@@ -160,8 +160,14 @@ class Registry:
 
     def saved_pairing(self, table: Table, settings: Sequence[str], place: str) -> PairingSpec:
         """A resolved table out of a checkpoint, with settings on top -> its spec."""
-        merged = merge(table, parse_settings(settings))
-        return self._validate(PairingSpec, merged, lambda _: place)
+        return self.validate(PairingSpec, merge(table, parse_settings(settings)), place)
+
+    def validate(self, model: type[Any], table: Table, place: str) -> Any:
+        """A table of options -> an instance of `model`, with the components installed here.
+
+        Raises RegistryError: `place`, the key, and what is allowed there.
+        """
+        return self._validate(model, table, lambda _: place)
 
     def _add(self, file: str, document: Table) -> list[str]:
         """Layer one file; returns the plugins it asks for."""

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import PositiveInt
+from pydantic import BeforeValidator, PositiveInt, SerializeAsAny, field_serializer
 
 from mfuser.config.pairing import PairingSpec
 from mfuser.config.recipe import RecipeSpec
 from mfuser.config.registry import Registry, missing_root
-from mfuser.errors import DataError, MFuserError
+from mfuser.errors import CheckpointError, DataError, MFuserError
 from mfuser.interfaces import Dataset
-from mfuser.specs import DatasetSpec, Options
+from mfuser.specs import DatasetSpec, Options, component_of
 from mfuser.version import __version__
 
 
+def _stated(value: Any) -> Any:
+    return None if value == {} else value
+
+
 class Domain(Options):
-    """A dataset under the name a report calls it by. spec: its resolved table."""
+    """A dataset under the name a report calls it by. spec: None where nobody stated it, as for the
+    source of a released checkpoint; written as an empty table."""
 
     name: str
-    spec: dict[str, Any]
+    spec: Annotated[
+        SerializeAsAny[DatasetSpec] | None, component_of("dataset"), BeforeValidator(_stated)
+    ]
+
+    @field_serializer("spec")
+    def _written(self, spec: DatasetSpec | None) -> dict[str, Any]:
+        return {} if spec is None else spec.model_dump(mode="json")
 
     def build(self, registry: Registry, split: str) -> Dataset:
-        """Raises DataError saying precisely what is missing."""
-        spec = registry.components.validate(("dataset",), self.spec)
-        assert isinstance(spec, DatasetSpec)
+        """The dataset on disk, or made on the fly.
+
+        Raises DataError if its folder is unknown, incomplete or holds no images.
+        """
+        spec = self.spec
+        if spec is None:
+            raise DataError(f"nobody stated which dataset '{self.name}' is")
         root = registry.root(spec.component()) or registry.root(self.name)
         if spec.needs_root and root is None:
             raise missing_root(spec.component())
@@ -41,21 +56,21 @@ def domains(registry: Registry, reference: str) -> list[Domain]:
     parts = spec.expand()
     if len(parts) == 1:
         named = reference in registry.names("dataset")
-        return [Domain(name=reference if named else parts[0].label(), spec=_table(parts[0]))]
-    return [Domain(name=part.label(), spec=_table(part)) for part in parts]
-
-
-def _table(spec: DatasetSpec) -> dict[str, Any]:
-    return spec.model_dump(mode="json")
+        return [Domain(name=reference if named else parts[0].label(), spec=parts[0])]
+    return [Domain(name=part.label(), spec=part) for part in parts]
 
 
 class RunSpec(Options):
-    """Everything that decides a run's result."""
+    """Everything that decides a run's result.
+
+    most_frequent: the class that covers most of the source, the baseline of the report.
+    source_classes: the classes that the source labels.
+    """
 
     pairing_name: str
     recipe_name: str
-    pairing: dict[str, Any]
-    recipe: dict[str, Any]
+    pairing: PairingSpec
+    recipe: RecipeSpec
     source: Domain
     targets: tuple[Domain, ...] = ()
     seed: int = 0
@@ -63,9 +78,20 @@ class RunSpec(Options):
     plugins: tuple[str, ...] = ()
     version: str = __version__
     most_frequent: str | None = None
-    """The class that covers most of the source: the baseline of the report."""
     source_classes: tuple[str, ...] = ()
-    """The classes that the source labels."""
+
+    @staticmethod
+    def read(registry: Registry, table: Any, place: str) -> RunSpec:
+        """A run as it was written into a file, typed again.
+
+        Raises CheckpointError naming `place`, the key, and the plugins that the run needs.
+        """
+        if not isinstance(table, dict):
+            raise CheckpointError(f"{place} is not the record of a run")
+        try:
+            return registry.validate(RunSpec, table, place)
+        except MFuserError as error:
+            raise CheckpointError(f"{error}{needed_plugins(registry, table)}") from error
 
     @staticmethod
     def of(
@@ -96,10 +122,18 @@ class RunSpec(Options):
         return RunSpec(
             pairing_name=pairing_name,
             recipe_name=recipe_name,
-            pairing=pairing.model_dump(mode="json"),
-            recipe=recipe.model_dump(mode="json"),
+            pairing=pairing,
+            recipe=recipe,
             source=sources[0],
             targets=tuple(found.values()),
             seed=recipe.seed,
             plugins=registry.plugins,
         )
+
+
+def needed_plugins(registry: Registry, run: Any) -> str:
+    """ " (the run was made with --plugin X)" where a written run names plugins not loaded here."""
+    named = run.get("plugins") if isinstance(run, dict) else None
+    absent = [str(p) for p in named or () if p not in registry.plugins]
+    options = " ".join(f"--plugin {plugin}" for plugin in absent)
+    return f" (the run was made with {options})" if absent else ""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mfuser.config.pairing import PairingSpec
 from mfuser.config.registry import Registry, load_registry
+from mfuser.config.run import needed_plugins
 from mfuser.errors import CheckpointError, MFuserError
 from mfuser.model.assembly import build_model, unfilled
 from mfuser.model.dgss import DGSSModel
@@ -247,8 +248,7 @@ def load_model(
     try:
         spec = registry.saved_pairing(checkpoint.meta["pairing"], settings or (), str(file))
     except MFuserError as error:
-        plugins = checkpoint.meta["run"].get("plugins")
-        hint = f" (it was trained with --plugin {' --plugin '.join(plugins)})" if plugins else ""
+        hint = needed_plugins(registry, checkpoint.meta["run"])
         raise CheckpointError(f"{error}{hint}") from error
     if checkpoint.meta.get("complete"):
         model = unfilled(spec)

@@ -55,14 +55,14 @@ def convert(
     run = RunSpec(
         pairing_name=pairing,
         recipe_name=RECIPE,
-        pairing=spec.model_dump(mode="json"),
-        recipe=registry.recipe(RECIPE).model_dump(mode="json"),
-        source=domains(registry, source)[0] if source else Domain(name="not stated", spec={}),
+        pairing=spec,
+        recipe=registry.recipe(RECIPE),
+        source=domains(registry, source)[0] if source else Domain(name="not stated", spec=None),
         source_classes=spec.classes,
         plugins=registry.plugins,
     )
     meta = {
-        "pairing": run.pairing,
+        "pairing": spec.model_dump(mode="json"),
         "run": run.model_dump(mode="json"),
         "step": step,
         "frozen": {},

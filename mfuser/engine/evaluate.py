@@ -23,7 +23,7 @@ from mfuser.data.loading import ClassMap
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console
 from mfuser.engine.metrics import Confusion, scores
-from mfuser.errors import CheckpointError, DataError, MFuserError, brief, placed
+from mfuser.errors import DataError, MFuserError, placed
 from mfuser.files import check_writable
 from mfuser.interfaces import IGNORE, Dataset, Sample
 from mfuser.model.assembly import build_model
@@ -72,13 +72,8 @@ def evaluate(
     console = console or Console()
     console.quiet = console.quiet or not accelerator.is_main_process
     model, checkpoint = load_model(path, registry, list(settings))
-    try:
-        run = RunSpec.model_validate(checkpoint.meta["run"])
-        recipe = RecipeSpec.model_validate(run.recipe)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: its record of the run is damaged ({brief(error)})"
-        ) from error
+    run = RunSpec.read(registry, checkpoint.meta["run"], f"{path}: its record of the run")
+    recipe = run.recipe
     chosen = list(targets if targets is not None else run.targets)
     if not chosen:
         raise MFuserError("there is no target to evaluate on: give --targets, e.g. cityscapes")
@@ -237,8 +232,12 @@ def _scored_classes(
 
 def _same_images(one: Domain, other: Domain) -> bool:
     """Whether two domains are one, whatever part of it is read and how."""
-    ours, theirs = ({**d.spec, "split": None, "test_size": None} for d in (one, other))
-    return one.name == other.name or ours == theirs
+    if one.name == other.name:
+        return True
+    if one.spec is None or other.spec is None:
+        return False
+    read_alike = {"split": None, "test_size": None}
+    return one.spec.model_copy(update=read_alike) == other.spec.model_copy(update=read_alike)
 
 
 def _result(classes: tuple[str, ...], measured: Measured, seen: bool, run: RunSpec) -> DomainResult:

@@ -13,8 +13,11 @@ import contextlib
 import json
 from pathlib import Path
 
+from mfuser.config.pairing import PairingSpec
+from mfuser.config.recipe import RecipeSpec
+from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
-from mfuser.errors import CheckpointError, brief
+from mfuser.errors import CheckpointError
 from mfuser.files import check_writable, write_json
 
 RUN = "run.json"
@@ -22,21 +25,21 @@ FREE = ("on_bad_image", "workers", "save_every")
 """Keys of a recipe that may change when a run goes on: its weights do not depend on them."""
 
 
-def check_folder(folder: Path, run: RunSpec, resume: bool) -> RunSpec:
+def check_folder(registry: Registry, folder: Path, run: RunSpec, resume: bool) -> RunSpec:
     """Whether a run may begin or go on in a folder; returns the run as it was begun.
 
     Raises CheckpointError if the folder holds something else. Nothing is written.
     """
     file = folder / RUN
     if file.is_file():
-        begun = read_run(folder)
+        begun = read_run(registry, folder)
         if not resume:
             raise CheckpointError(
                 f"{folder} already holds a run ('{begun.pairing_name}', recipe "
                 f"'{begun.recipe_name}'); continue it with --resume or choose another --out"
             )
-        same = {"recipe": begun.recipe | {k: run.recipe[k] for k in FREE}}
-        was = begun.model_copy(update=same)
+        free = {key: getattr(run.recipe, key) for key in FREE}
+        was = begun.model_copy(update={"recipe": begun.recipe.model_copy(update=free)})
         differing = [
             key
             for key in ("pairing", "recipe", "source", "seed", "world")
@@ -55,12 +58,12 @@ def check_folder(folder: Path, run: RunSpec, resume: bool) -> RunSpec:
     return run
 
 
-def open_folder(folder: Path, run: RunSpec, resume: bool) -> RunSpec:
+def open_folder(registry: Registry, folder: Path, run: RunSpec, resume: bool) -> RunSpec:
     """Make or reopen a run's folder; returns the run as it was begun.
 
     Raises CheckpointError as `check_folder` does, or if the folder cannot be written.
     """
-    run = check_folder(folder, run, resume)
+    run = check_folder(registry, folder, run, resume)
     if not (folder / RUN).is_file():
         check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,19 +79,23 @@ def clear_folder(folder: Path) -> None:
         folder.rmdir()
 
 
-def read_run(folder: Path) -> RunSpec:
+def read_run(registry: Registry, folder: Path) -> RunSpec:
+    """The run that a folder holds. Raises CheckpointError if there is none, if it cannot be read,
+    or if it needs a plugin that is not there."""
     file = folder / RUN
     try:
-        return RunSpec.model_validate(json.loads(file.read_text("utf-8")))
+        table = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no run (there is no {RUN})") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {brief(error)}") from error
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return RunSpec.read(registry, table, str(file))
 
 
 def _difference(begun: RunSpec, run: RunSpec, key: str) -> str:
     old, new = getattr(begun, key), getattr(run, key)
-    if isinstance(old, dict):
-        changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-        return f"{key}.{changed[0]} is {old.get(changed[0])!r}, not {new.get(changed[0])!r}"
+    if isinstance(old, PairingSpec | RecipeSpec):
+        was, now = old.model_dump(mode="json"), new.model_dump(mode="json")
+        changed = next(k for k in was if was[k] != now[k])
+        return f"{key}.{changed} is {was[changed]!r}, not {now[changed]!r}"
     return f"{key} is {getattr(old, 'name', old)!r}, not {getattr(new, 'name', new)!r}"

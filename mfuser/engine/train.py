@@ -73,7 +73,7 @@ def train(
 
     Raises Interrupted after Ctrl-C (all is saved), Diverged, DataError, CheckpointError, …
     """
-    recipe = RecipeSpec.model_validate(run.recipe)
+    recipe, spec = run.recipe, run.pairing
     accelerator = _accelerator(recipe, device)
     console = console or Console()
     console.quiet = console.quiet or not accelerator.is_main_process
@@ -81,11 +81,10 @@ def train(
     opened = False
     try:
         # Everything that can be wrong with what was given is found before the folder is made.
-        check_folder(folder, run, resume)
+        check_folder(registry, folder, run, resume)
         source = run.source.build(registry, "train")
         for target in run.targets:
             target.build(registry, "val")
-        spec = registry.saved_pairing(run.pairing, (), f"[pairing.{run.pairing_name}]")
         try:
             model = build_model(spec, seed=run.seed)
         except MFuserError as error:
@@ -96,7 +95,7 @@ def train(
             summary_writer()
         statistics = class_map.statistics(_statistics(source, recipe, console, accelerator))
         if accelerator.is_main_process:
-            run = open_folder(folder, run, resume)
+            run = open_folder(registry, folder, run, resume)
             opened = True
         accelerator.wait_for_everyone()
         run = run.model_copy(
@@ -176,7 +175,7 @@ class Trainer:
         if not path.is_file():
             return 0
         checkpoint = checkpoints.read(path)
-        if checkpoint.meta["pairing"] != self.run.pairing:
+        if checkpoint.meta["pairing"] != self.run.pairing.model_dump(mode="json"):
             raise CheckpointError(f"{path} is of another pairing than the run in {self.folder}")
         checkpoints.restore(self.model, checkpoint, path)
         scale = checkpoint.meta.get("scaler")  # float16 may have skipped every step so far
@@ -273,7 +272,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         meta = {
-            "pairing": self.run.pairing,
+            "pairing": self.run.pairing.model_dump(mode="json"),
             "run": self.run.model_dump(mode="json"),
             "step": step,
             "frozen": self.frozen,

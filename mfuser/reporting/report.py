@@ -12,7 +12,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
-from mfuser.config.recipe import RecipeSpec
 from mfuser.config.run import RunSpec
 from mfuser.files import write_json, write_text
 from mfuser.model.dgss import DGSSModel
@@ -63,7 +62,7 @@ class Report(BaseModel):
         stride: tuple[int, int],
         limit: int | None,
     ) -> Report:
-        recipe = RecipeSpec.model_validate(run.recipe)
+        recipe = run.recipe
         unseen = [d.miou for d in domains.values() if not d.seen]
         seen = [d.miou for d in domains.values() if d.seen]
         average = float(np.mean(unseen)) if unseen else None

@@ -72,18 +72,18 @@ def differences(registry: Registry, run: RunSpec, wanted: dict[str, Any]) -> lis
         pairing = _as_shipped().pairing(name, wanted.get("change", {}))
     except MFuserError:
         return ["the paper's parts are not all installed"]
-    found = _compare("", run.pairing, pairing.model_dump(mode="json"))
-    weights = str(run.pairing["vfm"].get("weights")) if run.pairing["vfm"] else ""
+    ours = run.model_dump(mode="json")
+    found = _compare("", ours["pairing"], pairing.model_dump(mode="json"))
+    weights = str(getattr(run.pairing.vfm, "weights", ""))
     if wanted.get("weights", "") not in weights:
         found.append(f"vfm.weights is {weights!r}, the paper's are {wanted['weights']}'s")
     recipe = RecipeSpec.model_validate(protocol["recipe"]).model_dump(mode="json")
-    ours = dict(run.recipe)
-    ours["batch_size"] = ours["batch_size"] * ours["accumulate"] * run.world
-    ours["accumulate"] = 1
+    batch = run.recipe.batch_size * run.recipe.accumulate * run.world
+    effective = {**ours["recipe"], "batch_size": batch, "accumulate": 1}
     for key in INCIDENTAL:
-        ours.pop(key, None)
+        effective.pop(key, None)
         recipe.pop(key, None)
-    found += _compare("recipe", ours, recipe)
+    found += _compare("recipe", effective, recipe)
     for ours_domain, name in (
         (run.source, protocol["source"]),
         *((t, t.name) for t in run.targets if t.name in protocol["columns"]),
@@ -92,7 +92,8 @@ def differences(registry: Registry, run: RunSpec, wanted: dict[str, Any]) -> lis
         if ours_domain.name != name:
             found.append(f"the source is {ours_domain.name}, not {name}")
         else:
-            found += _compare(name, ours_domain.spec, expected.spec)
+            written = (d.model_dump(mode="json")["spec"] for d in (ours_domain, expected))
+            found += _compare(name, *written)
     return found
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from mfuser.config.registry import Registry
 from mfuser.engine.checkpoints import FINAL, LAST
 from mfuser.engine.console import Console
 from mfuser.engine.folder import RUN, read_run
@@ -132,14 +133,14 @@ def check_study(out: Path, name: str, identities: dict[str, dict[str, Any]]) -> 
             )
 
 
-def check_runs(variants: Sequence[Variant], out: Path) -> None:
+def check_runs(registry: Registry, variants: Sequence[Variant], out: Path) -> None:
     """Raises CheckpointError where a run's folder holds another run than the study's."""
     for variant in variants:
         for seed, run in variant.runs.items():
             folder = out / variant.slug / f"seed{seed}"
             if not (folder / RUN).is_file():
                 continue
-            begun = read_run(folder)
+            begun = read_run(registry, folder)
             for key in ("pairing", "recipe", "source", "targets", "seed"):
                 if getattr(begun, key) != getattr(run, key):
                     raise CheckpointError(

@@ -30,7 +30,8 @@ def train(job: dict[str, Any], registry: Registry) -> None:
     from mfuser.engine.evaluate import evaluate
     from mfuser.engine.train import train as train_run
 
-    run, folder, device = RunSpec.model_validate(job["run"]), Path(job["folder"]), job["device"]
+    run = RunSpec.read(registry, job["run"], "the study's run")
+    folder, device = Path(job["folder"]), job["device"]
     console = Console()
     if not (folder / FINAL).is_file():
         resume = (folder / RUN).is_file()
@@ -40,7 +41,7 @@ def train(job: dict[str, Any], registry: Registry) -> None:
         registry,
         folder,
         device=device,
-        baselines=bool(run.recipe["baselines"]),
+        baselines=run.recipe.baselines,
         pictures=pictures,
         console=console,
     )

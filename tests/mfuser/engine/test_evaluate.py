@@ -134,8 +134,7 @@ def test_a_report_against_the_model_itself(tiny: Registry, run: Path) -> None:
 
 
 def test_the_same_domain_under_another_name_is_seen(tiny: Registry, run: Path) -> None:
-    spec = tiny.dataset("toy").model_dump(mode="json")
-    alias = Domain(name="alias", spec=spec)
+    alias = Domain(name="alias", spec=tiny.dataset("toy"))
     report = evaluate(tiny, run, targets=[alias, *named(tiny, "toy-night")], limit=1)
     assert report.domains["alias"].seen and not report.domains["toy-night"].seen
     assert report.domains["alias"].images == 1

@@ -203,7 +203,7 @@ def test_what_a_run_leaves(tiny: Registry, begin: Any, tmp_path: Path) -> None:
     model = train(tiny, run, folder)
     assert not model.training
     assert set(os.listdir(folder)) == {checkpoints.LAST, "log.jsonl", checkpoints.FINAL, RUN}
-    assert read_run(folder).pairing == tiny.pairing("plain").model_dump(mode="json")
+    assert read_run(tiny, folder).pairing == tiny.pairing("plain")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 4]
     assert lines[0]["loss"] == pytest.approx(
@@ -263,7 +263,9 @@ def test_a_damaged_record_of_the_run(tiny: Registry, begin: Any, tmp_path: Path)
     record = tmp_path / "r" / RUN
     for text in ("{", "[]", '{"pairing_name": 3}', record.read_text()[:-50]):
         record.write_text(text)
-        with pytest.raises(CheckpointError, match=r"run\.json cannot be read: ") as caught:
+        with pytest.raises(
+            CheckpointError, match=r"run\.json( cannot be read|: | is not the record)"
+        ) as caught:
             train(tiny, begin(), tmp_path / "r", resume=True)
         assert "\n" not in str(caught.value)
 
@@ -325,7 +327,7 @@ def test_gradients_are_accumulated(tiny: Registry, begin: Any, tmp_path: Path) -
     train(tiny, begin("tiny", "accumulate=2", *fixed), tmp_path / "two")
     train(tiny, begin("tiny", "accumulate=1", *fixed), tmp_path / "one")
     assert not same(weights(tmp_path / "two"), weights(tmp_path / "one"))
-    assert read_run(tmp_path / "two").recipe["accumulate"] == 2
+    assert read_run(tiny, tmp_path / "two").recipe.accumulate == 2
 
 
 def test_a_run_continues_its_epoch(tiny: Registry) -> None:

@@ -49,7 +49,7 @@ def test_every_combination_is_a_variant(write_registry) -> None:  # type: ignore
     last = found[-1]
     assert last.pairing.fusion.model_dump()["state_size"] == 4
     assert last.choices == {"fusion": "mvfuser state_size=4", "recipe.lr": "lr=0.002"}
-    assert {s: (r.seed, r.recipe["lr"]) for s, r in last.runs.items()} == {
+    assert {s: (r.seed, r.recipe.lr) for s, r in last.runs.items()} == {
         0: (0, 0.002),
         1: (1, 0.002),
     }
@@ -72,7 +72,7 @@ def test_a_labeled_value_changes_more_than_one_key(write_registry) -> None:  # t
     )
     both, vfm, lone = grid.variants(registry, "s", study)
     assert both.pairing.vlm is not None and vfm.pairing.vlm is None
-    assert vfm.runs[0].recipe["lr"] == 5e-4 and both.runs[0].recipe["lr"] == 1e-3
+    assert vfm.runs[0].recipe.lr == 5e-4 and both.runs[0].recipe.lr == 1e-3
     assert lone.pairing == registry.pairing("lone")
 
 
