@@ -203,20 +203,10 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _beside(name: str) -> Path:
-    path = ROOT.parent / "shared" / name
-    if not path.is_dir():
-        pytest.skip(f"../shared/{name} is not beside the project")
-    return path
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    """Outputs of the released implementation."""
-    return _beside("golden")
-
-
 @pytest.fixture(scope="session")
 def real() -> Path:
-    """Real weights and photographs."""
-    return _beside("real")
+    """Real weights and photographs, which lie beside the project or nowhere."""
+    path = ROOT.parent / "shared" / "real"
+    if not path.is_dir():
+        pytest.skip("../shared/real is not beside the project")
+    return path

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from golden import below, golden
 
 from mfuser_kernels import selective_scan
 from mfuser_kernels.testing import errors, relative_rms, run_scan, scan_inputs
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "selective_scan.safetensors"
 BACKENDS = ["cpu", "chunked"]
 
 
@@ -241,29 +239,23 @@ def test_gradient_through_the_last_state_alone(backend):
     assert relative_rms(*grads) < 1e-5
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="../shared/golden is not beside the project")
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_mamba_reference_implementation(backend):
     """Values and gradients that mamba-ssm's selective_scan_ref gave, layout (B, D, L)."""
-    from safetensors.torch import load_file
-
-    golden = load_file(GOLDEN)
-    cases = sorted({key.split(".")[0] for key in golden})
+    file = golden("selective_scan")
+    cases = sorted({key.split(".")[0] for key in file})
     assert cases
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     for case in cases:
-        given = {
-            name: golden[f"{case}.{name}"].clone().requires_grad_()
-            for name in names
-            if f"{case}.{name}" in golden
-        }
-        softplus = bool(golden[f"{case}.delta_softplus"])
+        wanted = below(file, f"{case}.")
+        given = {name: wanted[name].requires_grad_() for name in names if name in wanted}
+        softplus = bool(wanted["delta_softplus"])
         out, last = selective_scan(
             **given, delta_softplus=softplus, return_last_state=True, backend=backend
         )
-        (out * golden[f"{case}.w"]).sum().backward()
+        (out * wanted["w"]).sum().backward()
         found = {"out": out, "last_state": last}
         found |= {f"grad_{name}": t.grad for name, t in given.items()}
         for name, value in found.items():
-            error = relative_rms(value.detach(), golden[f"{case}.{name}"])
+            error = relative_rms(value.detach(), wanted[name])
             assert error < 2e-5, (case, name, error)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from golden import official_keys
 
 from mfuser import DGSSModel, Registry, load_registry
 from mfuser.model.assembly import unfilled
@@ -69,12 +68,9 @@ def test_parameters_are_as_many_as_released(laid_out: tuple[str, DGSSModel]) -> 
     assert frozen == FROZEN[kind]
 
 
-def test_every_released_key_is_accounted_for(laid_out: tuple[str, DGSSModel], root: Path) -> None:
+def test_every_released_key_is_accounted_for(laid_out: tuple[str, DGSSModel]) -> None:
     kind, model = laid_out
-    facts = root.parent / f"shared/facts/official_keys_{kind}.json"
-    if not facts.is_file():
-        pytest.skip(f"needs {facts.name} beside the project")
-    official = json.loads(facts.read_text())
+    official = official_keys(kind)
     shapes = official["state_dict"]
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     form = recognize(state)

@@ -8,23 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from golden import below, golden
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mfuser import PairingSpec, components, load_registry
 
-DINO = {
-    "name": "timm",
-    "model": "vit_large_patch14_dinov2",
-    "options": {"embed_dim": 32, "depth": 1, "num_heads": 2},
-}
 TEXT = {"width": 24, "heads": 2, "layers": 1, "vocab_size": 64}
-TRUNK = {"embed_dim": 32, "depth": 1, "num_heads": 2}
-VLM: dict[str, dict[str, Any]] = {
-    "eva": {"vision_cfg": {"timm_model_kwargs": TRUNK}},
-    "clip": {"vision_cfg": {"width": 32, "layers": 1, "head_width": 16}},
-    "siglip": {"vision_cfg": {"timm_model_kwargs": TRUNK}},
-}
 PAIRINGS = {
     "eva": "dinov2-l_eva02-clip-l",
     "clip": "dinov2-l_clip-l",
@@ -61,21 +51,26 @@ def vfm(kind: str, tables: dict[str, Tensor], tmp_path: Path) -> Any:
     released = shipped(kind).vfm
     assert released is not None
     given = released.model_dump(include={"interpolation", "antialias", "patch_size"})
-    return from_file(
-        "vision",
-        {**DINO, **given, "patch_resample": released.patch_resample},  # type: ignore[attr-defined]
-        tables,
-        tmp_path,
-        518,
-    )
+    spec = {
+        "name": "timm",
+        "model": "vit_large_patch14_dinov2",
+        "options": {"embed_dim": tables["pos_embed"].shape[-1], "depth": 1, "num_heads": 1},
+        "patch_resample": released.patch_resample,  # type: ignore[attr-defined]
+    }
+    return from_file("vision", {**spec, **given}, tables, tmp_path, 518)
 
 
 def vlm(kind: str, tables: dict[str, Tensor], tmp_path: Path) -> Any:
     released = shipped(kind).vlm
     assert released is not None
     given = released.model_dump(exclude={"weights", "options", "tokenizer", "mean", "std"})
-    joint = 32 if kind == "siglip" else 24
-    options = {"embed_dim": joint, "text_cfg": TEXT, **VLM[kind]}
+    width = tables[TABLES[kind][0]].shape[-1]
+    trunk = {"timm_model_kwargs": {"embed_dim": width, "depth": 1, "num_heads": width // 16}}
+    options = {
+        "embed_dim": width if kind == "siglip" else 24,
+        "text_cfg": TEXT,
+        "vision_cfg": {"width": width, "layers": 1, "head_width": 16} if kind == "clip" else trunk,
+    }
     return from_file(
         "vision_language",
         {**given, "options": options},
@@ -121,42 +116,30 @@ def test_tables_for_patches_of_16(kind: str, tmp_path: Path) -> None:
     assert torch.allclose(model.get_parameter(kernel_name), wanted, atol=1e-5)
 
 
-def test_released_loaders(golden: Path, tmp_path: Path) -> None:
-    file = load_file(golden / "pretrained_load.safetensors")
-    for kind in ("eva", "clip", "siglip"):
-        source = {k.removeprefix(f"{kind}.src."): v for k, v in file.items() if f"{kind}.src." in k}
-        if not source:
-            continue
-        assert kind == "eva", "add the names of its file here"
-        wanted = {k.removeprefix("eva.dst."): v for k, v in file.items() if "eva.dst." in k}
-        dino = vfm(
-            kind,
-            {
-                "pos_embed": source["dino.pos_embed"],
-                "patch_embed.proj.weight": source["dino.patch_embed.proj.weight"],
-            },
-            tmp_path,
-        ).model
-        table, kernel = TABLES[kind]
-        tables = {
-            table: source["visual.pos_embed"],
-            kernel: source["visual.patch_embed.proj.weight"],
-            POSITIONS[kind]: source["text.positional_embedding"],
-        }
-        model = vlm(kind, tables, tmp_path).model
-        sin, cos = model.visual.trunk.rope.get_embed().chunk(2, -1)
-        got = {
-            "backbone.dinov2.pos_embed": dino.pos_embed,
-            "backbone.dinov2.patch_embed.proj.weight": dino.patch_embed.proj.weight,
-            "backbone.pos_embed": model.get_parameter(table),
-            "backbone.patch_embed.proj.weight": model.get_parameter(kernel),
-            "text_encoder.positional_embedding": model.get_parameter(POSITIONS[kind]),
-            "backbone.rope.freqs_sin": sin,
-            "backbone.rope.freqs_cos": cos,
-        }
-        assert got.keys() == wanted.keys()
-        for name, tensor in wanted.items():
-            assert torch.allclose(got[name], tensor, atol=1e-6), name
+def test_released_loaders(tmp_path: Path) -> None:
+    file = golden("pretrained_load")
+    source, wanted = below(file, "eva.src."), below(file, "eva.dst.")
+    dino = vfm("eva", below(source, "dino."), tmp_path).model
+    table, kernel = TABLES["eva"]
+    tables = {
+        table: source["visual.pos_embed"],
+        kernel: source["visual.patch_embed.proj.weight"],
+        POSITIONS["eva"]: source["text.positional_embedding"],
+    }
+    model = vlm("eva", tables, tmp_path).model
+    sin, cos = model.visual.trunk.rope.get_embed().chunk(2, -1)
+    got = {
+        "backbone.dinov2.pos_embed": dino.pos_embed,
+        "backbone.dinov2.patch_embed.proj.weight": dino.patch_embed.proj.weight,
+        "backbone.pos_embed": model.get_parameter(table),
+        "backbone.patch_embed.proj.weight": model.get_parameter(kernel),
+        "text_encoder.positional_embedding": model.get_parameter(POSITIONS["eva"]),
+        "backbone.rope.freqs_sin": sin,
+        "backbone.rope.freqs_cos": cos,
+    }
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.allclose(got[name], tensor, atol=1e-6), name
 
 
 def test_stochastic_depth_acts_while_the_model_trains_only(tmp_path: Path) -> None:

@@ -1,23 +1,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from golden import close, golden
 from torch import Tensor
 
 from mfuser.model.alignment import alignment_loss, score_map
 
-GOLDEN = Path(__file__).parents[4] / "shared/golden/losses.safetensors"
 
-
-def close(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> bool:
-    """Relative to the largest value; the released outputs are float32."""
-    return bool((got - want).abs().max() <= tolerance * want.abs().max())
-
-
-@pytest.mark.skipif(not GOLDEN.exists(), reason=f"needs {GOLDEN.name} beside the project")
 @pytest.mark.parametrize(
     ("case", "kind"),
     [
@@ -27,18 +19,16 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> bool:
     ],
 )
 def test_equals_the_released_loss(case: str, kind: str) -> None:
-    from safetensors.torch import load_file
-
-    golden = load_file(GOLDEN)
+    wanted = golden("losses")
     scale: Tensor | float = 1 / 0.07
     bias = None
     if case != "align_softmax":
-        scale, bias = golden["siglip.logit_scale"].exp(), golden["siglip.logit_bias"]
-    scores = golden["score_map"].requires_grad_()
-    loss = alignment_loss(scores, golden["gt_semantic_seg"].long(), scale, bias, kind)
+        scale, bias = wanted["siglip.logit_scale"].exp(), wanted["siglip.logit_bias"]
+    scores = wanted["score_map"].requires_grad_()
+    loss = alignment_loss(scores, wanted["gt_semantic_seg"].long(), scale, bias, kind)
     loss.backward()
-    assert close(loss, golden[f"{case}.loss"])
-    assert scores.grad is not None and close(scores.grad, golden[f"{case}.grad_score_map"])
+    assert close(loss, wanted[f"{case}.loss"])
+    assert scores.grad is not None and close(scores.grad, wanted[f"{case}.grad_score_map"])
 
 
 def test_losses_by_hand() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from golden import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepping import perturb
@@ -16,9 +17,6 @@ from torch import nn
 from mfuser import MFuserError, WeightsError
 from mfuser_plugins.backbones._timm import TimmBackbone
 from mfuser_plugins.backbones.timm import TimmSpec
-
-REAL = Path(__file__).parents[3] / "../shared/real/weights/dinov2_vits14.fp16.safetensors"
-GOLDEN = Path(__file__).parents[3] / "../shared/golden/pretrained_load.safetensors"
 
 SMALL: dict[str, Any] = {"depth": 2, "embed_dim": 64, "num_heads": 4}
 MODELS: dict[str, dict[str, Any]] = {
@@ -254,7 +252,6 @@ def test_missing_weights_say_how_to_get_them(
         TimmSpec(model="vit_small_patch14_dinov2.lvd142m").build((224, 224))
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="../shared/golden is not beside the project")
 @pytest.mark.parametrize(
     ("model", "source", "target", "prefix"),
     [
@@ -265,35 +262,33 @@ def test_missing_weights_say_how_to_get_them(
 def test_positions_are_resampled_as_in_the_released_models(
     model: str, source: str, target: str, prefix: int
 ) -> None:
-    from safetensors.torch import load_file
-
-    golden = load_file(GOLDEN)
-    table = golden[f"eva.src.{source}.pos_embed"]
+    file = golden("pretrained_load")
+    table = file[f"eva.src.{source}.pos_embed"]
     side = int((table.shape[1] - prefix) ** 0.5)
-    options = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": side * 14}
+    options = {"depth": 1, "embed_dim": table.shape[2], "num_heads": 1, "img_size": side * 14}
     backbone = build(model, (side * 14, side * 14), options=options)
     with torch.no_grad():
         backbone.model.pos_embed.copy_(table)
         backbone.model.patch_embed.proj.weight.copy_(
-            golden[f"eva.src.{source}.patch_embed.proj.weight"]
+            file[f"eva.src.{source}.patch_embed.proj.weight"]
         )
     backbone.resize((512, 512))
     state = backbone.model.state_dict()
     for name in ("pos_embed", "patch_embed.proj.weight"):
         # The same interpolation on another PyTorch: rounding only.
         torch.testing.assert_close(
-            state[name], golden[f"eva.dst.{target}.{name}"], rtol=1e-5, atol=1e-6
+            state[name], file[f"eva.dst.{target}.{name}"], rtol=1e-5, atol=1e-6
         )
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not REAL.is_file(), reason="../shared/real is not beside the project")
-def test_real_dinov2_weights() -> None:
+def test_real_dinov2_weights(real: Path) -> None:
     from safetensors.torch import load_file
 
-    spec = TimmSpec(model="vit_small_patch14_dinov2", weights=str(REAL))
+    file = real / "weights" / "dinov2_vits14.fp16.safetensors"
+    spec = TimmSpec(model="vit_small_patch14_dinov2", weights=str(file))
     backbone = spec.build((518, 518))
-    given, held = load_file(REAL), backbone.model.state_dict()
+    given, held = load_file(file), backbone.model.state_dict()
     assert given.keys() == held.keys()
     assert all(torch.equal(held[key], value.float()) for key, value in given.items())
     backbone.resize((224, 336))

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
-import pytest
 import torch
-from torch import Tensor
+from golden import close, golden
 
 from mfuser_plugins.decoders._mask_losses import (
     MaskLosses,
@@ -17,25 +15,12 @@ from mfuser_plugins.decoders._mask_losses import (
     sample,
 )
 
-GOLDEN = Path(__file__).parents[4] / "shared/golden/losses.safetensors"
-golden_files = pytest.mark.skipif(
-    not GOLDEN.exists(), reason=f"needs {GOLDEN.name} beside the project"
-)
 
-
-def close(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> bool:
-    """Relative to the largest value; the released outputs are float32."""
-    return bool((got - want).abs().max() <= tolerance * want.abs().max())
-
-
-@golden_files
 def test_equals_the_released_losses() -> None:
-    from safetensors.torch import load_file
-
-    golden = load_file(GOLDEN)
-    present, truth = class_masks(golden["gt_semantic_seg"].long(), 19)
-    assert torch.equal(truth[:, 0], torch.cat([golden["gt_masks0"], golden["gt_masks1"]]).float())
-    assert torch.equal(present, golden["mask_weights"] > 0)
+    file = golden("losses")
+    present, truth = class_masks(file["gt_semantic_seg"].long(), 19)
+    assert torch.equal(truth[:, 0], torch.cat([file["gt_masks0"], file["gt_masks1"]]).float())
+    assert torch.equal(present, file["mask_weights"] > 0)
     gradients = {
         ("loss_cls",): ("grad_cls_only", None),
         ("loss_mask",): (None, "grad_mask_from_mask"),
@@ -43,30 +28,27 @@ def test_equals_the_released_losses() -> None:
         ("loss_cls", "loss_mask", "loss_dice"): ("grad_cls_logits", "grad_mask_logits"),
     }
     for names, (of_classes, of_masks) in gradients.items():
-        classes = golden["cls_logits"].clone().requires_grad_()
-        masks = golden["mask_logits"].clone().requires_grad_()
-        losses = MaskLosses()(masks, classes, present, truth, golden["point_coords"])
+        classes = file["cls_logits"].clone().requires_grad_()
+        masks = file["mask_logits"].clone().requires_grad_()
+        losses = MaskLosses()(masks, classes, present, truth, file["point_coords"])
         for name in names:
-            assert close(losses[name], golden[name])
+            assert close(losses[name], file[name].squeeze())
         torch.stack([losses[name] for name in names]).sum().backward()
         if of_classes:
-            assert classes.grad is not None and close(classes.grad, golden[of_classes])
+            assert classes.grad is not None and close(classes.grad, file[of_classes])
         if of_masks:
-            assert masks.grad is not None and close(masks.grad, golden[of_masks])
+            assert masks.grad is not None and close(masks.grad, file[of_masks])
 
 
-@golden_files
 def test_equals_the_released_sampler() -> None:
-    from safetensors.torch import load_file
-
-    golden = load_file(GOLDEN)
-    masks = golden["sampler.mask_pred"].unsqueeze(1)
+    file = golden("losses")
+    masks = file["sampler.mask_pred"].unsqueeze(1)
     points = torch.cat(
-        [most_uncertain(masks, golden["sampler.u_candidates"], 150), golden["sampler.u_random"]], 1
+        [most_uncertain(masks, file["sampler.u_candidates"], 150), file["sampler.u_random"]], 1
     )
-    assert torch.equal(points, golden["sampler.coords"])
-    preds = sample(golden["mask_logits"][golden["mask_weights"] > 0].unsqueeze(1), points)
-    assert close(preds, golden["point_preds"])
+    assert torch.equal(points, file["sampler.coords"])
+    preds = sample(file["mask_logits"][file["mask_weights"] > 0].unsqueeze(1), points)
+    assert close(preds, file["point_preds"])
 
 
 def test_class_masks() -> None:

@@ -1,23 +1,15 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import below, close, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
 from mfuser_plugins.enhancers.mtenhancer import MTEnhancer, MTEnhancerSpec
-
-GOLDEN = Path(__file__).parents[4] / "shared/golden/mtenhancer.safetensors"
-
-
-def close(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> bool:
-    """Relative to the largest value; the released outputs are float32."""
-    return bool((got - want).abs().max() <= tolerance * want.abs().max())
 
 
 def randomized(text_dim: int, **options: int) -> MTEnhancer:
@@ -70,26 +62,21 @@ def test_equals_the_equations(layers: int) -> None:
     assert close(out, want, 1e-9)
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason=f"needs {GOLDEN.name} beside the project")
 def test_equals_the_released_module() -> None:
-    from safetensors.torch import load_file
-
-    golden = load_file(GOLDEN)
-    params = "n1.param."
+    wanted = below(golden("mtenhancer"), "n1.")
     module = MTEnhancer(48, width=32).eval()
-    state = {k.removeprefix(params): v for k, v in golden.items() if k.startswith(params)}
-    module.load_state_dict(state | {"gamma": torch.full((48,), 0.5)})
-    text, visual = golden["n1.text"].requires_grad_(), golden["n1.visual"].requires_grad_()
+    module.load_state_dict(below(wanted, "param.") | {"gamma": torch.full((48,), 0.5)})
+    text, visual = wanted["text"].requires_grad_(), wanted["visual"].requires_grad_()
     out = module.difference(text, visual)
-    assert close(out, golden["n1.out"])
-    assert close(module(text, visual), text + 0.5 * golden["n1.out"])
-    (out * golden["n1.w"]).sum().backward()
-    assert text.grad is not None and close(text.grad, golden["n1.grad_text"])
-    assert visual.grad is not None and close(visual.grad, golden["n1.grad_visual"])
+    assert close(out, wanted["out"])
+    assert close(module(text, visual), text + 0.5 * wanted["out"])
+    (out * wanted["w"]).sum().backward()
+    assert text.grad is not None and close(text.grad, wanted["grad_text"])
+    assert visual.grad is not None and close(visual.grad, wanted["grad_visual"])
     for name, parameter in module.named_parameters():
         if name != "gamma":
             assert parameter.grad is not None
-            assert close(parameter.grad, golden[f"n1.grad.{name}"]), name
+            assert close(parameter.grad, wanted[f"grad.{name}"]), name
 
 
 @settings(max_examples=20, deadline=None)

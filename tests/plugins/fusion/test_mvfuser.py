@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from golden import below, close, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,15 +16,6 @@ from mfuser_plugins.fusion.mvfuser import (
     MVFuserSpec,
     reading_order,
 )
-
-GOLDEN = Path(__file__).parents[4] / "shared/golden/mvfuser.safetensors"
-# Relative to the largest value: outputs and gradients of the released code are float32, whose
-# sums over 130 steps differ from another order of summation by about 1e-6.
-TOLERANCE = 1e-4
-
-
-def close(got: Tensor, want: Tensor, tolerance: float = TOLERANCE) -> bool:
-    return bool((got - want).abs().max() <= tolerance * want.abs().max())
 
 
 def randomized(width: int, state_size: int) -> MVFuser:
@@ -83,25 +73,20 @@ def test_gradients_are_those_of_the_outputs() -> None:
     assert torch.autograd.gradcheck(module, (tokens,))
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason=f"needs {GOLDEN.name} beside the project")
 @pytest.mark.parametrize("case", ["m64.L37", "m64.L130", "init64.L37"])
 def test_equals_the_released_module(case: str) -> None:
-    from safetensors.torch import load_file
-
-    golden = load_file(GOLDEN)
-    params = f"{case.split('.')[0]}.param."
+    file = golden("mvfuser")
     module = MVFuser(64, 16).eval()
-    module.load_state_dict(
-        {k.removeprefix(params): v for k, v in golden.items() if k.startswith(params)}
-    )
-    tokens = golden[f"{case}.x"].requires_grad_()
+    module.load_state_dict(below(file, f"{case.split('.')[0]}.param."))
+    wanted = below(file, f"{case}.")
+    tokens = wanted["x"].requires_grad_()
     out = module(tokens)
-    (out * golden[f"{case}.w"]).sum().backward()
-    assert close(out, golden[f"{case}.out"])
-    assert tokens.grad is not None and close(tokens.grad, golden[f"{case}.grad_x"])
+    (out * wanted["w"]).sum().backward()
+    assert close(out, wanted["out"])
+    assert tokens.grad is not None and close(tokens.grad, wanted["grad_x"])
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None
-        assert close(parameter.grad, golden[f"{case}.grad.{name}"]), name
+        assert close(parameter.grad, wanted[f"grad.{name}"]), name
 
 
 def test_parameters_at_the_paper_s_size() -> None:
