@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -39,6 +39,7 @@ TABLES = ("pairing", "recipe", "dataset", "study")
 """Tables of named entries; beside them `[plugins]` and `[data]`."""
 
 Table = dict[str, Any]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def shipped() -> Path:
@@ -162,7 +163,7 @@ class Registry:
         """A resolved table out of a checkpoint, with settings on top -> its spec."""
         return self.validate(PairingSpec, merge(table, parse_settings(settings)), place)
 
-    def validate(self, model: type[Any], table: Table, place: str) -> Any:
+    def validate(self, model: type[Model], table: Table, place: str) -> Model:
         """A table of options -> an instance of `model`, with the components installed here.
 
         Raises RegistryError: `place`, the key, and what is allowed there.
@@ -240,8 +241,8 @@ class Registry:
         return merge(inherited, table)
 
     def _resolve(
-        self, kind: str, name: str, model: type[Any], overrides: Mapping[str, Any] | Sequence[str]
-    ) -> Any:
+        self, kind: str, name: str, model: type[Model], overrides: Mapping[str, Any] | Sequence[str]
+    ) -> Model:
         table = self.raw(kind, name)
         given = dict(overrides) if isinstance(overrides, Mapping) else parse_settings(overrides)
         table = merge(table, given)
@@ -257,7 +258,7 @@ class Registry:
 
         return self._validate(model, table, place)
 
-    def _validate(self, model: type[Any], table: Table, place: Any) -> Any:
+    def _validate(self, model: type[Model], table: Table, place: Any) -> Model:
         try:
             return model.model_validate(table, context={"components": self.components})
         except ValidationError as error:

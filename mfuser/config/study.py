@@ -126,7 +126,7 @@ class AdapterStudySpec(Options):
 
 AnyStudy = StudySpec | AdapterStudySpec
 
-KINDS: dict[str, type[Options]] = {"training": StudySpec, "adapters": AdapterStudySpec}
+KINDS: dict[str, type[AnyStudy]] = {"training": StudySpec, "adapters": AdapterStudySpec}
 
 
 def is_key(axis: str) -> bool:

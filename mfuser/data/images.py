@@ -118,9 +118,9 @@ def _read_png16(path: Path) -> np.ndarray:
         raise UnreadableImage(f"{path} cannot be read: damaged PNG; restore it from the dataset")
     if array.dtype != np.uint16 or array.ndim != 3:
         raise UnreadableImage(f"{path} cannot be read as a 16-bit color PNG")
-    array = array.copy()
-    array[..., :3] = array[..., 2::-1]
-    return array
+    swapped: np.ndarray = array.copy()
+    swapped[..., :3] = array[..., 2::-1]
+    return swapped
 
 
 def _check_chunks(path: Path, data: bytes) -> None:

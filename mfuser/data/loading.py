@@ -55,7 +55,7 @@ class ClassMap:
         least, most = (int(label.min()), int(label.max())) if label.size else (0, 0)
         if least < 0 or most > IGNORE:
             raise _strange(name, least if least < 0 else most, self._known)
-        mapped = self._table[label]
+        mapped: np.ndarray = self._table[label]
         if (mapped < 0).any():
             raise _strange(name, int(label[mapped < 0][0]), self._known)
         return mapped

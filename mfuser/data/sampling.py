@@ -49,8 +49,9 @@ class ClassStatistics:
     @property
     def frequencies(self) -> np.ndarray:
         """(K,) the share of all labeled pixels that each class covers, in [0, 1]."""
-        totals = self.pixels.sum(axis=0)
-        return totals / max(int(totals.sum()), 1)
+        totals: np.ndarray = self.pixels.sum(axis=0)
+        shares: np.ndarray = totals / max(int(totals.sum()), 1)
+        return shares
 
 
 def class_statistics(

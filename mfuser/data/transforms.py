@@ -95,7 +95,8 @@ def view_label(label: np.ndarray, view: View) -> np.ndarray:
             (view.top, view.left), view.size, view.scaled, label.shape, strict=True
         )
     )
-    return label[rows[:, None], columns]
+    cropped: np.ndarray = label[rows[:, None], columns]
+    return cropped
 
 
 def view_image(image: np.ndarray, view: View) -> np.ndarray:
@@ -120,13 +121,14 @@ def view_image(image: np.ndarray, view: View) -> np.ndarray:
         steps.append(step)
     part = image[starts[0] : stops[0], starts[1] : stops[1]]
     matrix = np.array([[steps[1], 0.0, offsets[1]], [0.0, steps[0], offsets[0]]])
-    return cv2.warpAffine(
+    resized: np.ndarray = cv2.warpAffine(
         part,
         matrix,
         (view.size[1], view.size[0]),
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REPLICATE,
     )
+    return resized
 
 
 def class_share(label: np.ndarray) -> float:
@@ -197,7 +199,8 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
 
 
 def _table(values: np.ndarray) -> np.ndarray:
-    return np.rint(values).astype(np.uint8)
+    table: np.ndarray = np.rint(values).astype(np.uint8)
+    return table
 
 
 def pad(array: np.ndarray, size: tuple[int, int], fill: int | tuple[int, ...]) -> np.ndarray:

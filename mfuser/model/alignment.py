@@ -17,7 +17,8 @@ def score_map(dense: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
     dense (B, T, C) with T = h * w, row by row, text (B, K, C) -> (B, K, h, w) in [-1, 1].
     """
     similarity = F.normalize(text, dim=-1) @ F.normalize(dense, dim=-1).transpose(1, 2)
-    return similarity.unflatten(-1, grid)
+    scores: Tensor = similarity.unflatten(-1, grid)
+    return scores
 
 
 def alignment_loss(

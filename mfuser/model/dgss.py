@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,11 +88,11 @@ class DGSSModel(nn.Module):
         self._text = None
         return super().train(mode)
 
-    def _apply(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._text = None
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def load_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._text = None
         return super().load_state_dict(*args, **kwargs)
 

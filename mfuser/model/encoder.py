@@ -173,7 +173,8 @@ class PairEncoder(nn.Module):
             resample(tokens[r][:, b.num_prefix_tokens :], b.grid, self.grid)
             for r, b in self.backbones.items()
         ]
-        return torch.cat(maps, dim=2).transpose(1, 2).unflatten(2, self.grid)
+        tap: Tensor = torch.cat(maps, dim=2).transpose(1, 2).unflatten(2, self.grid)
+        return tap
 
     def _finish(self, backbone: VisionBackbone, tokens: Tensor, state: object) -> Tensor:
         return expect(backbone, "finish()'s result", backbone.finish(tokens, state), tokens.shape)

@@ -111,7 +111,8 @@ def adapter_cost(
     vfm, vlm = (torch.randn(batch, shape.num_tokens, width, device=device) for _ in range(2))
 
     def forward() -> tuple[Tensor | None, Tensor | None]:
-        return adapter(vfm, vlm, grid, grid)
+        offsets: tuple[Tensor | None, Tensor | None] = adapter(vfm, vlm, grid, grid)
+        return offsets
 
     adapter.eval()
     with torch.no_grad():
@@ -315,7 +316,7 @@ def _expected(points: Sequence[AdapterCost], tokens: int) -> float:
         return 0.0
     last = points[-1]
     slope = exponent([(p.tokens, p.forward.p50) for p in points[-2:]]) or 1.0
-    return last.forward.p50 * (tokens / last.tokens) ** min(max(slope, 1.0), 2.0)
+    return last.forward.p50 * float((tokens / last.tokens) ** min(max(slope, 1.0), 2.0))
 
 
 class _Memory:

@@ -152,11 +152,9 @@ def render(name: str, facts: dict[str, Any]) -> list[Table | str]:
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    module: Any = model
+    module: nn.Module | None = model
     for name in path.split("."):
         module = getattr(module, name, None)
-        if module is None:
-            return None
     return module
 
 

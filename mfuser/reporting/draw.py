@@ -25,7 +25,8 @@ def palette(classes: Sequence[str]) -> np.ndarray:
 
 def color(label: np.ndarray, table: np.ndarray) -> np.ndarray:
     """(H, W) ids -> (H, W, 3) uint8."""
-    return table[label]
+    colored: np.ndarray = table[label]
+    return colored
 
 
 def overlay(

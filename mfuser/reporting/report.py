@@ -169,7 +169,8 @@ class Report(BaseModel):
 
     def as_json(self) -> dict[str, Any]:
         """NaN, which JSON lacks, becomes null."""
-        return _no_nan(self.model_dump(mode="json"))
+        dumped: dict[str, Any] = _no_nan(self.model_dump(mode="json"))
+        return dumped
 
     def _protocol_line(self) -> str:
         p = self.protocol
