@@ -66,8 +66,8 @@ class VisionBackbone(nn.Module, ABC):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) RGB in [0, 1] -> the same, as this backbone's weights expect it."""
-        return (images - self.mean) / self.std
+        """(B, 3, H, W) RGB in [0, 1] -> standardized, in the precision of the weights."""
+        return ((images - self.mean) / self.std).to(self.mean.dtype)
 
     @property
     def token_shape(self) -> TokenShape:

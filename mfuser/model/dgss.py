@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,49 +61,34 @@ class DGSSModel(nn.Module):
         self.register_buffer("ids", ids, persistent=False)
         self.without_ids = "the class names have no token ids"
         """Why `ids` is None, where it is: what `text` says."""
-        self._text: Tensor | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.spec.classes
 
     def text(self) -> Tensor:
-        """Class text embeddings (K, C); computed once for as long as nothing trains."""
+        """Class text embeddings (K, C), from the prompt, the ids and the text tower as they are."""
         vlm = self.encoder.vlm
         assert vlm is not None
-        keep = not self.training and not torch.is_grad_enabled()
-        if keep and self._text is not None:
-            return self._text
         if self.ids is None:
             raise MFuserError(self.without_ids)
         assert isinstance(self.ids, Tensor)
         text = vlm.encode_text(self.ids, self.prompt.contexts if self.prompt else None)
-        expect(vlm, "encode_text()'s result", text, (len(self.classes), vlm.text_dim))
-        if keep:
-            self._text = text
-        return text
-
-    def train(self, mode: bool = True) -> DGSSModel:
-        self._text = None
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._text = None
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._text = None
-        return super().load_state_dict(*args, **kwargs)
+        return expect(vlm, "encode_text()'s result", text, (len(self.classes), vlm.text_dim))
 
     def forward(
-        self, images: Tensor, labels: Tensor | None = None
+        self, images: Tensor, labels: Tensor | None = None, *, text: Tensor | None = None
     ) -> ModelOutput | dict[str, Tensor]:
-        """With labels (B, H, W) int64: named losses, whose sum is minimized. Else predictions."""
+        """With labels (B, H, W) int64: named losses, whose sum is minimized. Else predictions.
+
+        text: what `text()` returned, to spare computing it again.
+        """
         encoded = self.encoder(as_unit_range(images))
         pyramid = self.pyramid(encoded.taps)
         queries = alignment = None
         if encoded.visual is not None:
-            text = self.text().expand(len(images), -1, -1)  # (B, K, C)
+            text = self.text() if text is None else text
+            text = text.expand(len(images), -1, -1)  # (B, K, C)
             queries = self.enhancer(text, encoded.visual)
             expect(self.enhancer, "forward()'s result", queries, tuple(text.shape))
             alignment = score_map(encoded.visual[:, 1:], queries, encoded.grid)
@@ -140,13 +124,20 @@ class DGSSModel(nn.Module):
         self,
         images: Tensor,
         *,
-        stride: tuple[int, int] | None = None,
+        stride: int | tuple[int, int] | None = None,
         window_batch: int = 1,
     ) -> Tensor:
         """Class scores (B, K, H, W) of images of any size from the image size up.
 
-        Larger images are read through a sliding window of the image size (stride two thirds of
-        it, as released), whose scores are averaged. Raises MFuserError for smaller ones.
+        Larger images are read through a sliding window of the image size, whose scores are
+        averaged, in float32 at least. The class texts are computed once per call, never kept: a
+        change of the prompt, the ids or the text tower, however made, shows in the next call.
+
+        stride: of the window in pixels, one number or (height, width); None: two thirds of the
+            window, as released.
+        window_batch: windows that go through the model at once.
+
+        Raises MFuserError for smaller images and for a stride or window_batch that makes no sense.
         """
         if images.ndim == 3:
             images = images[None]
@@ -154,20 +145,24 @@ class DGSSModel(nn.Module):
             raise MFuserError(
                 f"images have shape {tuple(images.shape)}, not (B, 3, H, W) or (3, H, W)"
             )
-        was_training = self.training
-        if was_training:  # toggling would throw the cached text embeddings away
-            self.eval()
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
         try:
             with torch.no_grad():
+                text = self.text() if self.encoder.vlm is not None else None
                 return sliding_window(
-                    self._scores, as_unit_range(images), self.spec.image_size, stride, window_batch
+                    lambda windows: self._scores(windows, text),
+                    as_unit_range(images),
+                    self.spec.image_size,
+                    stride,
+                    window_batch,
                 )
-        finally:
-            if was_training:
-                self.train()
+        finally:  # part by part: a norm that the caller froze stays so
+            for module, training in modes.items():
+                module.training = training
 
-    def _scores(self, windows: Tensor) -> Tensor:
-        output = self(windows)
+    def _scores(self, windows: Tensor, text: Tensor | None = None) -> Tensor:
+        output = self(windows, text=text)
         size = (windows.shape[-2], windows.shape[-1])
         scores = self.decoder.semantic_logits(output.decoder, size)
         shape = (len(windows), len(self.classes), *size)
@@ -176,4 +171,8 @@ class DGSSModel(nn.Module):
 
 def as_unit_range(images: Tensor) -> Tensor:
     """uint8 or float images -> float in [0, 1]."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise MFuserError(f"images are {images.dtype}; give uint8 (0 to 255) or float in [0, 1]")
+    return images

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,42 +38,79 @@ def check_window(size: tuple[int, int], window: tuple[int, int]) -> None:
         )
 
 
+def checked_stride(
+    stride: int | tuple[int, int] | None, window: tuple[int, int]
+) -> tuple[int, int]:
+    """(height, width) of a stride given as one number, a pair, or None for the default.
+
+    Raises MFuserError for anything but one or two integers from 1 to the window's size.
+    """
+    if stride is None:
+        return default_stride(window)
+    pair = tuple(stride) if isinstance(stride, (tuple, list)) else (stride, stride)
+    steps = [_integer(step) for step in pair]
+    if len(steps) != 2 or any(step is None or step < 1 for step in steps):
+        raise MFuserError(
+            f"stride = {stride!r}: give one positive integer or (height, width), in pixels"
+        )
+    height, width = (int(step) for step in steps if step is not None)
+    if height > window[0] or width > window[1]:
+        raise MFuserError(
+            f"a stride of {height}x{width} leaves gaps between windows of "
+            f"{window[0]}x{window[1]} (height x width); lower it"
+        )
+    return height, width
+
+
+def _integer(value: Any) -> int | None:
+    """NumPy's integers count, True and 2.0 do not."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
 def sliding_window(
     scores: Callable[[Tensor], Tensor],
     images: Tensor,
     window: tuple[int, int],
-    stride: tuple[int, int] | None = None,
+    stride: int | tuple[int, int] | None = None,
     window_batch: int = 1,
 ) -> Tensor:
     """Average `scores` (B, K, *window) of overlapping windows of images (B, 3, H, W).
 
-    window_batch: how many windows go through the model at once.
-    Raises MFuserError for images smaller than the window.
+    Sums are float32 where scores are of half precision. window_batch: how many windows go through
+    the model at once.
+
+    Raises MFuserError for images smaller than the window, and as `checked_stride` does.
     """
     height, width = images.shape[-2:]
     check_window((height, width), window)
+    step = checked_stride(stride, window)
+    at_once = _integer(window_batch)
+    if at_once is None or at_once < 1:
+        raise MFuserError(f"window_batch = {window_batch!r}: give a positive integer")
     if (height, width) == tuple(window):
-        return scores(images)
-    step = stride or default_stride(window)
-    if step[0] > window[0] or step[1] > window[1]:
-        raise MFuserError(
-            f"a stride of {step[0]}x{step[1]} leaves gaps between windows of "
-            f"{window[0]}x{window[1]} (height x width); lower it"
-        )
+        return at_least_float32(scores(images))
     origins = [
         (y, x)
         for y in window_origins(height, window[0], step[0])
         for x in window_origins(width, window[1], step[1])
     ]
     total: Tensor | None = None
-    count = images.new_zeros(1, 1, height, width)
-    for start in range(0, len(origins), window_batch):
-        batch = origins[start : start + window_batch]
+    count = images.new_zeros(1, 1, height, width, dtype=torch.float32)
+    for start in range(0, len(origins), at_once):
+        batch = origins[start : start + at_once]
         crops = [images[..., y : y + window[0], x : x + window[1]] for y, x in batch]
-        for (y, x), part in zip(batch, scores(torch.cat(crops)).split(len(images)), strict=True):
+        parts = at_least_float32(scores(torch.cat(crops))).split(len(images))
+        for (y, x), part in zip(batch, parts, strict=True):
             if total is None:
                 total = part.new_zeros(len(images), part.shape[1], height, width)
             total[..., y : y + window[0], x : x + window[1]] += part
             count[..., y : y + window[0], x : x + window[1]] += 1
     assert total is not None
     return total.div_(count)
+
+
+def at_least_float32(scores: Tensor) -> Tensor:
+    return scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores

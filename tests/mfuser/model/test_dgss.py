@@ -1,13 +1,17 @@
-"""The whole model: what trains, sliding windows, cached texts, images of every type."""
+"""The whole model: what trains, sliding windows, class texts, images of every type."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.optim.swa_utils import AveragedModel
 
 from mfuser import DGSSModel, MFuserError, Registry, build_model
 from mfuser.model.sliding_window import sliding_window, window_origins
@@ -146,6 +150,30 @@ def test_segment_refuses_what_it_cannot_do(model: DGSSModel) -> None:
         model.segment(torch.rand(1, 3, 200, 200), stride=(65, 96))
 
 
+@pytest.mark.parametrize(
+    "stride",
+    [0, -1, (0, 30), (30, -2), (30,), (1, 2, 3), 2.5, (20.0, 30), "341", True, (None, 30), []],
+    ids=str,
+)
+def test_strides_that_make_no_sense(model: DGSSModel, stride: Any) -> None:
+    for size in ((200, 200), (64, 96)):  # the one window of the latter needs none: refused too
+        with pytest.raises(MFuserError, match="stride = .*: give one positive integer or"):
+            model.segment(torch.rand(1, 3, *size), stride=stride)
+
+
+def test_strides_that_do(model: DGSSModel) -> None:
+    model.eval()
+    images = torch.rand(1, 3, 101, 133)
+    expected = model.segment(images, stride=(30, 30))
+    for stride in (30, [30, 30], np.int64(30), torch.tensor(30)):
+        assert torch.equal(model.segment(images, stride=stride), expected)  # type: ignore[arg-type]
+    with pytest.raises(MFuserError, match="a stride of 65x65 leaves gaps"):
+        model.segment(images, stride=65)
+    for window_batch in (0, -1, 1.5, True):
+        with pytest.raises(MFuserError, match="window_batch = .*: give a positive integer"):
+            model.segment(images, window_batch=window_batch)  # type: ignore[arg-type]
+
+
 def test_no_window_is_lost_to_gaps() -> None:
     ones = sliding_window(lambda w: w[:, :1] * 0 + 1, torch.rand(1, 3, 50, 70), (20, 30), (20, 30))
     assert torch.equal(ones, torch.ones(1, 1, 50, 70))
@@ -155,6 +183,50 @@ def test_uint8_and_float_images_are_one(model: DGSSModel) -> None:
     images = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
     assert torch.equal(model.segment(images), model.segment(images.float() / 255))
     assert torch.equal(model.segment(images[0]), model.segment(images))
+
+
+def test_whole_numbers_other_than_bytes_are_refused(model: DGSSModel) -> None:
+    with pytest.raises(MFuserError, match=r"images are torch.int64; give uint8 \(0 to 255\) or"):
+        model.segment(torch.randint(0, 256, (1, 3, 64, 96)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("decoder", ["text_mask2former", "mask2former", "linear"])
+def test_a_model_of_another_precision_takes_every_image(
+    tiny: Registry, dtype: torch.dtype, decoder: str
+) -> None:
+    options = {"decoder": decoder} if decoder != "text_mask2former" else {}
+    model = build_model("tiny", tiny, **options)
+    pixels = torch.randint(0, 256, (1, 3, 100, 150), dtype=torch.uint8)
+    expected = model.segment(pixels)
+    model.to(dtype)
+    # On average over pixels: a single one may flip a threshold of the masked attention.
+    allowed = {torch.bfloat16: 0.01, torch.float16: 0.001, torch.float64: 1e-6}[dtype]
+    for images in (pixels, pixels.float() / 255, pixels.double() / 255, (pixels / 255).to(dtype)):
+        scores = model.segment(images)
+        assert scores.dtype == (dtype if dtype == torch.float64 else torch.float32)
+        if images.dtype == dtype and dtype != torch.float64:
+            continue  # the pixels are rounded already
+        assert (scores - expected).abs().mean() <= allowed * expected.abs().max()
+        agreement = (scores.argmax(1) == expected.argmax(1)).float().mean()
+        assert agreement >= 0.98, float(agreement)  # of an untrained model, full of ties
+
+
+def test_windows_of_half_precision_are_summed_in_float32() -> None:
+    """Sums in bfloat16 would round at every overlap, and not divide back to the value."""
+    images = torch.rand(1, 3, 8, 40)
+    value = torch.tensor(1 / 3).bfloat16()
+    got = sliding_window(lambda w: value.expand(len(w), 1, 8, 8), images, (8, 8), (1, 1))
+    assert torch.equal(got, value.float().expand(1, 1, 8, 40))
+
+
+def test_segment_leaves_a_frozen_norm_frozen(model: DGSSModel) -> None:
+    model.train()
+    norm = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    norm.eval()
+    model.segment(torch.rand(1, 3, 64, 96))
+    assert model.training and not norm.training
+    norm.train()
 
 
 def test_segment_leaves_the_mode_as_it_was(model: DGSSModel) -> None:
@@ -168,41 +240,131 @@ def test_segment_leaves_the_mode_as_it_was(model: DGSSModel) -> None:
     assert not model.training
 
 
-# ---- cached texts
+# ---- class texts
 
 
-def test_texts_are_computed_once_until_something_changes(tiny: Registry) -> None:
+def other(values: torch.Tensor) -> torch.Tensor:
+    """Not a shift of them all, which layer norms take out again."""
+    return values.detach() + torch.linspace(-2, 2, values.numel()).view_as(values).to(values)
+
+
+def in_place(model: DGSSModel) -> DGSSModel:
+    with torch.no_grad():
+        model.prompt.contexts.copy_(other(model.prompt.contexts))  # type: ignore[union-attr]
+    return model
+
+
+def by_data(model: DGSSModel) -> DGSSModel:
+    model.prompt.contexts.data.copy_(other(model.prompt.contexts))  # type: ignore[union-attr]
+    return model
+
+
+def replaced(model: DGSSModel) -> DGSSModel:
+    changed = other(model.prompt.contexts)  # type: ignore[union-attr]
+    model.prompt.contexts = torch.nn.Parameter(changed)  # type: ignore[union-attr]
+    return model
+
+
+def by_numpy(model: DGSSModel) -> DGSSModel:
+    model.prompt.contexts.detach().numpy()[:] *= -1  # type: ignore[union-attr]
+    return model
+
+
+def by_an_optimizer(model: DGSSModel) -> DGSSModel:
+    contexts = model.prompt.contexts  # type: ignore[union-attr]
+    contexts.grad = torch.randn_like(contexts)
+    torch.optim.SGD([contexts], lr=1.0).step()
+    return model
+
+
+def by_a_part(model: DGSSModel) -> DGSSModel:
+    model.prompt.load_state_dict({"contexts": other(model.prompt.contexts)})  # type: ignore[union-attr]
+    return model
+
+
+def by_the_whole(model: DGSSModel) -> DGSSModel:
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    state["prompt.contexts"] = other(state["prompt.contexts"])
+    model.load_state_dict(state)
+    return model
+
+
+def averaged(model: DGSSModel) -> DGSSModel:
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    average.update_parameters(in_place(model))
+    return average.module  # type: ignore[no-any-return]
+
+
+def copied(model: DGSSModel) -> DGSSModel:
+    return in_place(copy.deepcopy(model))
+
+
+def other_ids(model: DGSSModel) -> DGSSModel:
+    model.ids.copy_(model.ids.roll(1, 0))  # type: ignore[operator, union-attr]
+    return model
+
+
+def other_tower(model: DGSSModel) -> DGSSModel:
+    for parameter in model.encoder.vlm.model.transformer.parameters():  # type: ignore
+        parameter.data.copy_(other(parameter))
+    return model
+
+
+def other_enhancer(model: DGSSModel) -> DGSSModel:
+    for parameter in model.enhancer.parameters():
+        parameter.data.copy_(other(parameter))
+    return model
+
+
+def other_precision(model: DGSSModel) -> DGSSModel:
+    return in_place(model.double()).float()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_place,
+        by_data,
+        replaced,
+        by_numpy,
+        by_an_optimizer,
+        by_a_part,
+        by_the_whole,
+        averaged,
+        copied,
+        other_ids,
+        other_tower,
+        other_enhancer,
+        other_precision,
+    ],
+)
+def test_segment_follows_whatever_changes_the_texts(
+    tiny: Registry, change: Callable[[DGSSModel], DGSSModel]
+) -> None:
+    """The same scores as a model that was built, changed alike and has never answered before."""
+    image = torch.rand(1, 3, 64, 96)
+    model = build_model("tiny", tiny)
+    before = model.segment(image)
+    torch.manual_seed(7)
+    after = change(model).segment(image)
+    torch.manual_seed(7)
+    expected = change(build_model("tiny", tiny)).segment(image)
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
+    assert (after - before).abs().max() > 1e-4
+
+
+def test_texts_are_computed_once_per_call(tiny: Registry) -> None:
     model = build_model("tiny", tiny)
     vlm = model.encoder.vlm
     assert vlm is not None
     calls = []
     original = vlm.encode_text
     vlm.encode_text = lambda *a: (calls.append(1), original(*a))[1]  # type: ignore[method-assign]
-    image = torch.rand(1, 3, 100, 100)
-    model.segment(image)
-    model.segment(image)
-    with torch.no_grad():
-        first = model.text()
+    model.segment(torch.rand(1, 3, 200, 200))  # many windows
     assert len(calls) == 1
-    assert model.text().requires_grad and len(calls) == 2  # never the cached one
-    calls.pop()
-
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    state["prompt.contexts"] += 1.0
-    model.load_state_dict(state)
-    with torch.no_grad():
-        second = model.text()
-    assert len(calls) == 2 and not torch.allclose(first, second)
-
-    model.train()
-    model(*batch())
-    model(*batch())
-    assert len(calls) == 4  # while training, every time
-    model.eval()
-    model.segment(image)
-    assert len(calls) == 5
-    model.double()
-    assert model._text is None
+    model.train()(*batch())
+    assert len(calls) == 2
 
 
 def test_text_has_a_gradient_to_the_prompt_even_in_eval_mode(tiny: Registry) -> None:
