@@ -275,3 +275,16 @@ def test_numpy_scores_in_the_metadata_are_read(tmp_path: Path) -> None:
     assert read_released(file).state.keys() == {"a"}
     torch.save({"state_dict": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert read_released(tmp_path / "old.pth").state.keys() == {"a"}
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: {"meta": META, "state_dict": {f"_orig_mod.module.{k}": v for k, v in s.items()}},
+    lambda s: {"model": {"state_dict": s}, "optimizer": {"state": {0: {"exp_avg": s["gamma"]}}}},
+    lambda s: {"model_ema": {f"model.{k}": v for k, v in s.items()}, "epoch": 1},
+])  # fmt: skip
+def test_released_files_are_unwrapped(wrap: Any, reference: ModuleType, tmp_path: Path) -> None:
+    state = reference.state("eva")
+    torch.save(wrap(state), tmp_path / "w.pth")
+    read = read_released(tmp_path / "w.pth").state
+    assert read.keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in read.items())

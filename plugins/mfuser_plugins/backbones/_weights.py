@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mfuser import WeightsError
-from mfuser_plugins.backbones._torchscript import read_torchscript
+from mfuser.weightfiles.reading import read_content
+from mfuser.weightfiles.unwrapping import Taken, common_prefix, flat, take
+
+log = logging.getLogger("mfuser")
 
 RANDOM = "random"
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-_WRAPPERS = ("state_dict", "model", "teacher", "module")
-_PREFIXES = ("module.", "backbone.")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+
+Tensors = dict[str, Tensor]
 
 
 def local_file(weights: str) -> Path | None:
     """The path that `weights` means, or None where it reads like a tag of the library.
 
-    Raises WeightsError if it reads like a path and no file is there.
+    "FILE#PART" means the file, too (see `part_of`). Raises WeightsError if it reads like a path
+    and no file is there.
     """
     path = Path(weights).expanduser()
+    if not path.is_file() and "#" in weights:
+        path = Path(weights.partition("#")[0]).expanduser()
     if path.suffix in SUFFIXES or "/" in weights or "\\" in weights or path.is_file():
         if path.is_file():
             return path
@@ -40,95 +44,100 @@ def local_file(weights: str) -> Path | None:
     return None
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Names -> tensors of a .safetensors, .pth, .pt or .bin file, on the CPU.
+def part_of(weights: str) -> str | None:
+    """ "student" of "dino.pth#student": the part of the file that is meant, where one is chosen."""
+    if "#" not in weights or Path(weights).expanduser().is_file():
+        return None
+    return weights.partition("#")[2] or None
 
-    Wrappers that official checkpoints use ({"state_dict": …}, "module." before every name, …) are
-    taken off; TorchScript archives are read without their program. Raises WeightsError if the
-    file is truncated, is no weights file, or holds anything that would have to be executed.
+
+def read_tensors(path: Path) -> Tensors:
+    """Names -> tensors of a weights file, on the CPU, without the usual wrappers around all names.
+
+    For files of which no model says what names to look for. Raises WeightsError if the file is
+    truncated, is no weights file, or holds anything that would have to be executed.
     """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            # Published checkpoints keep their command line beside the weights.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                try:
-                    content = torch.load(path, map_location="cpu", weights_only=True)
-                except RuntimeError as error:
-                    if "TorchScript" not in str(error):
-                        raise
-                    content = read_torchscript(path)
-    except Exception as error:
-        raise WeightsError(f"{path} cannot be read: {_why_unreadable(path, error)}") from error
-    tensors = _unwrap(content)
-    if not tensors:
-        raise WeightsError(f"{path} holds no named tensors, so it is not a weights file")
-    return tensors
+    tensors = flat(read_content(path))
+    prefix = common_prefix(tensors)
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, pickle.UnpicklingError) and "unsupported global" in text.lower():
-        return (
-            "it holds more than tensors, and nothing in it is executed; save its tensors as "
-            ".safetensors where you trust the file"
+def load_file(
+    model: nn.Module,
+    path: Path,
+    what: str,
+    weights: str,
+    convert: Callable[[Tensors], Tensors],
+    *,
+    published: Collection[str] = (),
+    spare: str = "(?!)",
+) -> Taken:
+    """Copy the part of a file that fits into `model`, name by name, and log what was taken.
+
+    what, weights: the model and the weights as given, for messages. convert: published names ->
+    the model's. published: names by which files in another naming are recognized. spare: as for
+    `check_exactly`. Raises WeightsError, changing no weight of the model, if nothing fits.
+    """
+    source = f"'{weights}'"
+
+    def fit(tensors: Tensors) -> Tensors:
+        converted = convert(dict(tensors))
+        check_exactly(model, converted, what, source, spare)
+        return converted
+
+    names = {*model.state_dict(), *published}
+    taken = take(read_content(path), names, fit, what, source, part_of(weights))
+    model.load_state_dict(_without(taken.tensors, spare), strict=False)
+    tell(source, taken)
+    return taken
+
+
+def tell(source: str, taken: Taken) -> None:
+    """Log what was taken of a file, where the file holds more than that."""
+    if text := str(taken):
+        log.log(
+            logging.WARNING if taken.others or taken.left else logging.INFO, "%s: %s", source, text
         )
-    size = path.stat().st_size
-    return (
-        f"it is truncated or no weights file ({size:,} bytes; {type(error).__name__}: "
-        f"{text[:120]}); download it again"
-    )
 
 
-def _unwrap(content: Any) -> dict[str, Tensor]:
-    for _ in range(3):
-        if not isinstance(content, Mapping) or any(isinstance(v, Tensor) for v in content.values()):
-            break
-        inner = next((content[k] for k in _WRAPPERS if isinstance(content.get(k), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping):
-        return {}
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    for prefix in _PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
-    return tensors
-
-
-def load_exactly(
+def check_exactly(
     model: nn.Module, tensors: Mapping[str, Tensor], what: str, source: str, spare: str = "(?!)"
 ) -> None:
-    """Copy `tensors` into `model`, name by name, or raise WeightsError and change nothing.
+    """Raises WeightsError unless `tensors` are those of `model`, name by name.
 
     what, source: the model and the weights, for the message. spare: names (regular expression)
     that may be missing in, or left over from, either side: classifiers, index buffers.
     """
-    ignored = re.compile(spare)
-    given = {k: v for k, v in tensors.items() if not ignored.match(k)}
-    wanted = {k: v for k, v in model.state_dict().items() if not ignored.match(k)}
+    given, wanted = _without(tensors, spare), _without(model.state_dict(), spare)
     missing = sorted(wanted.keys() - given.keys())
     extra = sorted(given.keys() - wanted.keys())
+    common = sorted(wanted.keys() & given.keys())
     shapes = [
         f"{name} {_shape(given[name])} instead of {_shape(wanted[name])}"
-        for name in sorted(wanted.keys() & given.keys())
+        for name in common
         if given[name].shape != wanted[name].shape
+    ]
+    quantized = [
+        f"{name} {str(given[name].dtype).removeprefix('torch.')}"
+        for name in common
+        if wanted[name].is_floating_point() and not given[name].is_floating_point()
     ]
     faults = [
         _few(missing, "missing"),
         _few(extra, "unexpected"),
         _few(shapes, "of another shape"),
+        _few(quantized, "quantized"),
     ]
     if any(faults):
         raise WeightsError(
             f"{source} does not fit {what}: {'; '.join(f for f in faults if f)}. "
             "It belongs to another architecture: give the model its weights were made for"
         )
-    model.load_state_dict(given, strict=False)
+
+
+def _without(tensors: Mapping[str, Tensor], spare: str) -> Tensors:
+    ignored = re.compile(spare)
+    return {k: v for k, v in tensors.items() if not ignored.match(k)}
 
 
 def _shape(tensor: Tensor) -> str:

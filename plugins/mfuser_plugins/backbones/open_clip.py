@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PositiveInt
-from torch import Tensor
 
 from mfuser import MFuserError, VisionLanguageSpec, WeightsError, hookimpl
 from mfuser.errors import suggest
@@ -16,10 +15,10 @@ from mfuser_plugins.backbones._resample import Interpolation, PatchResample, Res
 from mfuser_plugins.backbones._stepping import freeze
 from mfuser_plugins.backbones._weights import (
     RANDOM,
+    Tensors,
     hub_file,
-    load_exactly,
+    load_file,
     local_file,
-    read_tensors,
     url_file,
 )
 
@@ -107,10 +106,7 @@ class OpenClipSpec(VisionLanguageSpec, name="open_clip"):
         how = Resampling(self.interpolation, self.antialias, self.patch_resample)
         backbone = wrap(model, self.model, cfg["text_cfg"], how)
         if source is not None:
-            tensors = read_tensors(source)
-            if "input_resolution" in tensors and not cfg.get("quick_gelu"):
-                raise gelu_mismatch(self.model, self.weights, quick_gelu=False)
-            load(model, tensors, self.model, f"'{self.weights}'")
+            load(model, source, self.model, self.weights, bool(cfg.get("quick_gelu")))
         if "multimodal_cfg" in cfg:
             # What CoCa writes captions with.
             model.text_decoder = None
@@ -208,32 +204,62 @@ def statistics(model: str, tag: dict[str, Any] | None) -> tuple[Statistics, Stat
     return pairs.pop() if len(pairs) == 1 else (CLIP_MEAN, CLIP_STD)
 
 
-def load(model: Any, tensors: dict[str, Tensor], name: str, source: str) -> None:
-    """Tensors in open_clip's naming, or BAAI's for EVA-CLIP -> the model.
+PUBLISHED = (
+    "visual.pos_embed",
+    "visual.class_embedding",
+    "visual.trunk.cls_token",
+    "positional_embedding",
+    "token_embedding.weight",
+    "ln_final.weight",
+    "image_encoder.model.patch_emb.0.block.conv.weight",
+)
+"""Names by which files in another naming are recognized: BAAI's, Apple's, plain CLIP's."""
 
-    Raises WeightsError on any misfit.
+
+def load(model: Any, path: Path, name: str, weights: str, quick_gelu: bool) -> None:
+    """A file in open_clip's naming, or BAAI's for EVA-CLIP -> the model.
+
+    quick_gelu: whether the model has that activation. Raises WeightsError on any misfit.
     """
+
+    def convert(tensors: Tensors) -> Tensors:
+        return converted(model, tensors, name)
+
+    # Numbers that OpenAI's files carry beside the weights, and buffers of older versions.
+    spare = r"(input_resolution|context_length|vocab_size)$|.*(position_ids|attn_mask)$"
+    what = f"open_clip model '{name}'"
+    found = load_file(model, path, what, weights, convert, published=PUBLISHED, spare=spare)
+    if "input_resolution" in found.part.tensors and not quick_gelu:
+        raise gelu_mismatch(name, weights, quick_gelu=False)
+
+
+def converted(model: Any, tensors: Tensors, name: str) -> Tensors:
+    """Published names -> those of the model. Raises WeightsError where they cannot be converted."""
     from open_clip.convert import convert_state_dict
     from open_clip.model import CLIP, convert_to_custom_text_state_dict
     from open_clip.timm_model import TimmModel
 
-    tensors = convert_state_dict(model, dict(tensors))
-    if "visual.pos_embed" in tensors and isinstance(model.visual, TimmModel):
-        # BAAI's EVA-CLIP files have the image tower where open_clip has a wrapper.
-        from mfuser_plugins.backbones._timm_families import stepper_class
+    try:
+        tensors = dict(convert_state_dict(model, tensors))
+        if "visual.pos_embed" in tensors and isinstance(model.visual, TimmModel):
+            # BAAI's EVA-CLIP files have the image tower where open_clip has a wrapper.
+            from mfuser_plugins.backbones._timm_families import stepper_class
 
-        convert = stepper_class(model.visual.trunk, name).convert
-        trunk = convert(tensors, model.visual.trunk)
-        tensors = {k: v for k, v in tensors.items() if not k.startswith("visual.")}
-        tensors |= {f"visual.trunk.{k}": v for k, v in trunk.items()}
-    if not isinstance(model, CLIP):
-        tensors = convert_to_custom_text_state_dict(tensors)
+            convert = stepper_class(model.visual.trunk, name).convert
+            trunk = convert(tensors, model.visual.trunk)
+            tensors = {k: v for k, v in tensors.items() if not k.startswith("visual.")}
+            tensors |= {f"visual.trunk.{k}": v for k, v in trunk.items()}
+        if not isinstance(model, CLIP):
+            tensors = convert_to_custom_text_state_dict(tensors)
+    except Exception as error:
+        raise WeightsError(
+            f"the weights do not fit open_clip model '{name}': {len(tensors)} tensors "
+            f"({', '.join(list(tensors)[:3])}, …) of another architecture"
+        ) from error
     for scalar in ("logit_scale", "logit_bias"):
         if scalar in tensors and getattr(model, scalar) is not None:
             tensors[scalar] = tensors[scalar].reshape(getattr(model, scalar).shape)
-    # Numbers that OpenAI's files carry beside the weights, and buffers of older versions.
-    spare = r"(input_resolution|context_length|vocab_size)$|.*(position_ids|attn_mask)$"
-    load_exactly(model, tensors, f"open_clip model '{name}'", source, spare)
+    return tensors
 
 
 @hookimpl

@@ -17,10 +17,10 @@ from mfuser_plugins.backbones._resample import Interpolation, PatchResample, Res
 from mfuser_plugins.backbones._stepping import freeze
 from mfuser_plugins.backbones._weights import (
     RANDOM,
+    Tensors,
     hub_file,
-    load_exactly,
+    load_file,
     local_file,
-    read_tensors,
     url_file,
 )
 
@@ -86,7 +86,7 @@ class TimmSpec(VisionSpec, name="timm"):
         model = create(name, self.options)
         family = stepper_class(model, name)
         if source is not None:
-            load(model, read_tensors(source), name, f"'{file or name}'")
+            load(model, source, name, str(self.weights) if file else name)
         cfg = model.pretrained_cfg
         model = family.strip(model)
         freeze(model, self.freeze)
@@ -178,22 +178,34 @@ def published(name: str) -> Path:
     )
 
 
-def load(model: Any, tensors: dict[str, Tensor], name: str, source: str) -> None:
-    """Tensors in timm's or an official naming -> the model. Raises WeightsError on any misfit."""
+PUBLISHED = (
+    "visual.class_embedding",
+    "image_encoder.patch_embed.proj.weight",
+    "downsample_layers.0.0.weight",
+)
+"""Names by which CLIP's, SAM's and ConvNeXt's own files are recognized; timm converts them."""
+
+
+def load(model: Any, path: Path, name: str, weights: str) -> None:
+    """A file in timm's or an official naming -> the model. Raises WeightsError on any misfit."""
     from mfuser_plugins.backbones._timm import SPARE
     from mfuser_plugins.backbones._timm_families import stepper_class
 
     family = stepper_class(model, name)
-    if family.has_table and family.any_prefix:
-        _adopt_size(model, tensors)
-    try:
-        converted = family.convert(dict(tensors), model)
-    except Exception as error:
-        raise WeightsError(
-            f"{source} does not fit timm model '{name}': its {len(tensors)} tensors "
-            f"({', '.join(list(tensors)[:3])}, …) are of another architecture"
-        ) from error
-    load_exactly(model, converted, f"timm model '{name}'", source, SPARE)
+
+    def convert(tensors: Tensors) -> Tensors:
+        if family.has_table and family.any_prefix:
+            _adopt_size(model, tensors)
+        try:
+            return family.convert(tensors, model)
+        except Exception as error:
+            raise WeightsError(
+                f"'{weights}' does not fit timm model '{name}': its {len(tensors)} tensors "
+                f"({', '.join(list(tensors)[:3])}, …) are of another architecture"
+            ) from error
+
+    what = f"timm model '{name}'"
+    load_file(model, path, what, weights, convert, published=PUBLISHED, spare=SPARE)
 
 
 def _adopt_size(model: nn.Module, tensors: dict[str, Tensor]) -> None:

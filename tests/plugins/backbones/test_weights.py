@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mfuser import WeightsError
-from mfuser_plugins.backbones._torchscript import read_torchscript
+from mfuser.weightfiles.torchscript import read_torchscript
 from mfuser_plugins.backbones._weights import local_file, read_tensors
 from mfuser_plugins.backbones.open_clip import OpenClipSpec
 from mfuser_plugins.backbones.timm import TimmSpec

@@ -1,0 +1,2 @@
+"""Weight files that others wrote: read without running anything, unwrapped, and named for what
+they hold."""
