@@ -28,6 +28,10 @@ class DataError(MFuserError):
     """A dataset folder, image or label that cannot be used."""
 
 
+class NoSplitError(DataError):
+    """The dataset is there and has no such split."""
+
+
 class WeightsError(MFuserError):
     """Weights that are missing, broken or belong to another architecture."""
 

@@ -220,6 +220,10 @@ class Dataset(ABC):
         """The label alone, int64 (H, W), where that is cheaper than the whole sample."""
         return self[index].label
 
+    def raw(self, index: int) -> np.ndarray | None:
+        """The label as its file stores it, before any class map; None where there is no file."""
+        return None
+
     def fingerprint(self) -> str:
         """Changes when the dataset's contents may have; keys cached statistics."""
         raise NotImplementedError

@@ -207,6 +207,22 @@ class DecoderSpec(Spec):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """How a dataset component would read a folder that somebody has.
+
+    options: of the component, without its name. classes: names in the order of their ids.
+    found: sentences on what is there, for people; odd: those that need a decision.
+    score: 0 to 1, how surely the folder is of this component's kind.
+    """
+
+    options: dict[str, Any]
+    classes: tuple[str, ...]
+    found: tuple[str, ...] = ()
+    odd: tuple[str, ...] = ()
+    score: float = 0.5
+
+
 class DatasetSpec(Spec):
     """Labeled images of one domain.
 
@@ -221,8 +237,16 @@ class DatasetSpec(Spec):
     variant: ClassVar[str | None] = None
     """The option that "NAME:VALUE" sets where a dataset is named, e.g. acdc's condition."""
 
+    official: ClassVar[Mapping[str, int]] = {}
+    """Split -> images that the publisher ships, for `mfuser data check`."""
+
     split: Literal["train", "val"] | None = None
     test_size: Size | None = None
+
+    def official_count(self, split: str) -> int | None:
+        """`official`, unless an option chooses a part of the dataset."""
+        chosen = self.model_fields_set - {"name", "split", "test_size"}
+        return None if chosen else self.official.get(split)
 
     def build(self, root: Path | None, split: str) -> interfaces.Dataset:
         """The dataset below `root`; `split` is what the caller wants where the spec says none."""
@@ -233,6 +257,12 @@ class DatasetSpec(Spec):
         """Optional: write a few samples in the dataset's own layout into an empty folder, so that
         `mfuser plugin check` can read them where there is no data."""
         raise NotImplementedError
+
+    @classmethod
+    def propose(cls, folder: Path) -> Proposal | None:
+        """Optional: the options under which this component could read `folder` as it lies, for
+        `mfuser data new`; None where it does not recognize it. Looks at names and a sample."""
+        return None
 
     def expand(self) -> list[DatasetSpec]:
         """The domains this stands for as a target: itself, or one per condition (ACDC)."""

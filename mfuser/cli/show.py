@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from mfuser.cli import Group, cli, emit
+from mfuser.cli import cli, emit
 from mfuser.cli.options import (
-    data_options,
     json_option,
     open_registry,
     registry_options,
@@ -122,56 +121,6 @@ def describe(
             out = Console(width=160)
         for part in render(pairing, facts):
             out.print(part, highlight=False, markup=False)
-
-
-@cli.group(cls=Group)
-def data() -> None:
-    """Datasets on disk."""
-
-
-@data.command("check")
-@click.argument("datasets", nargs=-1)
-@registry_options
-@data_options
-@json_option
-def check(
-    datasets: tuple[str, ...],
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    data_roots: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """What of DATASETS (default: all) is on disk, and what is missing."""
-    registry = open_registry(registries, plugins, data_roots)
-    from mfuser.config.run import domains
-    from mfuser.errors import MFuserError
-
-    wanted = datasets or tuple(
-        dict.fromkeys([*registry.components.kind("dataset"), *registry.names("dataset")])
-    )
-    found: list[dict[str, Any]] = []
-    for reference in wanted:
-        for domain in domains(registry, reference):
-            fixed = domain.spec.split if domain.spec is not None else None
-            for split in (fixed,) if fixed else ("train", "val"):
-                entry: dict[str, Any] = {"dataset": domain.name, "split": split}
-                try:
-                    built = domain.build(registry, str(split))
-                    sample = built[0]
-                    entry |= {"images": len(built), "size": list(sample.label.shape)}
-                except MFuserError as error:
-                    entry["missing"] = str(error)
-                found.append(entry)
-    if as_json:
-        emit(found)
-    else:
-        for entry in found:
-            text = entry.get("missing") or (
-                f"{entry['images']} images, the first {entry['size'][0]}x{entry['size'][1]}"
-            )
-            click.echo(f"{entry['dataset']} ({entry['split']}): {text}")
-    if datasets and any("missing" in e for e in found):
-        raise click.exceptions.Exit(2)
 
 
 @cli.command()

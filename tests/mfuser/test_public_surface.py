@@ -31,7 +31,8 @@ COMMANDS = {
     "ablate": "STUDY --axis --base --dry-run --index --of --out --recipe --seeds --set "
     f"--set-recipe --source --targets {WORK}",
     "convert": f"CHECKPOINT --out --pairing --set --source {SHARED}",
-    "data check": f"DATASETS --data-root {SHARED}",
+    "data check": f"DATASETS --data-root --full {SHARED}",
+    "data new": f"FOLDER --classes --dry-run --name --out --pairing {SHARED}",
     "describe": f"PAIRING --set {SHARED}",
     "doctor": "--json",
     "evaluate": f"RUN --baselines --limit --out --set --stride --targets {WORK}",

@@ -13,6 +13,7 @@ import numpy as np
 from mfuser import IGNORE, DataError, Dataset, DatasetSpec, Sample
 from mfuser.config.classes import CITYSCAPES
 from mfuser.data.images import read_image, read_label
+from mfuser.errors import NoSplitError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -46,7 +47,7 @@ class LabelMap:
         colors: Mapping[tuple[int, int, int], int] | None = None,
         hint: str = "",
     ) -> None:
-        self.table = np.full(256, -1, np.int64)
+        self.table = np.full(max(256, max(ids, default=0) + 1), -1, np.int64)
         for value, train_id in ids.items():
             self.table[value] = train_id
         self.channel = channel
@@ -79,14 +80,15 @@ class LabelMap:
                 f"{path} is a color picture, not a label: the official labels hold one id (or "
                 "palette index) per pixel; restore it from the dataset"
             )
-        small = raw if raw.dtype == np.uint8 else np.clip(raw, 0, 255).astype(np.uint8)
+        most = len(self.table) - 1
+        small = raw if raw.dtype == np.uint8 else np.clip(raw, 0, most).astype(np.uint16)
         label = self.table[small]
         outside = label < 0 if small is raw else (label < 0) | (small != raw)
         if outside.any():
             values = np.unique(raw[outside])
             allowed = _ranges(int(v) for v in np.flatnonzero(self.table >= 0))
             raise DataError(
-                f"{path} holds the label value {_some(values)} ({int(outside.sum())} pixels); "
+                f"{path} holds the label value {some(values)} ({int(outside.sum())} pixels); "
                 f"the map knows {allowed}{self.hint}"
             )
         return label
@@ -99,7 +101,7 @@ class LabelMap:
         if outside.any():
             colors = np.unique(raw[outside][:, :3], axis=0)
             raise DataError(
-                f"{path} holds the color {_some(colors.tolist())} ({int(outside.sum())} "
+                f"{path} holds the color {some(colors.tolist())} ({int(outside.sum())} "
                 f"pixels), which is none of the {len(self._codes)} label colors"
             )
         return self._targets[places]
@@ -167,6 +169,9 @@ class PairedDataset(Dataset):
         pair = self.pairs[index]
         return pair.decode(read_label(pair.label), pair.label)
 
+    def raw(self, index: int) -> np.ndarray:
+        return read_label(self.pairs[index].label)
+
     def fingerprint(self) -> str:
         """Of names, sizes and modification times of all files, and of the label maps."""
         if self._fingerprint is None:
@@ -210,7 +215,7 @@ def require_folder(spec: DatasetSpec, path: Path, layout: str = "") -> Path:
         above = above.parent
     if layout and above.is_dir():
         names = sorted(p.name for p in above.iterdir() if not p.name.startswith("."))
-        text += f"; {above} holds {_some(names, 8) if names else 'nothing'}"
+        text += f"; {above} holds {some(names, 8) if names else 'nothing'}"
     raise DataError(text)
 
 
@@ -235,7 +240,7 @@ def unsplit_folder(spec: DatasetSpec, images: Path, split: str) -> tuple[Path, s
         if (images / name).is_dir():
             return images / name, name
     if split == "val":
-        raise DataError(
+        raise NoSplitError(
             f"{spec.component()}: the dataset ships without a val split and {images / 'val'} does "
             'not exist; set split = "train" to use all its images, or move some to that folder'
         )
@@ -263,7 +268,7 @@ def pair_files(
             f"{name}: there is no folder of labels; looked for {tried} (expected: {layout})"
         )
     found = {}
-    for path in _walk(images):
+    for path in walk(images):
         ending = next((s for s in suffixes if path.lower().endswith(s.lower())), None)
         if ending is not None and not path.endswith(CONVERTED):
             found[path[: -len(ending)]] = images / path
@@ -272,7 +277,7 @@ def pair_files(
             f"{name}: there is no image ({', '.join('*' + s for s in suffixes)}) below {images} "
             f"(expected: {layout})"
         )
-    present = {folder: set(_walk(folder)) for folder in folders}
+    present = {folder: set(walk(folder)) for folder in folders}
     usable = [files for files in labels if files.folder in folders]
     pairs, without = [], []
     for key, image in sorted(found.items()):
@@ -293,7 +298,7 @@ def pair_files(
     return pairs
 
 
-def _walk(folder: Path) -> list[str]:
+def walk(folder: Path) -> list[str]:
     """Paths of all files below, with forward slashes; hidden ones (._x of macOS) left out."""
     result = []
     for base, folders, files in os.walk(folder, followlinks=True):
@@ -304,7 +309,7 @@ def _walk(folder: Path) -> list[str]:
     return result
 
 
-def _some(values: Iterable[object], most: int = 3) -> str:
+def some(values: Iterable[object], most: int = 3) -> str:
     shown = [str(value) for value in values]
     return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")
 

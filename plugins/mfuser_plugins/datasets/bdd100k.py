@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from mfuser import DataError, Dataset, DatasetSpec, hookimpl
 from mfuser_plugins.datasets._files import (
@@ -24,6 +26,8 @@ class Bdd100kSpec(DatasetSpec, name="bdd100k"):
     Reads `images/10k/` with `labels/sem_seg/masks/` or `colormaps/` (palette PNG whose index is
     the train id), and the older releases `seg/{images,labels}/` and `{images,labels}/<split>/`.
     """
+
+    official: ClassVar[Mapping[str, int]] = {"train": 7000, "val": 1000}
 
     def build(self, root: Path | None, split: str) -> Dataset:
         root = require_root(self, root)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from mfuser import Dataset, DatasetSpec, hookimpl
 from mfuser_plugins.datasets._files import (
@@ -27,6 +29,8 @@ class CityscapesSpec(DatasetSpec, name="cityscapes"):
     Reads `leftImg8bit/` and `gtFine/` as unpacked. Where the official `_labelIds.png` are absent,
     `_labelTrainIds.png` made by cityscapesScripts serve (the two differ at some object edges).
     """
+
+    official: ClassVar[Mapping[str, int]] = {"train": 2975, "val": 500}
 
     def build(self, root: Path | None, split: str) -> Dataset:
         root = require_root(self, root)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from mfuser import IGNORE, Dataset, DatasetSpec, hookimpl
 from mfuser.config.classes import CITYSCAPES
@@ -54,6 +56,8 @@ class GtaSpec(DatasetSpec, name="gta"):
     Reads `images/` and `labels/` as unpacked: all of it is the train split, unless there are
     folders `train` and `val` below. Images published with a label of another size are left out.
     """
+
+    official: ClassVar[Mapping[str, int]] = {"train": 24966}
 
     def build(self, root: Path | None, split: str) -> Dataset:
         root = require_root(self, root)

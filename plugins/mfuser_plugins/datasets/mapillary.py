@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mfuser import IGNORE, DataError, Dataset, DatasetSpec, hookimpl
 from mfuser.specs import Size
@@ -52,6 +53,8 @@ class MapillarySpec(DatasetSpec, name="mapillary"):
         of signs to traffic sign; "robustnet" ignores all these, and gives manholes to road.
     Figures under different mappings cannot be compared. Labels of v2.0 (124) are refused.
     """
+
+    official: ClassVar[Mapping[str, int]] = {"train": 18000, "val": 2000}
 
     mapping: Literal["dgss", "robustnet"] = "dgss"
     test_size: Size | None = (2048, 1024)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from mfuser import IGNORE, Dataset, DatasetSpec, hookimpl
 from mfuser_plugins.datasets._files import (
@@ -36,6 +38,8 @@ class SynthiaSpec(DatasetSpec, name="synthia"):
     Reads `RGB/` and `GT/LABELS/` as unpacked (16-bit PNG, class in the red channel), also below
     `RAND_CITYSCAPES/`: all of it is the train split, unless there are folders `train` and `val`.
     """
+
+    official: ClassVar[Mapping[str, int]] = {"train": 9400}
 
     def build(self, root: Path | None, split: str) -> Dataset:
         root = require_root(self, root)

@@ -129,7 +129,7 @@ def test_doctor_and_data_check(mfuser: Any, write_registry: Any, monkeypatch: An
     found = mfuser("data", "check", "toy", "gta", "--registry", registry, "--json")
     assert found.code == 2  # of what was asked for, something is missing
     entries = {(e["dataset"], e["split"]): e for e in json.loads(found.out)}
-    assert entries["toy", "val"]["images"] == 6 and entries["toy", "val"]["size"] == [64, 96]
+    assert entries["toy", "val"]["images"] == 6 and entries["toy", "val"]["sizes"] == {"96x64": 6}
     assert "nothing says where 'gta' lies" in entries["gta", "train"]["missing"]
     assert mfuser("data", "check", "toy", "--registry", registry).code == 0
 
