@@ -1,7 +1,8 @@
-"""What a recipe is: optimizer, schedule, augmentation, sampling, and how it is tested."""
+"""Recipes: optimizer, schedule, augmentation, sampling, and how the result is tested."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -22,11 +23,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class RareClassSpec(Options):
-    """Rare-class sampling (DAFormer, Hoyer et al. 2022, section 3.2).
+    """Rare-class sampling (DAFormer, Hoyer et al. 2022, section 3.3).
 
     temperature: of the softmax over 1 - frequency; 0.01 strongly favors rare classes (DAFormer),
         100, as released, is nearly uniform over classes.
-    min_pixels: what an image must show of a class to count as having it.
+    min_pixels: pixels of a class that an image must show to count as having it.
     """
 
     temperature: PositiveFloat = 100.0
@@ -45,16 +46,26 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 class RecipeSpec(Options):
     """How a pairing is trained and tested.
 
-    steps: optimizer steps. batch_size: crops a step and process. accumulate: batches a step.
-    lr, weight_decay, warmup (steps, linear), schedule, power, min_lr: AdamW's.
+    steps: optimizer steps. batch_size: crops per step and process. accumulate: batches per step.
+    lr, weight_decay: AdamW's.
     backbone_lr: multiplies the rate of encoders that are not frozen.
     no_decay: parameters whose name contains one of these are not decayed.
+    warmup: steps over which the rate rises linearly to what the schedule says.
+    warmup_ratio: the share of the rate at the very first step, as mmcv counts; None: 1 / warmup,
+        so that no step is lost on a rate of almost 0.
+    schedule: how the rate falls to min_lr over all steps: "poly", (1 - step / steps) ** power;
+        "linear", the same with power 1; "cosine", half a cosine; "constant", not at all.
+    power: of "poly". min_lr: the rate that a falling schedule ends at.
     precision: of the forward pass, "no" is float32.
     checkpointing: recompute activations in the backward pass: less memory, a third more time.
     save_every: steps between checkpoints. source, targets: used where the command names none.
     stride: of the sliding window; None: two thirds of the window. test_images: score only the
-        first so many images of each target. scored: every class that a target labels (as published
-        figures are, SYNTHIA's too, which lacks three), or only those it shares with the source.
+        first so many images of each target.
+    scored: the classes that count, and that predictions are chosen among. "target": those that a
+        target labels (16 of SYNTHIA, 11 of CamVid); "shared": only those that the source labels
+        too; "all": every class of the pairing, as the released evaluation does. A class that is
+        predicted but that a target never shows then counts as 0: figures for SYNTHIA over 16 and
+        over 19 classes cannot be compared.
     on_bad_image: "stop", or "skip" an unreadable image and say so.
     tensorboard: also write event files (needs the extra of that name).
     baselines: the report after training also scores the untrained model.
@@ -66,9 +77,10 @@ class RecipeSpec(Options):
     lr: PositiveFloat = 1e-4
     backbone_lr: NonNegativeFloat = 1.0
     weight_decay: NonNegativeFloat = 1e-5
-    no_decay: Names = ("norm", "level_embed", "level_encoding", "query_embed")
+    no_decay: Names = ("norm", "level_embed", "query_embed")
     warmup: NonNegativeInt = 1500
-    schedule: Literal["poly", "linear", "constant"] = "poly"
+    warmup_ratio: float | None = Field(default=None, ge=0, le=1)
+    schedule: Literal["poly", "linear", "cosine", "constant"] = "poly"
     power: PositiveFloat = 0.9
     min_lr: NonNegativeFloat = 1e-6
     clip_grad: PositiveFloat | None = None
@@ -83,7 +95,7 @@ class RecipeSpec(Options):
     targets: Names = ()
     stride: ImageSize | None = None
     test_images: PositiveInt | None = None
-    scored: Literal["target", "shared"] = "target"
+    scored: Literal["target", "shared", "all"] = "target"
     on_bad_image: Literal["stop", "skip"] = "stop"
     tensorboard: bool = False
     baselines: bool = False
@@ -100,11 +112,25 @@ class RecipeSpec(Options):
         return self
 
     def rate(self, step: int) -> float:
-        """The factor on `lr` at a step (from 0): linear warm-up, then decay to min_lr."""
+        """The factor on `lr` at a step (from 0): linear warm-up, then decay to min_lr.
+
+        The decay counts from step 0, so that warming up multiplies a rate that is falling already
+        (mmcv's order).
+        """
         floor = self.min_lr / self.lr
         left = 1 - step / self.steps
-        decay = {"poly": left**self.power, "linear": left, "constant": 1.0}[self.schedule]
-        factor = floor + (1 - floor) * decay if self.schedule != "constant" else 1.0
+        if self.schedule == "constant":
+            factor = 1.0
+        else:
+            decay = {
+                "poly": left**self.power,
+                "linear": left,
+                "cosine": (1 - math.cos(math.pi * left)) / 2,
+            }[self.schedule]
+            factor = floor + (1 - floor) * decay
         if step < self.warmup:
-            factor *= (step + 1) / self.warmup
+            if self.warmup_ratio is None:
+                factor *= (step + 1) / self.warmup
+            else:
+                factor *= self.warmup_ratio + (1 - self.warmup_ratio) * step / self.warmup
         return factor

@@ -10,7 +10,7 @@ costs about a millisecond whatever the image's size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, field_validator
@@ -31,7 +31,7 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class AugmentationSpec(Options):
-    """The augmentation of training images (paper, section 4.1; defaults as released).
+    """The augmentation of training images (paper, section 5.1; defaults as released).
 
     scale: range of the factor by which the image is resized before it is cropped.
     max_class_share: crops are drawn again, up to ten times, while one class covers more than
@@ -39,7 +39,9 @@ class AugmentationSpec(Options):
     flip: probability of a horizontal flip.
     photometric: whether brightness, contrast, saturation and hue are changed.
     min_pixels: where a class is wanted (rare-class sampling), crops are drawn again, up to ten
-        times, until it covers this many pixels; failing that, the crop that shows most of it.
+        times, until it covers this many pixels.
+    keep: which crop serves where none of the eleven does: "last", as released, or "best", the one
+        that shows most of the class.
     """
 
     scale: tuple[Factor, Factor] = (0.5, 2.0)
@@ -47,6 +49,7 @@ class AugmentationSpec(Options):
     flip: Probability = 0.5
     photometric: bool = True
     min_pixels: NonNegativeInt = 1500
+    keep: Literal["last", "best"] = "last"
 
     @field_validator("scale")
     @classmethod
@@ -258,11 +261,11 @@ class Augmentation:
         for _ in range(1 if wanted is None else TRIES + 1):
             view, seen = draw_crop(label, self.crop, spec.scale, spec.max_class_share, rng)
             count = 0 if wanted is None else int(np.count_nonzero(seen == wanted))
-            if count > most:
-                most, best = count, (view, seen)
+            if count > most or spec.keep == "last":
+                most, kept = count, (view, seen)
             if count >= spec.min_pixels:
                 break
-        return best
+        return kept
 
     def _check(self, image: np.ndarray, label: np.ndarray, name: str) -> None:
         height, width = image.shape[:2]

@@ -17,7 +17,8 @@ from mfuser.model.dgss import DGSSModel
 from mfuser.released import Translation, recognize, translate
 from mfuser.released.files import Released, read_released
 
-RECIPE = "paper"
+RECIPES = {"clip": "paper-clip"}
+"""What released files of a kind were trained with; all others with "paper"."""
 
 
 def convert(
@@ -51,12 +52,14 @@ def convert(
         # The class names need no tokenizer any more.
         prompt = spec.prompt.model_copy(update={"ids": tuple(map(tuple, ids.tolist()))})
         spec = spec.model_copy(update={"prompt": prompt})
-    step = released.step or registry.recipe(RECIPE).steps
+    name = RECIPES.get(form.name, "paper")
+    recipe = registry.recipe(name)
+    step = released.step or recipe.steps
     run = RunSpec(
         pairing_name=pairing,
-        recipe_name=RECIPE,
+        recipe_name=name,
         pairing=spec,
-        recipe=registry.recipe(RECIPE),
+        recipe=recipe,
         source=domains(registry, source)[0] if source else Domain(name="not stated", spec=None),
         source_classes=spec.classes,
         plugins=registry.plugins,

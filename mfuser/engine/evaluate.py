@@ -109,7 +109,9 @@ def evaluate(
             if pictures is not None and row == "trained" and accelerator.is_main_process:
                 save_panels(pictures / picture(name), model.classes, {name: measured.pictures})
                 overview[name] = measured.pictures[:1]
-            results[row][name] = _result(model.classes, measured, name in seen, run)
+            result = _result(model.classes, measured, name in seen, run)
+            result.unlabeled = _unlabeled(model.classes, dataset, scored[name])
+            results[row][name] = result
     if pictures is not None and accelerator.is_main_process:
         save_panels(pictures / "overview.png", model.classes, overview)
     accelerator.end_training()
@@ -221,13 +223,21 @@ def _same_size(
 def _scored_classes(
     model: DGSSModel, run: RunSpec, recipe: RecipeSpec, name: str, dataset: Dataset
 ) -> tuple[int, ...]:
-    """The classes that are scored: all that this target labels, or those the source labels too."""
+    """Ids of the classes that are scored (`RecipeSpec.scored`)."""
     shared = ClassMap(dataset, model.classes).shared
+    if recipe.scored == "all":
+        return tuple(range(len(model.classes)))
     if recipe.scored == "shared":
         shared = tuple(k for k in shared if model.classes[k] in run.source_classes)
     if not shared:
         raise MFuserError(f"target '{name}' shares no class with the source '{run.source.name}'")
     return shared
+
+
+def _unlabeled(classes: tuple[str, ...], dataset: Dataset, scored: tuple[int, ...]) -> list[str]:
+    """Scored classes that no label of the target can show."""
+    labeled = ClassMap(dataset, classes).shared
+    return [classes[k] for k in scored if k not in labeled]
 
 
 def _same_images(one: Domain, other: Domain) -> bool:

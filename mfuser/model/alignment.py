@@ -1,4 +1,4 @@
-"""Pixel-text alignment: the similarity map and its loss (paper, section 4.3, eq. 12)."""
+"""Pixel-text alignment: the similarity map and its loss (paper, section 4.2, eq. 12)."""
 
 from __future__ import annotations
 

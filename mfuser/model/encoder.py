@@ -6,7 +6,7 @@
                               v offset                          ^
     image -> VLM tokens -> block 1 -> ... -> block N -> norm --+
 
-Method: Zhang & Tan, "Mamba as a Bridge", CVPR 2025, section 3.
+Method: Zhang & Tan, "Mamba as a Bridge", CVPR 2025, section 4.1.
 """
 
 from __future__ import annotations

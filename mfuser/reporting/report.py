@@ -17,9 +17,17 @@ from mfuser.files import write_json, write_text
 from mfuser.model.dgss import DGSSModel
 from mfuser.version import __version__
 
+SCORED = {
+    "target": "those that each target labels",
+    "shared": "those that source and target both label",
+    "all": "all of the pairing's",
+}
+"""The classes that count, by `RecipeSpec.scored`, as a report's protocol says it."""
+
 
 class DomainResult(BaseModel):
-    """Scores of one domain, in [0, 1]. seen: it is the source. scored: classes that count.
+    """Scores of one domain, in [0, 1]. seen: it is the source. scored: classes that count;
+    unlabeled: those of them that the domain never shows, 0 where they are predicted.
     most_frequent: mIoU of predicting the source's most frequent class everywhere."""
 
     model_config = ConfigDict(extra="forbid")
@@ -29,6 +37,7 @@ class DomainResult(BaseModel):
     iou: dict[str, float]
     images: int
     scored: list[str]
+    unlabeled: list[str] = []
     seen: bool
     most_frequent: float | None = None
     skipped: list[str] = []
@@ -74,6 +83,7 @@ class Report(BaseModel):
             "seed": run.seed,
             "window": list(model.spec.image_size),
             "stride": list(stride),
+            "classes": SCORED[recipe.scored],
             "images per domain": counts.pop() if len(counts) == 1 else "see domains",
             "limited to the first images": limit,
             "checkpoint": "the last one" if step == recipe.steps else f"step {step}, unfinished",
@@ -183,9 +193,17 @@ class Report(BaseModel):
             f"seed {p['seed']}",
             f"window {p['window'][0]}x{p['window'][1]}, stride {p['stride'][0]}x{p['stride'][1]}",
             f"images per domain: {images}",
+            f"classes scored: {p['classes']} ({self._class_counts()})",
             f"checkpoint: {p['checkpoint']}",
         ]
         return "Protocol: " + "; ".join(parts) + "."
+
+    def _class_counts(self) -> str:
+        """ "19 of 19", or domain by domain where they differ."""
+        counts = {n: f"{len(d.scored)} of {len(self.classes)}" for n, d in self.domains.items()}
+        if len(set(counts.values())) == 1:
+            return next(iter(counts.values()))
+        return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
 def _notes(model: DGSSModel, domains: dict[str, DomainResult]) -> list[str]:
@@ -200,13 +218,23 @@ def _notes(model: DGSSModel, domains: dict[str, DomainResult]) -> list[str]:
             f"The {' and '.join(scratch)} started from random weights and trained with the rest: "
             "nothing here is pretrained, so these figures say nothing about foundation models."
         )
-    scored = {tuple(d.scored) for d in domains.values()}
-    if any(len(s) < len(model.classes) for s in scored):
-        fewest = min(scored, key=len)
-        notes.append(
-            f"Scored over the classes that source and target share ({len(fewest)} of "
-            f"{len(model.classes)}): {', '.join(fewest)}."
-        )
+    left_out: dict[tuple[str, ...], list[str]] = {}
+    unlabeled: dict[tuple[str, ...], list[str]] = {}
+    for name, domain in domains.items():
+        missing = tuple(c for c in model.classes if c not in domain.scored)
+        left_out.setdefault(missing, []).append(name)
+        unlabeled.setdefault(tuple(domain.unlabeled), []).append(name)
+    notes += [
+        f"{', '.join(names)}: neither scored nor predicted: {', '.join(missing)}."
+        for missing, names in left_out.items()
+        if missing
+    ]
+    notes += [
+        f"{', '.join(names)}: scored but never labeled: {', '.join(classes)}. Each counts as 0 if "
+        "it is predicted anywhere, else not at all."
+        for classes, names in unlabeled.items()
+        if classes
+    ]
     skipped = [name for d in domains.values() for name in d.skipped]
     if skipped:
         notes.append(f"Unreadable and left out: {', '.join(skipped)}.")

@@ -178,7 +178,8 @@ class Results(BaseModel):
         return (
             f"Protocol: source {p['source']}; {p['steps']} steps of {p['batch']}; window "
             f"{p['window'][0]}x{p['window'][1]}, stride {p['stride'][0]}x{p['stride'][1]}; images "
-            f"per domain: {p['images per domain']}; checkpoint: {p['checkpoint']}."
+            f"per domain: {p['images per domain']}; classes scored: "
+            f"{p.get('classes', 'not stated')}; checkpoint: {p['checkpoint']}."
         )
 
 

@@ -44,6 +44,25 @@ def test_files_are_short(root: Path) -> None:
     assert not long
 
 
+def test_sections_of_the_paper_are_cited_right(root: Path) -> None:
+    """4.1 is MVFuser, 4.2 MTEnhancer and the losses, 5.1 settings, 5.2 and 5.3 results."""
+    subject = {"4.1": ("mvfuser", "encoder"), "4.2": ("enhancer", "alignment", "reading"),
+               "5.1": ("",), "5.2": ("",), "5.3": ("",)}  # fmt: skip
+    cited = re.compile(
+        r"(?:paper[ ,(]+|CVPR 2025, )section (\d(?:\.\d)?)|^# Section (\d\.\d) and the rel", re.M
+    )
+    files = [*sources(root, *SOURCES), *(root / "docs").glob("*.md"), *root.glob("*.toml"),
+             *(root / "mfuser").rglob("*.toml")]  # fmt: skip
+    found = [
+        (path, match[1] or match[2])
+        for path in files
+        for match in cited.finditer(path.read_text("utf-8"))
+    ]
+    assert len(found) > 8
+    for path, section in found:
+        assert any(part in str(path).lower() for part in subject.get(section, ())), (path, section)
+
+
 def test_no_file_names_one_machine(root: Path) -> None:
     files = [
         *sources(root, *SOURCES, "tests", "benchmarks"),

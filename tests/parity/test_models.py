@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from golden import below, golden
 from torch import Tensor
 
-from mfuser import DGSSModel, PairingSpec
+from mfuser import DGSSModel, PairingSpec, load_registry
 from mfuser.engine.checkpoints import load_released
+from mfuser.engine.train import parameter_groups
 from mfuser.model.alignment import score_map
 from mfuser.model.sliding_window import sliding_window
 from mfuser.released import recognize, translate
@@ -49,6 +50,33 @@ def error(got: Tensor, want: Tensor) -> float:
     """Largest difference relative to the largest value."""
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).abs().max() / want.abs().max())
+
+
+DECAY = {
+    "eva": ("paper", ("level_embed", "query_embed", "norm")),
+    "clip": ("paper-clip", ("norm",)),
+    "siglip": ("paper", ("level_embed", "query_embed", "norm")),
+}
+"""The shipped recipe, and the released configuration's keys with decay_mult 0 (mmcv's custom_keys,
+looked for in the released names)."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_parameters_are_exempt_from_decay(reference: ModuleType, kind: str) -> None:
+    recipe_name, keys = DECAY[kind]
+    model, state = build(reference, kind), reference.state(kind)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    sources = translate(state, shapes, recognize(state)).sources
+    exempt = {
+        parameter: group["weight_decay"] == 0.0
+        for group in parameter_groups(model, load_registry().recipe(recipe_name))
+        for parameter in group["params"]  # type: ignore[attr-defined]
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            released = {any(key in source for key in keys) for source in sources[name]}
+            assert released == {exempt[parameter]}, (name, sources[name])
+    assert not exempt[model.decoder.pixel_decoder.level_encoding.weight]  # type: ignore[union-attr,index]
 
 
 @pytest.mark.parametrize("beyond", [0, 5], ids=["patches fit", "pixels left over"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mfuser import Decoder, DecoderOutput, DecoderSpec, MFuserError
 from mfuser_plugins.decoders._mask_losses import MaskLosses
-from mfuser_plugins.decoders._pixel_decoder import LEVELS, PixelDecoder
+from mfuser_plugins.decoders._pixel_decoder import LEVELS, Init, PixelDecoder
 from mfuser_plugins.decoders._transformer import Attention, FeedForward, sine_positions
 
 
@@ -81,6 +81,7 @@ class MaskDecoder(Decoder):
             spec.pixel_layers,
             spec.pixel_ffn,
             spec.norm_groups,
+            spec.init,
         )
         self.transformer_decoder = QueryDecoder(spec.layers, width, spec.heads, spec.ffn)
         if text_dim is not None:
@@ -170,6 +171,7 @@ class MaskDecoderSpec(DecoderSpec):
     layers: PositiveInt = 9
     ffn: PositiveInt = 2048
     norm_groups: PositiveInt = 32
+    init: Init = "pytorch"
     num_points: PositiveInt = 12_544
     oversample: float = Field(default=3.0, ge=1)
     importance: float = Field(default=0.75, ge=0, le=1)

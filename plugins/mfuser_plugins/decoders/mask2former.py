@@ -57,7 +57,7 @@ def match(
     masks (B, Q, h, w) and classes (B, Q, K + 1) logits; present (B, K) and truth (n, 1, H, W)
     from `class_masks` -> for each of the n masks its image and query, (n) each; labels (B, Q),
     K being "no object". The cost is the loss of each pair, on points drawn once for an image, with
-    the class loss replaced by minus the probability (section 3.2 of the paper).
+    the class loss replaced by minus the probability (arXiv 2112.01527, section 3.3).
     """
     image, class_id = present.nonzero(as_tuple=True)
     queries = torch.zeros_like(image)
@@ -115,6 +115,8 @@ class Mask2FormerSpec(MaskDecoderSpec, name="mask2former"):
         attention.
     pixel_layers, pixel_ffn: of the pixel decoder; layers, ffn: of the query decoder.
     norm_groups: of the group norms; they divide the width.
+    init: how the pixel decoder's convolutions start: as PyTorch makes them, or "released", as in
+        text_mask2former.
     num_points, oversample, importance: masks are compared at this many points each; of
         oversample times as many, the most uncertain are kept as this share of them.
     cls_weight, mask_weight, dice_weight: of the three losses, and in the matching; no_object: of

@@ -1,4 +1,4 @@
-"""A Mask2Former whose queries are the class texts (paper, section 4.3; tqdm, ECCV 2024)."""
+"""A Mask2Former whose queries are the class texts (tqdm, ECCV 2024; paper, section 5.1)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from mfuser import DecoderOutput, DecoderSpec, MFuserError, hookimpl
 from mfuser_plugins.decoders._mask_decoder import MaskDecoder, MaskDecoderSpec, deep_names
 from mfuser_plugins.decoders._mask_losses import class_masks
+from mfuser_plugins.decoders._pixel_decoder import Init
 
 
 class TextMask2Former(MaskDecoder):
@@ -52,6 +53,8 @@ class TextMask2FormerSpec(MaskDecoderSpec, name="text_mask2former"):
         attention.
     pixel_layers, pixel_ffn: of the pixel decoder; layers, ffn: of the query decoder.
     norm_groups: of the group norms; they divide the width.
+    init: how the pixel decoder's convolutions start. "released": Kaiming-normal weights (fan out)
+        and zero biases, as mmcv's ConvModule draws them; "pytorch": PyTorch's own.
     num_points, oversample, importance: masks are compared at this many points each; of
         oversample times as many, the most uncertain are kept as this share of them.
     cls_weight, mask_weight, dice_weight: of the three losses; no_object: of a query whose class
@@ -59,6 +62,8 @@ class TextMask2FormerSpec(MaskDecoderSpec, name="text_mask2former"):
     """
 
     needs_text: ClassVar[bool] = True
+
+    init: Init = "released"
 
     def build(
         self, channels: tuple[int, ...], num_classes: int, text_dim: int | None

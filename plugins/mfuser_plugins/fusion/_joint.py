@@ -22,13 +22,19 @@ def width_of(vfm: TokenShape | None, vlm: TokenShape | None, shared_width: int |
     return width
 
 
-def maps(tokens: int | None, width: int, always: bool = False) -> tuple[nn.Module, nn.Module]:
-    """Linear maps from an encoder's width to the adapter's and back, or nothing."""
+def maps(
+    tokens: int | None, width: int, always: bool = False, near_zero: bool = True
+) -> tuple[nn.Module, nn.Module]:
+    """Linear maps from an encoder's width to the adapter's and back, or nothing.
+
+    near_zero: the map back starts without bias; else the offsets would start at that bias (up to
+        0.03 at width 1024, as in the released CLIP models), not near zero.
+    """
     if tokens is None or (tokens == width and not always):
         return nn.Identity(), nn.Identity()
     back = nn.Linear(width, tokens)
-    # Else the offsets would start at this bias (up to 0.03 at width 1024), not near zero.
-    nn.init.zeros_(back.bias)
+    if near_zero:
+        nn.init.zeros_(back.bias)
     return nn.Linear(tokens, width), back
 
 
@@ -45,12 +51,13 @@ class JointAdapter(FusionAdapter):
         vlm: TokenShape | None,
         width: int,
         map_vfm: bool = False,
+        near_zero: bool = True,
     ) -> None:
         super().__init__()
         self.width = width
         self.grids = (vfm.grid if vfm else None, vlm.grid if vlm else None)
-        self.vfm_in, self.vfm_out = maps(vfm.embed_dim if vfm else None, width, map_vfm)
-        self.vlm_in, self.vlm_out = maps(vlm.embed_dim if vlm else None, width)
+        self.vfm_in, self.vfm_out = maps(vfm.embed_dim if vfm else None, width, map_vfm, near_zero)
+        self.vlm_in, self.vlm_out = maps(vlm.embed_dim if vlm else None, width, near_zero=near_zero)
 
     @abstractmethod
     def mix(self, streams: list[Tensor], grids: list[Grid]) -> list[Tensor]:

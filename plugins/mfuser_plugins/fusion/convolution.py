@@ -18,7 +18,7 @@ from mfuser_plugins.fusion._joint import (
 
 
 class Convolution(JointAdapter):
-    """Half the width, a 3x3 depth-wise convolution, SiLU, back (paper, section 4.3).
+    """Half the width, a 3x3 depth-wise convolution, SiLU, back (paper, section 5.3).
 
     Both encoders pass through the same weights, each on its own grid, so that what one learns
     shapes the other, but no token sees the other encoder. Prefix tokens, which have no place on

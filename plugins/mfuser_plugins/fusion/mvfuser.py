@@ -17,6 +17,7 @@ from mfuser_plugins.fusion._joint import Grid, JointAdapter, width_of
 
 Bidirectional = bool | Literal["sum", "concat"]
 Order = Literal["vfm_first", "vlm_first", "interleaved"]
+Init = Literal["near_zero", "released"]
 # Tokens that inference on a CPU works on at a time: what is computed of them stays in the caches.
 # In whole chunks of the scan, so that its result is the same to the last bit.
 BLOCK, CHUNK = 3072, 64
@@ -195,6 +196,7 @@ class MVFuserAdapter(JointAdapter):
         project: bool | None = None,
         bidirectional: Bidirectional = False,
         order: Order = "vfm_first",
+        init: Init = "near_zero",
     ) -> None:
         width = width_of(vfm, vlm, shared_width)
         vfm_width = vfm.embed_dim if vfm else None
@@ -205,7 +207,7 @@ class MVFuserAdapter(JointAdapter):
                 f"{vlm_width}, scan {width}); leave project out, and maps are added where needed"
             )
         # The released CLIP models map the VFM's tokens even at equal widths, the VLM's never.
-        super().__init__(vfm, vlm, width, map_vfm=bool(project))
+        super().__init__(vfm, vlm, width, map_vfm=bool(project), near_zero=init == "near_zero")
         self.order: Order = order
         self.mvfuser = MVFuser(width, state_size, dropout, bidirectional)
 
@@ -244,6 +246,8 @@ class MVFuserSpec(FusionSpec, name="mvfuser"):
     order: how the two sequences are laid out: one after the other, or "interleaved" token by
         token (by relative place where their lengths differ). The scan reads one way: what comes
         later sees what came before. Released: "vfm_first".
+    init: of the linear maps back from that width, where there are any. "near_zero": without bias,
+        so that training starts from the encoders' own tokens; "released": as PyTorch makes them.
     """
 
     single_tower: ClassVar[bool] = True
@@ -255,6 +259,7 @@ class MVFuserSpec(FusionSpec, name="mvfuser"):
     project: bool | None = None
     bidirectional: Bidirectional = False
     order: Order = "vfm_first"
+    init: Init = "near_zero"
 
     def build(self, vfm: TokenShape | None, vlm: TokenShape | None) -> MVFuserAdapter:
         return MVFuserAdapter(
@@ -266,6 +271,7 @@ class MVFuserSpec(FusionSpec, name="mvfuser"):
             self.project,
             self.bidirectional,
             self.order,
+            self.init,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -347,7 +348,15 @@ def test_recipes_hold_together() -> None:
     assert [linear.rate(s) for s in (0, 5, 9)] == pytest.approx([1.0, 0.5, 0.1])
     poly = reg.recipe("r", ["lr=1e-2", "min_lr=1e-3", "warmup=0"])
     assert poly.rate(5) == pytest.approx(0.1 + 0.9 * 0.5**0.9)
+    cosine = reg.recipe("r", ["schedule=cosine", "lr=1e-2", "min_lr=1e-3", "warmup=0"])
+    assert [cosine.rate(s) for s in (0, 5)] == pytest.approx([1.0, 0.1 + 0.9 * 0.5])
+    assert cosine.rate(1) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 10)) / 2)
+    # mmcv's warm-up starts at the ratio itself, a step behind one that starts at 1 / warmup.
+    late = reg.recipe("r", ["schedule=constant", "warmup=4", "warmup_ratio=0.2"])
+    assert [late.rate(s) for s in (0, 1, 4)] == pytest.approx([0.2, 0.2 + 0.8 / 4, 1.0])
     for wrong, message in (
+        ("warmup_ratio=1.5", "warmup_ratio = 1.5"),
+        ("schedule=step", "schedule = 'step'"),
         ("warmup=10", "warmup of 10 steps does not end within steps = 10"),
         ("steps=0", "--set: steps = 0"),
         ("batch_size=0", "--set: batch_size = 0"),
@@ -359,6 +368,24 @@ def test_recipes_hold_together() -> None:
     ):
         with pytest.raises(MFuserError, match=message):
             reg.recipe("r", [wrong])
+
+
+def test_the_recipes_of_the_paper_are_the_released_ones() -> None:
+    """Learning rates of mmcv's poly schedule with its warm-up; decay as the configurations say."""
+    reg = load_registry()
+    paper, clip = reg.recipe("paper"), reg.recipe("paper-clip")
+
+    def released(step: int) -> float:
+        rate = (1e-4 - 1e-6) * (1 - step / 20000) ** 0.9 + 1e-6
+        return rate * (1 - (1 - min(step / 1500, 1)) * (1 - 1e-6))
+
+    for step in (0, 1, 749, 1499, 1500, 10000, 19999):
+        assert paper.lr * paper.rate(step) == pytest.approx(released(step), rel=1e-9)
+    assert (paper.weight_decay, paper.no_decay) == (1e-5, ("norm", "level_embed", "query_embed"))
+    assert (clip.weight_decay, clip.no_decay) == (1e-4, ("norm",))
+    assert paper.scored == "all" and paper.augmentation.keep == "last"
+    same = {"weight_decay": paper.weight_decay, "no_decay": paper.no_decay}
+    assert clip.model_copy(update=same) == paper
 
 
 def test_build_model_takes_overrides_with_a_name_only(tiny: Registry) -> None:

@@ -23,15 +23,24 @@ def written() -> dict[str, Any]:
     return table
 
 
+def known(table: Any, written: Any) -> Any:
+    """The table without keys that an earlier version did not write."""
+    if isinstance(table, dict) and isinstance(written, dict):
+        return {k: known(v, written[k]) for k, v in table.items() if k in written}
+    return table
+
+
 def test_what_an_earlier_version_wrote_is_read_and_written_again(
     tiny: Registry, written: dict[str, Any]
 ) -> None:
     run = RunSpec.read(tiny, written, "run.json")
     assert isinstance(run.pairing, PairingSpec) and isinstance(run.recipe, RecipeSpec)
     assert isinstance(run.source.spec, DatasetSpec)
-    assert run.pairing == tiny.pairing("tiny") and run.recipe == tiny.recipe("tiny")
+    no_decay = ",".join(written["recipe"]["no_decay"])
+    assert run.pairing == tiny.pairing("tiny")
+    assert run.recipe == tiny.recipe("tiny", [f"no_decay={no_decay}"])
     again = run.model_dump(mode="json")
-    assert again == written and list(again) == list(written)
+    assert known(again, written) == written and list(again) == list(written)
     assert list(again["pairing"]["fusion"]) == list(written["pairing"]["fusion"])
 
 

@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mfuser import IGNORE, DataError
+from mfuser.data import transforms
 from mfuser.data.transforms import (
     MEAN_COLOR,
     Augmentation,
     AugmentationSpec,
+    View,
     class_share,
+    draw_crop,
     draw_view,
     photometric_distortion,
     view_image,
@@ -151,10 +154,36 @@ def test_a_wanted_class_is_looked_for() -> None:
     expected = 1 - (1 - blind) ** 11
     assert blind < 0.25
     assert abs(share(11) - expected) < 0.1  # three standard deviations of 200 draws
-    # Never enough of it: the crop that shows most is taken, not the last.
-    rare = Augmentation(PLAIN.model_copy(update={"min_pixels": 10**6}), (50, 50))
-    counts = [(rare(image, label, rng(seed), 11)[1] == 11).sum() for seed in range(50)]
-    assert np.mean(np.array(counts) > 0) > 0.8
+
+
+def test_the_crop_that_is_kept_where_none_shows_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The released loop keeps the last of eleven; "best" keeps the one that shows most."""
+    label = np.zeros((100, 400), np.int64)
+    label[40:60, 100:140] = 11
+    image = np.zeros((100, 400, 3), np.uint8)
+    drawn: list[np.ndarray] = []
+
+    def recorded(*arguments: object) -> tuple[View, np.ndarray]:
+        view, seen = draw_crop(*arguments)  # type: ignore[arg-type]
+        drawn.append(seen)
+        return view, seen
+
+    monkeypatch.setattr(transforms, "draw_crop", recorded)
+    hopeless = PLAIN.model_copy(update={"min_pixels": 10**6})
+    assert hopeless.keep == "last"
+    differ = 0
+    for seed in range(20):
+        shown = {}
+        for keep in ("last", "best"):
+            drawn.clear()
+            augment = Augmentation(hopeless.model_copy(update={"keep": keep}), (50, 50))
+            shown[keep] = augment(image, label, rng(seed), 11)[1]
+            assert len(drawn) == 11
+        counts = [int((seen == 11).sum()) for seen in drawn]
+        assert (shown["last"] == drawn[-1]).all()
+        assert (shown["best"] == drawn[int(np.argmax(counts))]).all()
+        differ += bool((shown["last"] != shown["best"]).any())
+    assert differ > 10
 
 
 def test_photometric_distortion() -> None:

@@ -193,7 +193,29 @@ def test_fewer_classes_are_scored_over_what_there_is(tiny: Registry, tmp_path: P
     assert report.classes == ["sky", "road", "unicorn"]
     for domain in report.domains.values():
         assert domain.scored == ["sky", "road"] and set(domain.iou) <= {"sky", "road"}
-    assert any("2 of 3" in note for note in report.notes)
+    assert any("neither scored nor predicted: unicorn." in note for note in report.notes)
+    assert "classes scored: those that each target labels (2 of 3);" in report.markdown()
+
+
+def test_all_classes_are_scored_as_released(tiny: Registry, tmp_path: Path) -> None:
+    """A class that a target never shows counts as 0 where it is predicted, else not at all."""
+    from mfuser.config.run import RunSpec
+    from mfuser.engine.train import train
+
+    pairing = tiny.pairing("plain", ['classes=["sky", "unicorn", "road", "dragon"]'])
+    recipe = tiny.recipe("tiny", ["steps=1", "warmup=0", "scored=all"])
+    run = RunSpec.of(tiny, "plain", "tiny", pairing=pairing, recipe=recipe)
+    train(tiny, run, tmp_path / "r")
+    report = evaluate(tiny, tmp_path / "r", targets=named(tiny, "toy-night"), limit=2)
+    (domain,) = report.domains.values()
+    assert domain.scored == ["sky", "unicorn", "road", "dragon"]
+    assert domain.unlabeled == ["unicorn", "dragon"]
+    imagined = {"unicorn", "dragon"} & set(domain.iou)
+    assert imagined, "the untrained model predicts one of the classes that are not there"
+    assert all(domain.iou[name] == 0 for name in imagined)
+    assert domain.miou == pytest.approx(np.mean(list(domain.iou.values())))
+    assert "classes scored: all of the pairing's (4 of 4);" in report.markdown()
+    assert "toy-night: scored but never labeled: unicorn, dragon." in report.markdown()
 
 
 def test_what_cannot_be_evaluated(

@@ -36,6 +36,7 @@ def results(*rows: Row) -> Results:
         "batch": 1,
         "window": [64, 96],
         "stride": [43, 64],
+        "classes": "those that each target labels",
         "images per domain": 2,
         "checkpoint": "the last one",
     }

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mfuser import MFuserError, TokenShape
+from mfuser import MFuserError, TokenShape, load_registry
 from mfuser_kernels.testing import relative_rms
 from mfuser_plugins.fusion import mvfuser
 from mfuser_plugins.fusion.mvfuser import (
@@ -270,3 +270,16 @@ def test_inference_in_blocks_is_the_forward_of_training(
     assert whole.requires_grad
     with torch.no_grad():
         assert relative_rms(module(tokens), whole) < 1e-6
+
+
+def test_the_released_maps_back_start_with_a_bias() -> None:
+    """CLIP's `adapter_proj2`: uniform up to the root of one over the width, bias included."""
+    shape = TokenShape(64, (2, 2), 1)
+    ours = MVFuserSpec(state_size=2, project=True).build(shape, shape)
+    released = MVFuserSpec(state_size=2, project=True, init="released").build(shape, shape)
+    assert not ours.vfm_out.bias.any()
+    for part in (released.vfm_in, released.vfm_out):
+        assert part.weight.abs().max() <= 1 / 8 and 1 / 9 < part.bias.abs().max() <= 1 / 8
+    assert load_registry().pairing("dinov2-l_clip-l").fusion == MVFuserSpec(
+        project=True, init="released"
+    )
