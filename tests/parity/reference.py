@@ -290,7 +290,10 @@ def decoder(channels: int, joint: int) -> torch.nn.Module:
     from mfuser_plugins.decoders.text_mask2former import TextMask2FormerSpec
 
     torch.manual_seed(0)
-    spec = TextMask2FormerSpec(width=DECODER, pixel_layers=2, pixel_ffn=48, layers=3, ffn=64)
+    # PyTorch's start, whose convolutions have biases that parity can see.
+    spec = TextMask2FormerSpec(
+        width=DECODER, pixel_layers=2, pixel_ffn=48, layers=3, ffn=64, init="pytorch"
+    )
     return spec.build((channels,) * 4, CLASSES, joint).eval()
 
 

@@ -41,7 +41,8 @@ def test_what_an_earlier_version_wrote_is_read_and_written_again(
     assert run.recipe == tiny.recipe("tiny", [f"no_decay={no_decay}"])
     again = run.model_dump(mode="json")
     assert known(again, written) == written and list(again) == list(written)
-    assert list(again["pairing"]["fusion"]) == list(written["pairing"]["fusion"])
+    fusion = list(written["pairing"]["fusion"])
+    assert list(again["pairing"]["fusion"])[: len(fusion)] == fusion
 
 
 def test_a_source_that_nobody_stated_is_an_empty_table(tiny: Registry) -> None:
