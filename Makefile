@@ -1,18 +1,22 @@
-# From a bare clone with only Python 3.10-3.13: `make demo`, `make test`.
+# From a bare clone with only Python 3.10 to 3.14: `make demo`, `make test`.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 
-.PHONY: demo test check lint types imports reference format clean
+.PHONY: demo test check lint types imports docs coverage reference format wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mfuser train demo --out $(OUT) $(if $(wildcard $(OUT)/run.json),--resume)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=
 
-check: lint types imports
+# What the last `make test` did not reach, least covered first.
+coverage: $(VENV)/.installed-dev
+	$(BIN)/coverage report --skip-covered --sort=cover
+
+check: lint types imports docs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -24,12 +28,21 @@ types: $(VENV)/.installed-dev
 imports: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
+# The docs site, in build/site; strict, and nothing is fetched.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 reference: $(VENV)/.installed-dev
 	$(BIN)/python -m mfuser.cli.reference > docs/reference.md
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Source distribution and wheel, in dist; the wheel is then installed and run from an empty folder.
+wheel: $(VENV)/.installed-dev
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python -m pytest tests/mfuser/test_wheel.py
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -46,4 +59,4 @@ $(VENV)/.installed-dev: $(VENV)/.made pyproject.toml
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -17,7 +17,7 @@ from mfuser.cli import reference
 from mfuser.config.registry import Registry, load_registry
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 TUTORIAL = ROOT / "examples" / "mfuser-bottleneck" / "mfuser_bottleneck.py"
 RUN_WHOLLY = {"README.md", "guide.md", "plugins.md", "scan.md"}
 """Documents without a block that needs a run or a file of the reader's."""
@@ -117,7 +117,7 @@ def test_shell_blocks_parse(path: Path) -> None:
     """Every command of ours has these options and arguments; every other is a known tool."""
     registry = load_registry(plugins=[str(TUTORIAL)])
     for line in commands(path):
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line.replace(".venv/bin/", ""), comments=True)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words.pop(0)
         if "-m" in words and "mfuser" in words:  # torchrun -m mfuser train …

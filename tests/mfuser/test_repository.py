@@ -95,3 +95,15 @@ def test_plugins_import_nothing_heavy(root: Path) -> None:
 def test_every_package_is_typed(root: Path) -> None:
     for package in ("mfuser", "plugins/mfuser_plugins", "kernels/mfuser_kernels"):
         assert (root / package / "py.typed").is_file(), package
+
+
+def test_the_citation_is_of_this_version(root: Path) -> None:
+    from mfuser import __version__
+
+    stated = re.search(r"^version: (.+)$", (root / "CITATION.cff").read_text("utf-8"), re.M)
+    assert stated is not None and stated[1] == __version__
+
+
+def test_released_outputs_stay_small(root: Path) -> None:
+    """What every clone carries for the parity tests."""
+    assert sum(p.stat().st_size for p in (root / "tests/golden").iterdir()) < 8.2e6
