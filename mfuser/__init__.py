@@ -42,6 +42,8 @@ _HOME = {
     "load_registry": "config.registry",
     "build_model": "model.assembly",
     "DGSSModel": "model.dgss",
+    "train": "engine.run",
+    "evaluate": "engine.run",
 }
 
 __all__ = sorted(["__version__", *_HOME])
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from mfuser.config.pairing import PairingSpec as PairingSpec
     from mfuser.config.registry import Registry as Registry
     from mfuser.config.registry import load_registry as load_registry
+    from mfuser.engine.run import evaluate as evaluate
+    from mfuser.engine.run import train as train
     from mfuser.errors import DataError as DataError
     from mfuser.errors import MFuserError as MFuserError
     from mfuser.errors import WeightsError as WeightsError

@@ -40,6 +40,10 @@ class CheckpointError(MFuserError):
     """A run folder or checkpoint that cannot be used."""
 
 
+class ElsewhereError(MFuserError):
+    """What another process of this command failed with; that one says it."""
+
+
 class MissingExtraError(MFuserError):
     """An optional dependency that is not installed."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mfuser.errors import MFuserError, suggest
+from mfuser.errors import ElsewhereError, MFuserError, suggest
 from mfuser.version import __version__
 
 INTERRUPTED = 130
@@ -69,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     except click.ClickException as error:
         where = f" (see: {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""  # type: ignore[attr-defined]
         _fail(error.format_message().rstrip(".") + where, arguments)
+    except ElsewhereError as error:  # that process says why
+        sys.exit(error.exit_code)
     except MFuserError as error:
         _fail(str(error), arguments, error.exit_code)
     except BrokenPipeError:

@@ -88,8 +88,10 @@ def ablate(
     if not dry_run:
         check_device(device)
     from mfuser.config.study import AdapterStudySpec, StudySpec
+    from mfuser.engine.processes import check_alone
     from mfuser.study.runs import Inputs
 
+    check_alone("ablate")
     folder = out or Path("studies") / study
     inputs = Inputs(registries, plugins, data_roots, device)
     plan: _Plan

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -23,6 +26,9 @@ from mfuser.cli.options import (
     source_option,
     targets_option,
 )
+
+if TYPE_CHECKING:
+    from mfuser.reporting.report import Report
 
 stride_option = click.option(
     "--stride",
@@ -68,56 +74,36 @@ def train(
 ) -> None:
     """Train PAIRING on a source, then evaluate it on the targets: report and pictures in --out.
 
-    Ctrl-C saves and says how to resume. On several GPUs: torchrun -m mfuser train …
+    Ctrl-C saves and says how to resume. On several GPUs: torchrun --nproc_per_node N -m mfuser
+    train …
     """
     registry = open_registry(registries, plugins, data_roots)
     changes = [*recipe_settings]
     changes += [f"steps={steps}"] if steps is not None else []
     changes += [f"seed={seed}"] if seed is not None else []
-    recipe_name = recipe or (pairing if pairing in registry.names("recipe") else "paper")
-    pairing_spec = registry.pairing(pairing, settings)
-    recipe_spec = registry.recipe(recipe_name, changes)
-    check_device(device)
-    from mfuser.config.run import RunSpec
     from mfuser.engine.console import Console
+    from mfuser.engine.run import resolve
+    from mfuser.engine.run import train as train_run
     from mfuser.engine.train import Interrupted
-    from mfuser.engine.train import train as train_run
 
-    run = RunSpec.of(
-        registry,
-        pairing,
-        recipe_name,
-        pairing=pairing_spec,
-        recipe=recipe_spec,
-        source=source,
-        targets=_split(targets),
-    )
+    run = resolve(registry, pairing, recipe, source, _split(targets), settings, changes)
+    check_device(device)
     folder = out or Path("runs") / pairing
-    console = Console()
     try:
-        train_run(registry, run, folder, resume=resume, device=device, console=console)
+        done = train_run(
+            run, folder, registry=registry, resume=resume, evaluate=not no_evaluate, device=device
+        )
     except Interrupted as stop:
         arguments = sys.argv[1:] if resume else [*sys.argv[1:], "--resume"]
-        console.say(
+        Console(quiet=not first()).say(
             f"interrupted after step {stop.step}; all is saved in {folder}. To go on:\n"
-            f"  mfuser {shlex.join(arguments)}"
+            f"  {_program()} {shlex.join(arguments)}"
         )
         raise click.exceptions.Exit(INTERRUPTED) from stop
-    if no_evaluate or not run.targets:
+    if done.report is not None:
+        _show(done.report, folder, as_json, done.pictures)
+    elif first():
         emit({"run": str(folder)}) if as_json else click.echo(f"trained: {folder}")
-        return
-    from mfuser.engine.evaluate import evaluate as evaluate_run
-
-    pictures = folder / "pictures"
-    report = evaluate_run(
-        registry,
-        folder,
-        device=device,
-        baselines=recipe_spec.baselines,
-        pictures=pictures,
-        console=console,
-    )
-    _show(report, folder, as_json, pictures)
 
 
 @cli.command()
@@ -146,29 +132,26 @@ def evaluate(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Score RUN (a folder or a checkpoint) on several domains at once: IoU, mIoU, average."""
+    """Score RUN (a folder or a checkpoint) on several domains at once: IoU, mIoU, average.
+
+    Several GPUs share the images: torchrun --nproc_per_node N -m mfuser evaluate …
+    """
     registry = open_registry(registries, plugins, data_roots)
     check_device(device)
-    from mfuser.config.run import domains
-    from mfuser.engine.console import Console
-    from mfuser.engine.evaluate import evaluate as evaluate_run
+    from mfuser.engine.run import evaluate as evaluate_run
 
-    chosen = [d for reference in _split(targets) for d in domains(registry, reference)]
-    folder = out or (run if run.is_dir() else run.parent)
-    pictures = folder / "pictures"
-    report = evaluate_run(
-        registry,
+    done = evaluate_run(
         run,
-        targets=chosen or None,
+        registry=registry,
+        targets=_split(targets),
         settings=settings,
+        out=out,
         device=device,
         stride=(stride, stride) if stride else None,
         limit=limit,
         baselines=baselines,
-        pictures=pictures,
-        console=Console(),
     )
-    _show(report, folder, as_json, pictures)
+    _show(done.report, done.folder, as_json, done.pictures)
 
 
 @cli.command()
@@ -209,9 +192,11 @@ def predict(
     from mfuser.engine.console import Console
     from mfuser.engine.predict import find_images
     from mfuser.engine.predict import predict as predict_images
+    from mfuser.engine.processes import check_alone
 
     if scale != scale:  # click's range lets NaN through
         raise click.UsageError("--scale takes a factor, not nan")
+    check_alone("predict")
     written = predict_images(
         registry,
         run,
@@ -230,6 +215,17 @@ def predict(
         click.echo(f"{len(written)} masks and overlays in {out}")
 
 
+def first() -> bool:
+    """Whether this is the process that speaks: the only one, or the first of several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _program() -> str:
+    """How this command was started, but for its arguments."""
+    world = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return "mfuser" if world == "1" else f"torchrun --nproc_per_node {world} -m mfuser"
+
+
 def _split(names: str | None) -> tuple[str, ...]:
     if names is None:
         return ()
@@ -239,13 +235,9 @@ def _split(names: str | None) -> tuple[str, ...]:
     return found
 
 
-def _show(report, folder: Path, as_json: bool, pictures: Path) -> None:  # type: ignore[no-untyped-def]
-    from mfuser.engine.evaluate import picture
-
-    # Only those of this report: the folder may hold others from before.
-    names = [picture(name) for name in ("overview", *report.domains)]
-    drawn = [f"pictures/{name}" for name in names if (pictures / name).is_file()]
-    report.save(folder, drawn)
+def _show(report: Report, folder: Path, as_json: bool, pictures: Sequence[str]) -> None:
+    if not first():
+        return
     if as_json:
         emit(report.as_json())
         return
@@ -257,4 +249,5 @@ def _show(report, folder: Path, as_json: bool, pictures: Path) -> None:  # type:
     out.print(report.table())
     for line in report.summary():
         out.print(line, highlight=False, soft_wrap=True)
-    click.echo(f"report: {folder / 'report.md'}" + (f", pictures: {pictures}" if drawn else ""))
+    drawn = f", pictures: {folder / 'pictures'}" if pictures else ""
+    click.echo(f"report: {folder / 'report.md'}{drawn}")

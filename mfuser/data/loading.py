@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -169,10 +170,21 @@ class TrainingStream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises DataError for the first image that cannot be used, when its turn comes."""
-        for batch in self.loader:
+        for batch in self._started():
             if isinstance(batch, MFuserError):
                 raise batch
             yield batch
+
+    def _started(self) -> Iterator[Batch | MFuserError]:
+        # OpenCV's threads do not outlive the fork of a worker, which would wait for them for ever.
+        threads = cv2.getNumThreads()
+        if self.loader.num_workers:
+            cv2.setNumThreads(1)
+        try:
+            return iter(self.loader)
+        finally:
+            if self.loader.num_workers:
+                cv2.setNumThreads(threads)
 
 
 @dataclass

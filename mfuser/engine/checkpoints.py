@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from mfuser.config.pairing import PairingSpec
 from mfuser.config.registry import Registry, load_registry
 from mfuser.config.run import needed_plugins
 from mfuser.errors import CheckpointError, MFuserError
+from mfuser.files import lives
 from mfuser.model.assembly import build_model, unfilled
 from mfuser.model.dgss import DGSSModel
 from mfuser.released import recognize, translate
@@ -128,21 +128,8 @@ def _clear_leftovers(path: Path) -> None:
     with contextlib.suppress(OSError):  # a folder that cannot be read is the writer's to report
         for file in path.parent.iterdir():
             match = named.fullmatch(file.name)
-            if match and file.is_file() and not file.is_symlink() and not _lives(int(match[1])):
+            if match and file.is_file() and not file.is_symlink() and not lives(int(match[1])):
                 file.unlink(missing_ok=True)
-
-
-def _lives(process: int) -> bool:
-    """Whether there is such a process on this machine; yes where that cannot be told."""
-    if sys.platform == "win32":  # where signal 0 is Ctrl-C
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # another user's; no number of a process
-        return True
-    return True
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from mfuser.config.recipe import RecipeSpec
@@ -21,8 +19,9 @@ from mfuser.config.run import Domain, RunSpec
 from mfuser.data.images import UnreadableImage
 from mfuser.data.loading import ClassMap
 from mfuser.engine.checkpoints import load_model
-from mfuser.engine.console import Console
+from mfuser.engine.console import Console, Task
 from mfuser.engine.metrics import Confusion, scores
+from mfuser.engine.processes import Processes, processes
 from mfuser.errors import DataError, MFuserError, placed
 from mfuser.files import check_writable
 from mfuser.interfaces import IGNORE, Dataset, Sample
@@ -40,13 +39,22 @@ PICTURES = 3
 
 @dataclass
 class Measured:
-    """confusion: (K, K). pictures: rows of image, truth and prediction overlays."""
+    """Of one domain. confusion: (K, K) counts. pictures: rows of image, truth and prediction."""
 
     confusion: Confusion
     scored: tuple[int, ...]
     images: int
-    skipped: list[str] = field(default_factory=list)
-    pictures: list[list[np.ndarray]] = field(default_factory=list)
+    skipped: list[str]
+    pictures: list[list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How every domain is measured. limit: only the first so many images."""
+
+    stride: tuple[int, int] | None
+    limit: int | None
+    skip_unreadable: bool
 
 
 def evaluate(
@@ -61,68 +69,97 @@ def evaluate(
     baselines: bool = False,
     pictures: Path | None = None,
     console: Console | None = None,
+    joined: Processes | None = None,
 ) -> Report:
     """Score a run (or a checkpoint file) on its targets, or on others.
 
     baselines: also score the untrained model. limit: only the first so many images of a domain.
-    pictures: a folder for panels beside the truth, one per domain.
+    pictures: a folder for panels beside the truth, one per domain. joined: the processes of the
+    surrounding command. The report is returned, not saved.
     """
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(cpu=device == "cpu")
     console = console or Console()
-    console.quiet = console.quiet or not accelerator.is_main_process
-    model, checkpoint = load_model(path, registry, list(settings))
-    run = RunSpec.read(registry, checkpoint.meta["run"], f"{path}: its record of the run")
+    with processes(device=device, joined=joined) as group:
+        model, checkpoint = group.together(lambda: load_model(path, registry, list(settings)))
+        run = RunSpec.read(registry, checkpoint.meta["run"], f"{path}: its record of the run")
+        return assess(
+            registry,
+            model,
+            run,
+            checkpoint.step,
+            group,
+            targets=targets,
+            stride=stride,
+            limit=limit,
+            baselines=baselines,
+            pictures=pictures,
+            console=console,
+        )
+
+
+def assess(
+    registry: Registry,
+    model: DGSSModel,
+    run: RunSpec,
+    step: int,
+    group: Processes,
+    *,
+    targets: Sequence[Domain] | None = None,
+    stride: tuple[int, int] | None = None,
+    limit: int | None = None,
+    baselines: bool = False,
+    pictures: Path | None = None,
+    console: Console,
+) -> Report:
+    """`evaluate` for a model at hand, as it is after `step` steps of `run`; the same report in
+    every process."""
+    console.quiet = console.quiet or not group.main
     recipe = run.recipe
+    protocol = Protocol(
+        stride or recipe.stride, limit or recipe.test_images, recipe.on_bad_image == "skip"
+    )
     chosen = list(targets if targets is not None else run.targets)
     if not chosen:
         raise MFuserError("there is no target to evaluate on: give --targets, e.g. cityscapes")
-    stride = stride or recipe.stride
-    limit = limit or recipe.test_images
-    if pictures is not None and accelerator.is_main_process:
-        check_writable(pictures)
-    datasets = {domain.name: domain.build(registry, "val") for domain in chosen}
+    if pictures is not None:
+        group.from_main(lambda: check_writable(pictures))
+    datasets = group.together(lambda: {d.name: d.build(registry, "val") for d in chosen})
     scored = {n: _scored_classes(model, run, recipe, n, d) for n, d in datasets.items()}
     rows = {"trained": model}
     if baselines:
-        rows["untrained"] = build_model(model.spec, seed=run.seed)
+        rows["untrained"] = group.together(lambda: build_model(model.spec, seed=run.seed))
     seen = {d.name for d in chosen if _same_images(d, run.source)}
     results: dict[str, dict[str, DomainResult]] = {}
-    overview: dict[str, list[list[np.ndarray]]] = {}
+    panels: dict[str, list[list[np.ndarray]]] = {}
     for row, candidate in rows.items():
-        candidate.to(accelerator.device)
+        candidate.to(group.accelerator.device)
         results[row] = {}
         for name, dataset in datasets.items():
-            label = name if row == "trained" else f"{name} (untrained)"
+            trained = row == "trained"
             measured = measure(
                 candidate,
                 dataset,
                 scored[name],
-                accelerator=accelerator,
-                stride=stride,
-                limit=limit,
-                pictures=PICTURES if row == "trained" and pictures is not None else 0,
-                skip_unreadable=recipe.on_bad_image == "skip",
-                label=label,
+                protocol,
+                group,
+                pictures=PICTURES if trained and pictures is not None else 0,
+                label=name if trained else f"{name} (untrained)",
                 console=console,
             )
-            if pictures is not None and row == "trained" and accelerator.is_main_process:
-                save_panels(pictures / picture(name), model.classes, {name: measured.pictures})
-                overview[name] = measured.pictures[:1]
+            if trained:
+                panels[name] = measured.pictures
             result = _result(model.classes, measured, name in seen, run)
             result.unlabeled = _unlabeled(model.classes, dataset, scored[name])
             results[row][name] = result
-    if pictures is not None and accelerator.is_main_process:
-        save_panels(pictures / "overview.png", model.classes, overview)
-    accelerator.end_training()
+    if pictures is not None:
+        group.from_main(lambda: _save_pictures(pictures, model.classes, panels))
     return Report.of(
         model,
         run,
-        checkpoint.step,
+        step,
         results["trained"],
         untrained={n: r.miou for n, r in results.get("untrained", {}).items()},
-        stride=stride or default_stride(model.spec.image_size),
-        limit=limit,
+        stride=protocol.stride or default_stride(model.spec.image_size),
+        limit=protocol.limit,
     )
 
 
@@ -130,49 +167,84 @@ def measure(
     model: DGSSModel,
     dataset: Dataset,
     scored: tuple[int, ...],
+    protocol: Protocol,
+    group: Processes,
     *,
-    accelerator: Accelerator,
-    stride: tuple[int, int] | None,
-    limit: int | None,
     pictures: int,
-    skip_unreadable: bool,
     label: str,
     console: Console,
 ) -> Measured:
-    """The confusion matrix of one domain; every process takes its share of the images."""
-    class_map = ClassMap(dataset, model.classes)
-    count = min(len(dataset), limit or len(dataset))
-    result = Measured(Confusion(len(model.classes)), scored, count)
+    """One domain; every process takes its share of the images, and all have the whole result."""
+    count = min(len(dataset), protocol.limit or len(dataset))
     drawn = set(np.linspace(0, count - 1, min(pictures, count), dtype=int).tolist())
-    table = draw.palette(model.classes)
-    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    mine = range(group.rank, count, group.count)
     with console.task(label, len(mine)) as task:
-        for batch in _same_size(dataset, mine, skip_unreadable, result.skipped):
-            for _, s in batch:
-                if s.image.shape[:2] != s.label.shape:
-                    raise DataError(
-                        f"{s.name}: the label is {s.label.shape[1]}x{s.label.shape[0]}, the image "
-                        f"{s.image.shape[1]}x{s.image.shape[0]} (width x height): not equal"
-                    )
-            images = [test_scale(s.image, dataset.test_size) for _, s in batch]
-            stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(accelerator.device)
-            try:
-                class_scores = model.segment(stack, stride=stride)
-            except MFuserError as error:
-                raise placed(error, f"{label}, {batch[0][1].name}") from error
-            for (index, sample), one in zip(batch, class_scores, strict=True):
-                truth = class_map(sample.label, sample.name)
-                truth[~np.isin(truth, scored)] = IGNORE
-                prediction = predict_ids(one, sample.label.shape, scored)
-                result.confusion.add(truth, prediction)
-                if index in drawn:
-                    result.pictures.append(_panel(sample.image, truth, prediction, table))
-            task.advance(len(batch))
-    total = torch.from_numpy(result.confusion.counts).to(accelerator.device)
-    result.confusion.counts = accelerator.reduce(total, "sum").cpu().numpy()
-    if not result.confusion.counts.any():
+        share = _Share(model, dataset, scored, drawn, label)
+        group.together(lambda: share.work(mine, protocol, group.accelerator.device, task))
+    total = torch.from_numpy(share.confusion.counts).to(group.accelerator.device)
+    share.confusion.counts = group.accelerator.reduce(total, "sum").cpu().numpy()
+    if not share.confusion.counts.any():
         raise DataError(f"{label}: no pixel of its {count} images carries a scored class")
-    return result
+    # In the order of the images, whoever had them.
+    skipped = dict(sorted(group.gathered(share.skipped)))
+    drawings = sorted(group.gathered(share.pictures), key=lambda drawing: drawing[0])
+    return Measured(
+        share.confusion, scored, count, list(skipped.values()), [rows for _, rows in drawings]
+    )
+
+
+class _Share:
+    """One process's part of a domain; what it finds of single images goes with their index."""
+
+    def __init__(
+        self,
+        model: DGSSModel,
+        dataset: Dataset,
+        scored: tuple[int, ...],
+        drawn: set[int],
+        label: str,
+    ) -> None:
+        self.model, self.dataset, self.scored = model, dataset, scored
+        self.drawn, self.label = drawn, label
+        self.class_map = ClassMap(dataset, model.classes)
+        self.confusion = Confusion(len(model.classes))
+        self.skipped: list[tuple[int, str]] = []
+        self.pictures: list[tuple[int, list[np.ndarray]]] = []
+
+    def work(
+        self, mine: Sequence[int], protocol: Protocol, device: torch.device, task: Task
+    ) -> None:
+        table = draw.palette(self.model.classes)
+        for batch in _same_size(self.dataset, mine, protocol.skip_unreadable, self.skipped):
+            for (index, sample), one in zip(
+                batch, self._scores(batch, protocol.stride, device), strict=True
+            ):
+                truth = self.class_map(sample.label, sample.name)
+                truth[~np.isin(truth, self.scored)] = IGNORE
+                prediction = predict_ids(one, sample.label.shape, self.scored)
+                self.confusion.add(truth, prediction)
+                if index in self.drawn:
+                    self.pictures.append((index, _panel(sample.image, truth, prediction, table)))
+            task.advance(len(batch))
+
+    def _scores(
+        self,
+        batch: list[tuple[int, Sample]],
+        stride: tuple[int, int] | None,
+        device: torch.device,
+    ) -> Tensor:
+        for _, s in batch:
+            if s.image.shape[:2] != s.label.shape:
+                raise DataError(
+                    f"{s.name}: the label is {s.label.shape[1]}x{s.label.shape[0]}, the image "
+                    f"{s.image.shape[1]}x{s.image.shape[0]} (width x height): not equal"
+                )
+        images = [test_scale(s.image, self.dataset.test_size) for _, s in batch]
+        stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
+        try:
+            return self.model.segment(stack, stride=stride)
+        except MFuserError as error:
+            raise placed(error, f"{self.label}, {batch[0][1].name}") from error
 
 
 def predict_ids(
@@ -200,7 +272,7 @@ def test_scale(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
 
 
 def _same_size(
-    dataset: Dataset, indices: Sequence[int], skip: bool, skipped: list[str]
+    dataset: Dataset, indices: Sequence[int], skip: bool, skipped: list[tuple[int, str]]
 ) -> Iterator[list[tuple[int, Sample]]]:
     """Consecutive samples of one size, up to TOGETHER at a time."""
     batch: list[tuple[int, Sample]] = []
@@ -210,7 +282,7 @@ def _same_size(
         except UnreadableImage:
             if not skip:
                 raise
-            skipped.append(dataset.name(index))
+            skipped.append((index, dataset.name(index)))
             continue
         if batch and (len(batch) == TOGETHER or batch[0][1].image.shape != sample.image.shape):
             yield batch
@@ -286,6 +358,15 @@ COLUMNS = ("image", "truth", "prediction over image", "prediction")
 def picture(domain: str) -> str:
     """The file of a domain's panels."""
     return re.sub(r"[^\w.+-]", "-", domain) + ".png"
+
+
+def _save_pictures(
+    folder: Path, classes: tuple[str, ...], drawn: dict[str, list[list[np.ndarray]]]
+) -> None:
+    """A sheet of each domain, and an overview with one row of each."""
+    for name, rows in drawn.items():
+        save_panels(folder / picture(name), classes, {name: rows})
+    save_panels(folder / "overview.png", classes, {n: rows[:1] for n, rows in drawn.items()})
 
 
 def save_panels(

@@ -17,10 +17,12 @@ from mfuser.config.pairing import PairingSpec
 from mfuser.config.recipe import RecipeSpec
 from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
+from mfuser.engine.lock import locked
 from mfuser.errors import CheckpointError
 from mfuser.files import check_writable, write_json
 
 RUN = "run.json"
+LOCK = ".lock"
 FREE = ("on_bad_image", "workers", "save_every")
 """Keys of a recipe that may change when a run goes on: its weights do not depend on them."""
 
@@ -53,28 +55,44 @@ def check_folder(registry: Registry, folder: Path, run: RunSpec, resume: bool) -
         return begun
     if resume:
         raise CheckpointError(f"{folder} holds no run to resume (there is no {RUN})")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(LOCK)):
         raise CheckpointError(f"{folder} is not empty and holds no run; choose another --out")
     return run
 
 
-def open_folder(registry: Registry, folder: Path, run: RunSpec, resume: bool) -> RunSpec:
-    """Make or reopen a run's folder; returns the run as it was begun.
+def lock_folder(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """One training at a time. Raises InUse naming the process that is there."""
+    return locked(folder / LOCK, f"the run folder {folder}")
+
+
+def check_unlocked(folder: Path) -> None:
+    """Raises InUse early, before anything that takes time; nothing is kept locked."""
+    if (folder / LOCK).is_file():
+        with lock_folder(folder):
+            pass
+
+
+def open_folder(
+    registry: Registry, folder: Path, run: RunSpec, resume: bool, held: contextlib.ExitStack
+) -> RunSpec:
+    """Make or reopen a run's folder; returns the run as it was begun. held: keeps it locked.
 
     Raises CheckpointError as `check_folder` does, or if the folder cannot be written.
     """
-    run = check_folder(registry, folder, run, resume)
-    if not (folder / RUN).is_file():
+    if not folder.is_dir():
         check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(lock_folder(folder))
+    run = check_folder(registry, folder, run, resume)  # again: nobody else changes it any more
+    if not (folder / RUN).is_file():
         write_json(folder / RUN, run.model_dump(mode="json"))
     return run
 
 
 def clear_folder(folder: Path) -> None:
     """Undo `open_folder` for a run that failed before there was anything to keep."""
-    for name in (RUN, "log.jsonl"):
-        (folder / name).unlink(missing_ok=True)
+    for file in (folder / RUN, folder / "log.jsonl", *folder.glob(f"{LOCK}*")):
+        file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty: the rest is somebody else's
         folder.rmdir()
 

@@ -9,43 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from mfuser.config.recipe import RecipeSpec
 from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
-from mfuser.data.images import UnreadableImage
 from mfuser.data.loading import Batch, ClassMap, TrainingStream, training_stream
-from mfuser.data.sampling import (
-    ClassStatistics,
-    RareClassSampler,
-    ShuffledSampler,
-    class_statistics,
-)
 from mfuser.data.transforms import Augmentation
 from mfuser.engine import checkpoints
 from mfuser.engine.checkpoints import Checkpoint
 from mfuser.engine.console import Console
-from mfuser.engine.folder import check_folder, clear_folder, open_folder
+from mfuser.engine.folder import RUN, check_folder, check_unlocked, clear_folder, open_folder
 from mfuser.engine.log import EVERY, Log, summary_writer
-from mfuser.errors import CheckpointError, DataError, MFuserError, placed
+from mfuser.engine.optimizer import parameter_groups
+from mfuser.engine.processes import Processes, processes
+from mfuser.engine.signals import interruptible
+from mfuser.engine.source import check_crop, count_classes, sampler
+from mfuser.errors import CheckpointError, MFuserError, placed
 from mfuser.interfaces import Dataset
 from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
 
-COUNTED = 200
-"""Source labels read for the most frequent class where nothing needs them all."""
+STOP = "stop"
+"""Beside the losses that the processes share after a step: whether one of them is to stop."""
 
 
 class Interrupted(Exception):
@@ -60,6 +53,14 @@ class Diverged(MFuserError):
     """The loss is no longer a number."""
 
 
+@dataclass(frozen=True)
+class Finished:
+    """model: trained and saved, in eval mode. run: as it was begun, with what the source shows."""
+
+    model: DGSSModel
+    run: RunSpec
+
+
 def train(
     registry: Registry,
     run: RunSpec,
@@ -68,76 +69,88 @@ def train(
     resume: bool = False,
     device: str | None = None,
     console: Console | None = None,
-) -> DGSSModel:
-    """Train what `run` describes into `folder`; returns the model, finished and saved.
+    joined: Processes | None = None,
+) -> Finished:
+    """Train what `run` describes into `folder`; nothing is evaluated.
 
-    Raises Interrupted after Ctrl-C (all is saved), Diverged, DataError, CheckpointError, …
+    joined: the processes of the surrounding command. Raises Interrupted after Ctrl-C (all is
+    saved), Diverged, DataError, CheckpointError, …
     """
-    recipe, spec = run.recipe, run.pairing
-    accelerator = _accelerator(recipe, device)
+    recipe = run.recipe
     console = console or Console()
-    console.quiet = console.quiet or not accelerator.is_main_process
-    run = run.model_copy(update={"world": accelerator.num_processes})
-    opened = False
-    try:
-        # Everything that can be wrong with what was given is found before the folder is made.
-        check_folder(registry, folder, run, resume)
-        source = run.source.build(registry, "train")
-        for target in run.targets:
-            target.build(registry, "val")
+    with processes(recipe.precision, device, joined) as group, contextlib.ExitStack() as held:
+        console.quiet = console.quiet or not group.main
+        run = run.model_copy(update={"world": group.count})
+        opened = False
         try:
-            model = build_model(spec, seed=run.seed)
-        except MFuserError as error:
-            raise placed(error, f"[pairing.{run.pairing_name}]") from error
-        class_map = ClassMap(source, spec.classes)
-        _check_crop(source, spec.image_size)
-        if recipe.tensorboard:
-            summary_writer()
-        statistics = class_map.statistics(_statistics(source, recipe, console, accelerator))
-        if accelerator.is_main_process:
-            run = open_folder(registry, folder, run, resume)
-            opened = True
-        accelerator.wait_for_everyone()
-        run = run.model_copy(
-            update={
-                "most_frequent": spec.classes[int(statistics.pixels.sum(0).argmax())],
-                "source_classes": tuple(spec.classes[k] for k in class_map.shared),
-            }
-        )
-        trainer = Trainer(accelerator, model, recipe, run, folder, console)
-        start = trainer.resume() if resume else 0
-        stream = training_stream(
-            source,
-            class_map,
-            _sampler(source, recipe, statistics),
-            Augmentation(recipe.augmentation, spec.image_size),
-            seed=run.seed,
-            steps=recipe.steps * recipe.accumulate,
-            start=start * recipe.accumulate,
-            batch_size=recipe.batch_size,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            workers=recipe.workers,
-            skip_unreadable=recipe.on_bad_image == "skip",
-        )
-        trainer.fit(stream, start)
-        return model.eval()
-    except Exception:
-        if opened and not resume and not (folder / checkpoints.LAST).is_file():
-            clear_folder(folder)
-        raise
-    finally:
-        accelerator.end_training()
+            # Everything that can be wrong with what was given is found before the folder is made.
+            parts = group.together(lambda: _parts(registry, run, folder, resume, group.main))
+            counted = group.from_main(lambda: count_classes(parts.source, recipe, console))
+            # As JSON, since a class of a plugin's file does not travel between processes.
+            table = group.from_main(
+                lambda: open_folder(registry, folder, run, resume, held).model_dump(mode="json")
+            )
+            opened = group.main
+            run = RunSpec.read(registry, table, str(folder / RUN))
+            statistics = parts.class_map.statistics(counted)
+            run = run.model_copy(
+                update={
+                    "most_frequent": parts.classes[int(statistics.pixels.sum(0).argmax())],
+                    "source_classes": tuple(parts.classes[k] for k in parts.class_map.shared),
+                }
+            )
+            trainer = Trainer(group, parts.model, recipe, run, folder, console)
+            start = group.together(trainer.resume) if resume else 0
+            stream = training_stream(
+                parts.source,
+                parts.class_map,
+                sampler(parts.source, recipe, statistics),
+                Augmentation(recipe.augmentation, parts.model.spec.image_size),
+                seed=run.seed,
+                steps=recipe.steps * recipe.accumulate,
+                start=start * recipe.accumulate,
+                batch_size=recipe.batch_size,
+                rank=group.rank,
+                world=group.count,
+                workers=recipe.workers,
+                skip_unreadable=recipe.on_bad_image == "skip",
+            )
+            trainer.fit(stream, start)
+            return Finished(trainer.finished(), run)
+        except Exception:
+            if opened and not resume and not (folder / checkpoints.LAST).is_file():
+                clear_folder(folder)
+            raise
 
 
-def _accelerator(recipe: RecipeSpec, device: str | None) -> Accelerator:
-    # Queries of classes that a crop lacks leave some parameters without a gradient.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    # Accelerate keeps one precision per process; a program may train several recipes.
-    AcceleratorState._reset_state()
-    return Accelerator(
-        mixed_precision=recipe.precision, cpu=device == "cpu", kwargs_handlers=handlers
-    )
+@dataclass
+class _Parts:
+    source: Dataset
+    class_map: ClassMap
+    model: DGSSModel
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.model.classes
+
+
+def _parts(registry: Registry, run: RunSpec, folder: Path, resume: bool, main: bool) -> _Parts:
+    """What a run is made of, each part checked; nothing is written."""
+    if main:
+        check_folder(registry, folder, run, resume)
+        check_unlocked(folder)
+    source = run.source.build(registry, "train")
+    for target in run.targets:
+        target.build(registry, "val")
+    try:
+        model = build_model(run.pairing, seed=run.seed)
+    except MFuserError as error:
+        raise placed(error, f"[pairing.{run.pairing_name}]") from error
+    class_map = ClassMap(source, run.pairing.classes)
+    check_crop(source, run.pairing.image_size)
+    if run.recipe.tensorboard:
+        summary_writer()
+    return _Parts(source, class_map, model)
 
 
 class Trainer:
@@ -145,20 +158,21 @@ class Trainer:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        group: Processes,
         model: DGSSModel,
         recipe: RecipeSpec,
         run: RunSpec,
         folder: Path,
         console: Console,
     ) -> None:
-        self.accelerator = accelerator
+        self.group = group
+        self.accelerator = accelerator = group.accelerator
         self.recipe = recipe
         self.run = run
         self.folder = folder
         self.console = console
         model.encoder.checkpointing = recipe.checkpointing
-        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        if group.count > 1 and accelerator.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model
         self.names: dict[Tensor, str] = {
@@ -188,19 +202,20 @@ class Trainer:
         return checkpoint.step
 
     def fit(self, stream: TrainingStream, start: int) -> None:
-        recipe, accelerator = self.recipe, self.accelerator
+        recipe, group = self.recipe, self.group
         self.wrapped.train()
         batches = iter(stream)
         with (
-            _interruptible() as interrupted,
+            interruptible() as asked,
             self.console.task("training", recipe.steps, start) as task,
-            Log(
-                self.folder, active=accelerator.is_main_process, tensorboard=recipe.tensorboard
-            ) as log,
+            Log(self.folder, active=group.main, tensorboard=recipe.tensorboard) as log,
         ):
             for step in range(start, recipe.steps):
                 begun = time.perf_counter()
-                losses = self._step(step, self._fetch(step, start, batches))
+                own = self._step(step, self._fetch(step, start, batches))
+                # Every process must leave in the same step.
+                losses = group.mean({STOP: float(asked()), **own})
+                stop = losses.pop(STOP) > 0
                 loss = sum(losses.values())
                 if not math.isfinite(loss):
                     raise Diverged(
@@ -213,26 +228,31 @@ class Trainer:
                     seconds = round(time.perf_counter() - begun, 4)
                     rate = self.optimizer.param_groups[0]["lr"]
                     log.write(step + 1, {"loss": loss, "lr": rate, "seconds": seconds, **losses})
-                # Every process must leave in the same step.
-                stop = accelerator.reduce(
-                    torch.tensor(float(interrupted[0]), device=accelerator.device), "sum"
-                )
                 done = step + 1
                 if done == recipe.steps or done % recipe.save_every == 0 or stop:
                     self._save(done)
                 if stop and done < recipe.steps:
                     raise Interrupted(done)
-            if start == recipe.steps:  # stopped between the last two files
-                self._save(start)
+            if start == recipe.steps and not (self.folder / checkpoints.FINAL).is_file():
+                self._save(start)  # it was stopped between the last two files
+
+    def finished(self) -> DGSSModel:
+        """The trained model as its file gives it back, in every process."""
+        self.group.same_buffers(self.model)
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        return self.model.eval()
 
     def _fetch(self, step: int, start: int, batches: Iterator[Batch]) -> list[Batch]:
         """What a step reads; an image that cannot be used costs none of the steps before it."""
         try:
-            return [next(batches) for _ in range(self.recipe.accumulate)]
-        except DataError as error:
-            if step > start and self.accelerator.num_processes == 1:
+            return self.group.together(
+                lambda: [next(batches) for _ in range(self.recipe.accumulate)]
+            )
+        except Exception as error:
+            if step > start:
                 self._save(step)
-                error.args = (f"{error} ({step} steps are saved; mend it and --resume)",)
+                if isinstance(error, MFuserError):
+                    error.args = (f"{error} ({step} steps are saved; mend it and --resume)",)
             raise
 
     def _kept(self) -> str:
@@ -269,8 +289,10 @@ class Trainer:
         return logged
 
     def _save(self, step: int) -> None:
-        if not self.accelerator.is_main_process:
-            return
+        """By the first process; the others wait, and fail if it cannot."""
+        self.group.from_main(lambda: self._write(step))
+
+    def _write(self, step: int) -> None:
         meta = {
             "pairing": self.run.pairing.model_dump(mode="json"),
             "run": self.run.model_dump(mode="json"),
@@ -290,110 +312,3 @@ class Trainer:
         checkpoints.write(self.folder / checkpoints.LAST, Checkpoint(state, optimizer, last))
         if step == self.recipe.steps:
             checkpoints.write(self.folder / checkpoints.FINAL, Checkpoint(state, {}, meta))
-
-
-def parameter_groups(model: DGSSModel, recipe: RecipeSpec) -> list[dict[str, object]]:
-    """AdamW's groups: with and without decay, encoders at their own rate."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            in_backbone = name.startswith(("encoder.vfm.", "encoder.vlm."))
-            decayed = not any(part in name for part in recipe.no_decay)
-            groups.setdefault((in_backbone, decayed), []).append(parameter)
-    if not groups:
-        raise MFuserError("nothing in this pairing trains")
-    return [
-        {
-            "params": parameters,
-            "weight_decay": recipe.weight_decay if decayed else 0.0,
-            "factor": recipe.backbone_lr if in_backbone else 1.0,
-        }
-        for (in_backbone, decayed), parameters in groups.items()
-    ]
-
-
-def _statistics(
-    source: Dataset, recipe: RecipeSpec, console: Console, accelerator: Accelerator
-) -> ClassStatistics:
-    """Class counts of the source: all of it for rare-class sampling, else a sample."""
-    skip = recipe.on_bad_image == "skip"
-    if recipe.rare_classes is None:
-        return class_statistics(_Thinned(source, COUNTED), skip_unreadable=skip)
-    cache = Path(os.environ.get("MFUSER_CACHE", Path.home() / ".cache" / "mfuser"))
-    with accelerator.main_process_first(), console.task("counting classes", len(source)) as task:
-        return class_statistics(
-            source,
-            cache,
-            lambda done, total: task.advance(done - task.done),
-            workers=min(8, os.cpu_count() or 1),
-            skip_unreadable=skip,
-        )
-
-
-class _Thinned(Dataset):
-    """At most `count` evenly spaced images of a dataset."""
-
-    def __init__(self, dataset: Dataset, count: int) -> None:
-        self.dataset = dataset
-        self.classes, self.class_ids = dataset.classes, dataset.class_ids
-        count = min(count, len(dataset))
-        self.indices = np.linspace(0, len(dataset) - 1, count, dtype=int).tolist()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int):  # type: ignore[no-untyped-def]
-        return self.dataset[self.indices[index]]
-
-    def name(self, index: int) -> str:
-        return self.dataset.name(self.indices[index])
-
-    def label(self, index: int) -> np.ndarray:
-        return self.dataset.label(self.indices[index])
-
-
-def _sampler(
-    source: Dataset, recipe: RecipeSpec, statistics: ClassStatistics
-) -> RareClassSampler | ShuffledSampler:
-    rare = recipe.rare_classes
-    if rare is None:
-        return ShuffledSampler(len(source))
-    return RareClassSampler(statistics, rare.temperature, rare.min_pixels)
-
-
-def _check_crop(source: Dataset, crop: tuple[int, int]) -> None:
-    """The first image tells early what every image would."""
-    try:
-        height, width = source[0].image.shape[:2]
-    except UnreadableImage:
-        return  # fatal or skipped, as the recipe says, where it is read
-    if height < crop[0] or width < crop[1]:
-        raise DataError(
-            f"{source.name(0)} is {height}x{width}, smaller than the crop of {crop[0]}x{crop[1]} "
-            "(height x width): set a smaller image_size, e.g. --set image_size="
-            f"{min(height, width)}"
-        )
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[list[bool]]:
-    """The first Ctrl-C lets the step finish and be saved; the second ends at once."""
-    asked = [False]
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if asked[0]:
-            raise KeyboardInterrupt
-        asked[0] = True
-
-    # SIGTERM is how a scheduler announces that a job's time is up.
-    signals = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(number, on_signal) for number in signals]
-    except ValueError:  # not in the main thread
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)

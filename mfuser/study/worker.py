@@ -14,39 +14,21 @@ from typing import Any
 
 from mfuser.config.registry import Registry, load_registry
 from mfuser.config.run import RunSpec
-from mfuser.engine.checkpoints import FINAL
-from mfuser.engine.console import Console
 from mfuser.engine.folder import RUN
 from mfuser.errors import MFuserError
 from mfuser.files import write_json
 from mfuser.study.adapters import work as measure_adapter
-from mfuser.study.runs import REPORT
 
 INTERRUPTED = 130
 
 
 def train(job: dict[str, Any], registry: Registry) -> None:
     """Train, or continue, then evaluate: afterwards the folder holds a model and a report."""
-    from mfuser.engine.evaluate import evaluate
-    from mfuser.engine.train import train as train_run
+    from mfuser.engine.run import train as train_run
 
-    run = RunSpec.read(registry, job["run"], "the study's run")
-    folder, device = Path(job["folder"]), job["device"]
-    console = Console()
-    if not (folder / FINAL).is_file():
-        resume = (folder / RUN).is_file()
-        train_run(registry, run, folder, resume=resume, device=device, console=console)
-    pictures = folder / "pictures"
-    report = evaluate(
-        registry,
-        folder,
-        device=device,
-        baselines=run.recipe.baselines,
-        pictures=pictures,
-        console=console,
-    )
-    report.save(folder, sorted(f"pictures/{p.name}" for p in pictures.glob("*.png")))
-    assert (folder / REPORT).is_file()
+    run, folder = RunSpec.read(registry, job["run"], "the study's run"), Path(job["folder"])
+    resume = (folder / RUN).is_file()
+    train_run(run, folder, registry=registry, resume=resume, device=job["device"])
 
 
 def main() -> int:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +22,7 @@ from mfuser import Registry, build_model
 from mfuser.data.loading import ClassMap, training_stream
 from mfuser.data.sampling import ShuffledSampler
 from mfuser.data.transforms import Augmentation, AugmentationSpec
-from mfuser.engine import checkpoints
-from mfuser.engine import train as training
+from mfuser.engine import checkpoints, processes
 from mfuser.engine.folder import RUN, read_run
 from mfuser.engine.train import Interrupted, Trainer, parameter_groups, train
 from mfuser.errors import CheckpointError, MFuserError
@@ -92,7 +93,7 @@ def test_the_loss_scale_of_float16_comes_back(
     tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scaler as float16 has it, in float32 on the CPU."""
-    accelerator = training._accelerator
+    accelerator = processes._accelerator
     scaler: dict[str, Any] = {"growth_factor": 1.7, "growth_interval": 2}
 
     def scaled(*arguments: Any) -> Any:
@@ -100,7 +101,7 @@ def test_the_loss_scale_of_float16_comes_back(
         made.scaler = torch.amp.GradScaler("cpu", **scaler)
         return made
 
-    monkeypatch.setattr(training, "_accelerator", scaled)
+    monkeypatch.setattr(processes, "_accelerator", scaled)
     run = begin("plain", "steps=5", "save_every=3")
     train(tiny, run, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -155,6 +156,9 @@ def test_killed_between_the_last_two_files(tiny: Registry, begin: Any, tmp_path:
 
 
 def test_workers_draw_the_same_crops(tiny: Registry, begin: Any, tmp_path: Path) -> None:
+    """Also after OpenCV has worked here, whose threads do not outlive the fork of a worker."""
+    cv2.setNumThreads(2)
+    cv2.GaussianBlur(np.zeros((1000, 1000, 3), np.uint8), (9, 9), 3)
     train(tiny, begin("plain"), tmp_path / "none")
     train(tiny, begin("plain", "workers=2"), tmp_path / "two")
     assert same(weights(tmp_path / "none"), weights(tmp_path / "two"))
@@ -200,9 +204,15 @@ def test_ctrl_c_in_a_terminal(write_registry: Any, tmp_path: Path) -> None:
 def test_what_a_run_leaves(tiny: Registry, begin: Any, tmp_path: Path) -> None:
     run = begin()
     folder = tmp_path / "deep" / "run"
-    model = train(tiny, run, folder)
+    model = train(tiny, run, folder).model
     assert not model.training
-    assert set(os.listdir(folder)) == {checkpoints.LAST, "log.jsonl", checkpoints.FINAL, RUN}
+    assert set(os.listdir(folder)) == {
+        ".lock",
+        checkpoints.LAST,
+        "log.jsonl",
+        checkpoints.FINAL,
+        RUN,
+    }
     assert read_run(tiny, folder).pairing == tiny.pairing("plain")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 4]

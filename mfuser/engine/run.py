@@ -1,0 +1,178 @@
+"""Train, evaluate, save: what the command line, a study and Python all call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mfuser.config.registry import Registry, load_registry
+from mfuser.config.run import Domain, RunSpec, domains
+from mfuser.engine import evaluate as evaluation
+from mfuser.engine import train as training
+from mfuser.engine.console import Console
+from mfuser.engine.processes import Processes, processes
+from mfuser.model.dgss import DGSSModel
+from mfuser.reporting.report import Report
+
+PICTURES = "pictures"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """model: on the device it was trained on, in eval mode. report: None where nothing was
+    evaluated. pictures: of the report, relative to `folder`."""
+
+    folder: Path
+    model: DGSSModel
+    report: Report | None
+    pictures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """report: saved in `folder`. pictures: of the report, relative to `folder`."""
+
+    folder: Path
+    report: Report
+    pictures: tuple[str, ...]
+
+
+def train(
+    pairing: str | RunSpec,
+    folder: str | os.PathLike[str],
+    *,
+    registry: Registry | None = None,
+    recipe: str | None = None,
+    source: str | None = None,
+    targets: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    recipe_settings: Sequence[str] = (),
+    resume: bool = False,
+    evaluate: bool = True,
+    device: str | None = None,
+    quiet: bool = False,
+) -> TrainedRun:
+    """Train a pairing on a source, then evaluate it on the targets; all is saved in `folder`.
+
+        run = mfuser.train("camvid-small", "runs/a", recipe="camvid", targets=["camvid"])
+        run.report.average  # mIoU over the unseen domains, in [0, 1]
+
+    pairing: its name in the registry (or a resolved RunSpec, which makes the next four of no
+        account). recipe: by default that of the pairing's name, else "paper". source, targets:
+        datasets such as "gta" or "acdc:fog"; by default the recipe's.
+    settings, recipe_settings: changes such as "fusion.state_size=8" and "steps=400".
+    folder: see `mfuser.engine.folder`. resume: go on in it from the last checkpoint.
+    evaluate: False stops after training. device: "cpu" or "cuda"; by default a GPU if there is one.
+    quiet: say nothing on standard error.
+
+    Called by each of several processes (torchrun), it works as one: all return the same report.
+
+    Raises MFuserError: RegistryError for names and options, DataError for datasets and images,
+    WeightsError for encoders' weights, CheckpointError for the folder (InUse where another process
+    trains in it), Diverged where the loss is no longer a number. Raises Interrupted after Ctrl-C or
+    SIGTERM, when the step at hand is saved.
+    """
+    registry, folder, console = registry or load_registry(), Path(folder), Console(quiet)
+    if isinstance(pairing, RunSpec):
+        run = pairing
+    else:
+        run = resolve(registry, pairing, recipe, source, targets, settings, recipe_settings)
+    options = run.recipe
+    with processes(options.precision, device) as group:
+        done = training.train(registry, run, folder, resume=resume, console=console, joined=group)
+        if not evaluate or not run.targets:
+            return TrainedRun(folder, done.model, None)
+        report = evaluation.assess(
+            registry,
+            done.model,
+            done.run,
+            options.steps,
+            group,
+            baselines=options.baselines,
+            pictures=folder / PICTURES,
+            console=console,
+        )
+        return TrainedRun(folder, done.model, report, _save(report, folder, group))
+
+
+def resolve(
+    registry: Registry,
+    pairing: str,
+    recipe: str | None = None,
+    source: str | None = None,
+    targets: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    recipe_settings: Sequence[str] = (),
+) -> RunSpec:
+    """What `train` is asked for by names. Raises MFuserError for what is not known or refused."""
+    name = recipe or (pairing if pairing in registry.names("recipe") else "paper")
+    return RunSpec.of(
+        registry,
+        pairing,
+        name,
+        pairing=registry.pairing(pairing, settings),
+        recipe=registry.recipe(name, recipe_settings),
+        source=source,
+        targets=tuple(targets),
+    )
+
+
+def evaluate(
+    run: str | os.PathLike[str],
+    *,
+    registry: Registry | None = None,
+    targets: Sequence[str | Domain] = (),
+    settings: Sequence[str] = (),
+    out: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    stride: tuple[int, int] | None = None,
+    limit: int | None = None,
+    baselines: bool = False,
+    quiet: bool = False,
+) -> EvaluatedRun:
+    """Score a run on several domains: a report and pictures are saved in `out`.
+
+        mfuser.evaluate("runs/a", targets=["cityscapes", "acdc"]).report.domains["acdc:fog"].miou
+
+    run: its folder, or a checkpoint file. targets: by default the run's own. settings: changes
+    such as "vfm.weights=PATH", where the encoders' weights have moved. out: by default the run's
+    folder. device: "cpu" or "cuda"; by default a GPU if there is one. stride: (height, width) of
+    the sliding window's steps in pixels; by default the recipe's, else two thirds of the window.
+    limit: only the first so many images of each domain. baselines: also score the untrained model.
+    quiet: say nothing on standard error.
+
+    Called by each of several processes (torchrun), they share the images and all return the same
+    report. Scores are in [0, 1].
+
+    Raises MFuserError: CheckpointError for the run, RegistryError and DataError for targets,
+    WeightsError for the encoders' weights.
+    """
+    registry, path = registry or load_registry(), Path(run)
+    chosen: list[Domain] = []
+    for target in targets:
+        chosen += domains(registry, target) if isinstance(target, str) else [target]
+    folder = Path(out) if out is not None else (path if path.is_dir() else path.parent)
+    with processes(device=device) as group:
+        report = evaluation.evaluate(
+            registry,
+            path,
+            targets=chosen or None,
+            settings=settings,
+            stride=stride,
+            limit=limit,
+            baselines=baselines,
+            pictures=folder / PICTURES,
+            console=Console(quiet),
+            joined=group,
+        )
+        return EvaluatedRun(folder, report, _save(report, folder, group))
+
+
+def _save(report: Report, folder: Path, group: Processes) -> tuple[str, ...]:
+    """One report of all processes; returns its pictures, and no others that the folder holds."""
+    names = [f"{PICTURES}/{evaluation.picture(n)}" for n in ("overview", *report.domains)]
+    drawn = tuple(name for name in names if (folder / name).is_file())
+    group.from_main(lambda: report.save(folder, list(drawn)))
+    return drawn

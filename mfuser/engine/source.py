@@ -1,0 +1,84 @@
+"""The source of a run: its class counts, its sampler, the size of its images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from mfuser.config.recipe import RecipeSpec
+from mfuser.data.images import UnreadableImage
+from mfuser.data.sampling import (
+    ClassStatistics,
+    RareClassSampler,
+    ShuffledSampler,
+    class_statistics,
+)
+from mfuser.engine.console import Console
+from mfuser.errors import DataError
+from mfuser.interfaces import Dataset, Sample
+
+COUNTED = 200
+"""Source labels read for the most frequent class where nothing needs them all."""
+
+
+def count_classes(source: Dataset, recipe: RecipeSpec, console: Console) -> ClassStatistics:
+    """Class counts of the source: all of it for rare-class sampling, else a sample."""
+    skip = recipe.on_bad_image == "skip"
+    if recipe.rare_classes is None:
+        return class_statistics(_Thinned(source, COUNTED), skip_unreadable=skip)
+    cache = Path(os.environ.get("MFUSER_CACHE", Path.home() / ".cache" / "mfuser"))
+    with console.task("counting classes", len(source)) as task:
+        return class_statistics(
+            source,
+            cache,
+            lambda done, total: task.advance(done - task.done),
+            workers=min(8, os.cpu_count() or 1),
+            skip_unreadable=skip,
+        )
+
+
+class _Thinned(Dataset):
+    """At most `count` evenly spaced images of a dataset."""
+
+    def __init__(self, dataset: Dataset, count: int) -> None:
+        self.dataset = dataset
+        self.classes, self.class_ids = dataset.classes, dataset.class_ids
+        count = min(count, len(dataset))
+        self.indices = np.linspace(0, len(dataset) - 1, count, dtype=int).tolist()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[self.indices[index]]
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(self.indices[index])
+
+    def label(self, index: int) -> np.ndarray:
+        return self.dataset.label(self.indices[index])
+
+
+def sampler(
+    source: Dataset, recipe: RecipeSpec, statistics: ClassStatistics
+) -> RareClassSampler | ShuffledSampler:
+    rare = recipe.rare_classes
+    if rare is None:
+        return ShuffledSampler(len(source))
+    return RareClassSampler(statistics, rare.temperature, rare.min_pixels)
+
+
+def check_crop(source: Dataset, crop: tuple[int, int]) -> None:
+    """The first image tells early what every image would."""
+    try:
+        height, width = source[0].image.shape[:2]
+    except UnreadableImage:
+        return  # fatal or skipped, as the recipe says, where it is read
+    if height < crop[0] or width < crop[1]:
+        raise DataError(
+            f"{source.name(0)} is {height}x{width}, smaller than the crop of {crop[0]}x{crop[1]} "
+            "(height x width): set a smaller image_size, e.g. --set image_size="
+            f"{min(height, width)}"
+        )

@@ -1,0 +1,320 @@
+"""Two processes are one command: one report of both, and one reason if it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import Ended, launch
+
+from mfuser import Registry
+from mfuser.data.images import UnreadableImage
+from mfuser.engine import checkpoints, processes
+from mfuser.engine.lock import InUse, locked
+from mfuser.engine.run import evaluate, resolve, train
+from mfuser.errors import MFuserError
+
+TINY = ("--recipe", "tiny", "--device", "cpu")
+
+
+@pytest.fixture
+def two(write_registry: Any, tmp_path: Path) -> Callable[..., list[Ended]]:
+    """A command line in two processes, on the tiny registry."""
+
+    def run(*arguments: object, **more: Any) -> list[Ended]:
+        return launch([*arguments, "--registry", write_registry()], tmp_path, **more)
+
+    return run
+
+
+def spoil(change: Callable[[int, int], None]) -> Callable[[int], None]:
+    """In each process: `change(rank, index)` before the rendered source gives an image."""
+
+    def prepare(rank: int) -> None:
+        from mfuser_plugins.datasets.streets import Streets
+
+        original = Streets.__getitem__
+
+        def item(self: Streets, index: int) -> Any:
+            change(rank, index)
+            return original(self, index)
+
+        Streets.__getitem__ = item  # type: ignore[method-assign]
+
+    return prepare
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_training_with_two_is_one_run(tiny: Registry, two: Any, tmp_path: Path) -> None:
+    """Each takes a crop of the step, as one process that accumulates two: the same losses."""
+    settings = ["accumulate=2", "augmentation.photometric=false", "seed=3"]
+    run = resolve(tiny, "plain", "tiny", recipe_settings=settings)
+    one = train(run, tmp_path / "one", registry=tiny, evaluate=False, quiet=True)
+    plain = ("--set-recipe", "augmentation.photometric=false", "--seed", 3)
+    ended = two("train", "plain", *TINY, *plain, "--out", tmp_path / "two", "--json")
+    assert [e.code for e in ended] == [0, 0], ended
+    report = json.loads(ended[0].out)
+    assert ended[1].out == "" and "training" not in ended[1].err
+    folder = tmp_path / "two"
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert report["protocol"]["batch"] == 2
+    assert {d["images"] for d in report["domains"].values()} == {2}
+    assert {p.name for p in (folder / "pictures").iterdir()} == {
+        "overview.png",
+        "toy.png",
+        "toy-night.png",
+    }
+    for mine, theirs in zip(log(folder), log(tmp_path / "one"), strict=True):
+        assert mine["step"] == theirs["step"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["loss_align"] == pytest.approx(theirs["loss_align"], rel=1e-4)
+    saved = checkpoints.read(folder / checkpoints.FINAL).model
+    for name, parameter in one.model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(saved[name], parameter.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_evaluating_with_two_is_one_report(
+    tiny: Registry, trained: Path, two: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of both, pictures of both, and what was skipped by either."""
+
+    def bad(rank: int, index: int) -> None:
+        if index in (1, 4):
+            raise UnreadableImage("x")
+
+    options = ("--targets", "toy", "--limit", 6, "--device", "cpu", "--json")
+    prepare = spoil(bad)
+    original = checkpoints.load_model
+
+    def skipping(*arguments: Any) -> Any:
+        model, checkpoint = original(*arguments)
+        checkpoint.meta["run"]["recipe"]["on_bad_image"] = "skip"
+        return model, checkpoint
+
+    from mfuser.engine import evaluate as module
+
+    monkeypatch.setattr(module, "load_model", skipping)
+    ended = two("evaluate", trained, *options, "--out", tmp_path / "two", prepare=prepare)
+    assert [e.code for e in ended] == [0, 0], ended
+    report = json.loads(ended[0].out)
+    assert ended[1].out == ""
+    from mfuser_plugins.datasets.streets import Streets
+
+    monkeypatch.setattr(Streets, "__getitem__", Streets.__getitem__)  # put back afterwards
+    prepare(0)
+    one = evaluate(
+        trained, registry=tiny, targets=["toy"], limit=6, device="cpu", out=tmp_path / "one"
+    ).report.as_json()
+    assert report["domains"]["toy"]["skipped"] == one["domains"]["toy"]["skipped"]
+    assert len(one["domains"]["toy"]["skipped"]) == 2
+    assert report["domains"]["toy"]["images"] == one["domains"]["toy"]["images"] == 4
+    assert report["domains"]["toy"]["miou"] == pytest.approx(
+        one["domains"]["toy"]["miou"], abs=2e-3
+    )
+    sheets = [(tmp_path / name / "pictures" / "toy.png").stat().st_size for name in ("one", "two")]
+    assert sheets[0] == pytest.approx(sheets[1], rel=0.02)  # the same rows
+
+
+def test_a_bad_image_of_one_ends_both_with_one_sentence(
+    tiny: Registry, two: Any, tmp_path: Path
+) -> None:
+    seen: list[int] = []
+
+    def bad(rank: int, index: int) -> None:
+        seen.append(index)
+        if rank == 1 and len(seen) > 3:  # the first image is looked at before the first step
+            raise UnreadableImage("street.png cannot be read")
+
+    ended = two("train", "plain", *TINY, "--out", tmp_path / "r", prepare=spoil(bad))
+    assert [e.code for e in ended] == [2, 2], ended
+    assert "mfuser:" not in ended[0].err
+    said = [line for line in ended[1].err.splitlines() if line.startswith("mfuser:")]
+    assert len(said) == 1
+    assert said[0] == "mfuser: street.png cannot be read (2 steps are saved; mend it and --resume)"
+    assert checkpoints.read(tmp_path / "r" / checkpoints.LAST).step == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_is_killed_ends_the_other(two: Any, tmp_path: Path, rank: int) -> None:
+    def kill(mine: int) -> None:
+        original = processes.Processes.mean
+        calls: list[int] = []
+
+        def mean(self: processes.Processes, values: dict[str, float]) -> dict[str, float]:
+            calls.append(1)
+            if mine == rank and len(calls) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, values)
+
+        processes.Processes.mean = mean  # type: ignore[method-assign]
+        processes.PATIENCE = 0.5
+
+    begun = time.monotonic()
+    ended = two("train", "plain", *TINY, "--out", tmp_path / "r", prepare=kill)
+    assert time.monotonic() - begun < 45
+    assert ended[rank].code == -signal.SIGKILL
+    other = ended[1 - rank]
+    assert other.code == 2, other
+    last = other.err.strip().splitlines()[-1]
+    assert last.startswith("mfuser: another of the 2 processes ended without saying why"), other.err
+    assert last.endswith("go on with --resume")
+
+
+def test_an_error_in_the_middle_of_a_step_tells_the_other(two: Any, tmp_path: Path) -> None:
+    def fail(rank: int) -> None:
+        from mfuser.model.dgss import DGSSModel
+
+        original = DGSSModel.losses
+        calls: list[int] = []
+
+        def losses(self: DGSSModel, *arguments: Any) -> Any:
+            calls.append(1)
+            if rank == 1 and len(calls) == 3:
+                raise MFuserError("the loss has no idea")
+            return original(self, *arguments)
+
+        DGSSModel.losses = losses  # type: ignore[method-assign]
+
+    ended = two("train", "plain", *TINY, "--out", tmp_path / "r", prepare=fail)
+    assert [e.code for e in ended] == [2, 2], ended
+    assert "mfuser: the loss has no idea" in ended[1].err
+    assert "process 1 of 2 ended: the loss has no idea; go on with --resume" in ended[0].err
+
+
+def test_a_folder_that_is_taken_is_refused_once(trained: Path, two: Any) -> None:
+    ended = two("train", "plain", *TINY, "--out", trained)
+    assert [e.code for e in ended] == [2, 2]
+    assert ended[0].err.count("already holds a run") == 1 and "mfuser" not in ended[1].err
+
+
+@pytest.mark.parametrize("command", [("predict", "run", "image.png"), ("ablate", "demo_fusion")])
+def test_commands_of_one_process_say_so(
+    mfuser: Any, monkeypatch: pytest.MonkeyPatch, inside: Path, command: tuple[str, ...]
+) -> None:
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    (inside / "image.png").touch()
+    outcome = mfuser(*command)
+    assert outcome.code == 2
+    assert f"'mfuser {command[0]}' is one process, the launcher started 2" in outcome.err
+
+
+# ---- launchers
+
+
+def test_launchers_that_would_train_side_by_side(
+    mfuser: Any, monkeypatch: pytest.MonkeyPatch, write_registry: Any, inside: Path
+) -> None:
+    command = ("train", "plain", *TINY, "--registry", write_registry(), "--out", "r")
+    for variables, message in (
+        # accelerate launch with an FSDP file
+        (
+            {"ACCELERATE_USE_FSDP": "true", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+            "accelerate's configuration asks for FSDP, which splits a model",
+        ),
+        # accelerate launch --cpu --num_processes 2
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "accelerate launch was asked for several processes and started one",
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            outcome = mfuser(*command)
+        assert outcome.code == 2 and message in outcome.err
+        assert "torchrun --nproc_per_node N -m mfuser" in outcome.err
+        assert not (inside / "r").exists()
+
+
+def test_a_launcher_does_not_scale_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with processes.processes(device="cpu") as group:
+        assert group.accelerator.gradient_accumulation_steps == 1
+
+
+@pytest.mark.slow
+def test_torchrun(write_registry: Any, tmp_path: Path) -> None:
+    """The documented command itself, without --device: processes on CPUs are connected too."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["-m", "mfuser", "train", "plain", "--recipe", "tiny", "--json", "--out", "run"]
+    command += ["--registry", str(write_registry())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["protocol"]["batch"] == 2
+
+
+# ---- one at a time
+
+
+def test_two_starts_in_one_folder(two: Any, tmp_path: Path) -> None:
+    """Unconnected, at the same time: one is refused in one sentence, the other ends whole."""
+
+    def alone(rank: int) -> None:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+
+    command = ("train", "plain", *TINY, "--out", tmp_path / "r", "--json")
+    for resume in ((), ("--resume",)):
+        ended = two(*command, *resume, prepare=alone)
+        assert sorted(e.code or 0 for e in ended) == [0, 2], ended
+        good, refused = sorted(ended, key=lambda e: e.code or 0)
+        assert json.loads(good.out)["protocol"]["steps"] == 4
+        assert refused.err.startswith("mfuser: the run folder") and refused.err.count("\n") == 1
+        assert "is in use by process" in refused.err or "already holds a run" in refused.err
+        (tmp_path / "r" / checkpoints.FINAL).unlink()
+
+
+def test_a_lock_names_its_owner_and_ends_with_it(tmp_path: Path) -> None:
+    """What a killed process and its children held is free as soon as they are gone."""
+    code = (
+        "import sys, time, pathlib; from mfuser.engine.lock import locked\n"
+        "with locked(pathlib.Path(sys.argv[1]), 'it'):\n"
+        "    print('held', flush=True)\n"
+        "    import os\n"
+        "    if os.fork() == 0:\n"
+        "        time.sleep(2)\n"
+        "        os._exit(0)\n"
+        "    time.sleep(60)\n"
+    )
+    lock = tmp_path / ".lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    message = rf"^it is in use by process {holder.pid} on \S+, since 20"
+    with pytest.raises(InUse, match=message), locked(lock, "it"):
+        pass
+    holder.kill()
+    holder.wait()
+    with locked(lock, "it"):  # the child, like a data-loader worker, holds it two seconds longer
+        failed: list[Exception] = []
+
+        def other() -> None:
+            try:
+                with locked(lock, "it"):
+                    pass
+            except InUse as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert f"in use by process {os.getpid()}" in str(failed[0])
+    with locked(lock, "it"):
+        pass
