@@ -1,4 +1,4 @@
-"""Errors written for the person who can mend them.
+"""Errors written for whoever can fix them.
 
 Every error a user can cause is an `MFuserError`: one sentence that says what was given, where,
 what is allowed and the nearest fix. The command line prints it and exits with 2.
@@ -6,8 +6,12 @@ what is allowed and the nearest fix. The command line prints it and exits with 2
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class MFuserError(Exception):
@@ -21,7 +25,11 @@ class RegistryError(MFuserError):
 
 
 class PluginError(MFuserError):
-    """A plugin that cannot be loaded or offers something unusable."""
+    """A plugin that cannot be loaded or offers something unusable. plugin: its name or file."""
+
+    def __init__(self, message: str, plugin: str | None = None) -> None:
+        super().__init__(message)
+        self.plugin = plugin
 
 
 class DataError(MFuserError):
@@ -66,10 +74,12 @@ def suggest(given: str, known: Iterable[str]) -> str:
     close = get_close_matches(given, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
-    if not names:
-        return "; there are none"
-    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-    return f"; there is: {shown}"
+    return f"; available: {listed(names)}" if names else "; none are available"
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a, b, c", cut after 20."""
+    return ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
 
 
 def brief(error: Exception) -> str:
@@ -77,6 +87,84 @@ def brief(error: Exception) -> str:
     from pydantic import ValidationError
 
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        path, text = problem(error)
+        return f"{'.'.join(path)}{text}" if path else text
     return " ".join(str(error).split())
+
+
+# ---- what pydantic finds wrong with a table of options
+
+
+def explained(error: ValidationError, owner: str, keys: Iterable[str]) -> ValidationError:
+    """The same error, in which an unknown or a missing key says what its table takes.
+
+    owner: "fusion 'mvfuser'", or "" for a table that is not a component. keys: those it takes.
+    Called where both are known: in the table's own class.
+    """
+    from pydantic import ValidationError
+    from pydantic_core import InitErrorDetails, PydanticCustomError
+
+    names = sorted(keys)
+    takes = f"{owner or 'this table'} takes {listed(names) or 'no options'}"
+
+    def line(details: Any) -> InitErrorDetails:
+        loc, given = details["loc"], details["input"]
+        kind, own, ctx = details["type"], len(loc) == 1, details.get("ctx", {})
+        if kind == "extra_forbidden" and own:
+            close = get_close_matches(str(loc[0]), names, n=1, cutoff=0.6)
+            near = f"did you mean '{close[0]}'? ({takes})" if close else takes
+            kind, ctx = _UNKNOWN, {"text": f"there is no such key; {near}"}
+        elif kind == "missing" and own:
+            kind, ctx = _MISSING, {"text": "missing" + (f"; {owner} needs it" if owner else "")}
+        if kind in (_UNKNOWN, _MISSING):
+            kind = PydanticCustomError(kind, "{text}", ctx)
+        return InitErrorDetails(type=kind, ctx=ctx, loc=loc, input=given)
+
+    return ValidationError.from_exception_data(
+        error.title, [line(details) for details in error.errors(include_url=False)]
+    )
+
+
+_UNKNOWN, _MISSING = "unknown_key", "missing_key"
+
+
+def problem(error: ValidationError, table: Any = None) -> tuple[list[str], str]:
+    """The first problem of a validation error: the path of keys as written in `table`, and
+    " = VALUE: what is wrong" (or ": what is wrong"), with how many more there are."""
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for details in error.errors(include_url=False):
+        found.setdefault(_as_written(details, table), []).append(details)
+    path, same = next(iter(found.items()))
+    text = " or ".join(dict.fromkeys(_said(details, k > 0) for k, details in enumerate(same)))
+    if same[0]["type"] not in (_UNKNOWN, _MISSING, "missing", "extra_forbidden", "value_error"):
+        text = f" = {_short(same[0]['input'])}: {text}"
+    elif path:
+        text = f": {text}"
+    return list(path), text + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+
+
+def _as_written(details: Any, table: Any) -> tuple[str, ...]:
+    """Keys and indices from the top; what pydantic adds to tell a union's members apart is cut."""
+    path: list[str] = []
+    absent = details["type"] in (_MISSING, "missing")
+    for part in details["loc"]:
+        known: Any = range(len(table)) if isinstance(table, list | tuple) else ()
+        if part in (table if isinstance(table, Mapping) else known):
+            table = table[part]
+        elif not absent and table is not None:
+            break
+        path.append(str(part))
+    return tuple(path)
+
+
+def _said(details: Any, again: bool) -> str:
+    message = str(details["msg"]).removeprefix("Value error, ")
+    if details["type"] in (_UNKNOWN, _MISSING, "value_error"):
+        return message
+    message = message.removeprefix("Input should be ") if again else message
+    return message[0].lower() + message[1:]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -23,13 +23,18 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     PositiveInt,
+    ValidationError,
     ValidationInfo,
+    model_validator,
 )
 
-from mfuser.errors import PluginError
+from mfuser.errors import PluginError, explained
 from mfuser.shapes import TokenShape as TokenShape
 
 if TYPE_CHECKING:
+    from pydantic import ModelWrapValidatorHandler
+    from typing_extensions import Self
+
     from mfuser import interfaces
 
 Size = tuple[PositiveInt, PositiveInt]
@@ -53,6 +58,21 @@ class Options(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @classmethod
+    def describes(cls) -> str:
+        """Whose options these are, for messages: "fusion 'mvfuser'"; "" if no component's."""
+        return ""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explains(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Here, where the keys that may be given are known, is said which they are."""
+        try:
+            return handler(value)
+        except ValidationError as error:
+            keys = [key for key in cls.model_fields if key != "name" or not cls.describes()]
+            raise explained(error, cls.describes(), keys) from None
 
 
 class Spec(Options):
@@ -83,6 +103,10 @@ class Spec(Options):
     def component(cls) -> str:
         """The component's name, as written in a registry."""
         return str(cls.model_fields["name"].default)
+
+    @classmethod
+    def describes(cls) -> str:
+        return f"{cls.kind.replace('_', '-')} '{cls.component()}'"
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
     from mfuser.study.runs import Inputs, Job
 
 
+OPTIONS = {
+    **{key: f"--{key}" for key in ("base", "recipe", "source", "targets", "seeds")},
+    **{"settings": "--set", "recipe_settings": "--set-recipe", "axes": "--axis"},
+}
+"""Key of a study -> the option that sets it."""
+
+
 @cli.command()
 @click.argument("study")
 @out_option("Default: studies/STUDY.")
@@ -84,7 +91,7 @@ def ablate(
     """
     registry = open_registry(registries, plugins, data_roots)
     overrides = _overrides(axes, base, recipe, source, targets, seeds, settings, recipe_settings)
-    spec = registry.study(study, overrides)
+    spec = registry.study(study, overrides, by=OPTIONS)
     if not dry_run:
         check_device(device)
     from mfuser.config.study import AdapterStudySpec, StudySpec
@@ -228,7 +235,7 @@ def _overrides(
     settings: tuple[str, ...],
     recipe_settings: tuple[str, ...],
 ) -> dict[str, Any]:
-    from mfuser.config.registry import parse_settings
+    from mfuser.config.tables import parse_settings
 
     given: dict[str, Any] = {"base": base, "recipe": recipe, "source": source}
     given["targets"] = targets
@@ -249,7 +256,7 @@ def _overrides(
 
 def _list_of(text: str) -> list[Any]:
     """ "a,b" or "8,4" or a list in TOML -> its values."""
-    from mfuser.config.registry import parse_settings
+    from mfuser.config.tables import parse_settings
 
     if text.strip().startswith("["):
         value = parse_settings([f"value={text}"])["value"]

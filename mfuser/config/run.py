@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, PositiveInt, SerializeAsAny, field_seriali
 
 from mfuser.config.pairing import PairingSpec
 from mfuser.config.recipe import RecipeSpec
-from mfuser.config.registry import Registry, missing_root
+from mfuser.config.registry import Registry
 from mfuser.errors import CheckpointError, DataError, MFuserError
 from mfuser.interfaces import Dataset
 from mfuser.specs import DatasetSpec, Options, component_of
@@ -42,7 +42,7 @@ class Domain(Options):
             raise DataError(f"nobody stated which dataset '{self.name}' is")
         root = registry.root(spec.component()) or registry.root(self.name)
         if spec.needs_root and root is None:
-            raise missing_root(spec.component())
+            raise registry.unknown_root(spec.component())
         dataset = spec.build(root, spec.split or split)
         if len(dataset) == 0:
             raise DataError(f"dataset '{self.name}' ({split}) has no images")

@@ -49,7 +49,7 @@ def build_model(
             from mfuser.config.registry import load_registry
 
             registry = load_registry()
-        spec = registry.pairing(pairing, overrides)
+        spec = registry.pairing(pairing, overrides, by="build_model")
     elif overrides:
         raise MFuserError("overrides go with a pairing's name; a resolved spec is taken as it is")
     else:

@@ -1,12 +1,10 @@
-"""The frozen dictionary of the components that plugins offer, and the unions that validate them."""
+"""The frozen dictionary of the components that plugins offer, and validation by their specs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Union
-
-from pydantic import Field, TypeAdapter
+from typing import Any
 
 from mfuser.errors import PluginError, RegistryError, suggest
 from mfuser.specs import KINDS, Spec
@@ -47,7 +45,6 @@ class Components:
                     f"leave one out: {NARROW}=-{component.plugin}"
                 )
             known[component.name] = component
-        self._unions: dict[str, TypeAdapter[Any]] = {}
 
     def __iter__(self) -> Iterator[Component]:
         return (c for kind in self._by_kind for c in self.kind(kind).values())
@@ -58,45 +55,35 @@ class Components:
             raise RegistryError(f"no kind of component is called '{kind}'{suggest(kind, KINDS)}")
         return dict(sorted(self._by_kind[kind].items()))
 
-    def union(self, kind: str) -> TypeAdapter[Any]:
-        """The pydantic union of a kind's specs, told apart by `name`."""
-        if kind not in self._unions:
-            specs = tuple(c.spec for c in self._by_kind[kind].values())
-            # A union of one is its member, which takes no discriminator.
-            union: Any = (
-                specs[0]
-                if len(specs) == 1
-                else Annotated[Union[specs], Field(discriminator="name")]  # noqa: UP007
-            )
-            self._unions[kind] = TypeAdapter(union)
-        return self._unions[kind]
-
     def validate(self, kinds: Sequence[str], value: Any) -> Spec:
         """A table such as {name = "linear", …}, or just "linear", -> its validated spec.
 
         Raises ValueError or pydantic's ValidationError, for a caller that knows file and key.
         """
+        names = {name for kind in kinds for name in self._by_kind[kind]}
+        what = " or ".join(kind.replace("_", "-") for kind in kinds)
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, dict):
-            raise ValueError(f"expected a table with a 'name' or a name, not {value!r}")
-        names = {name for kind in kinds for name in self._by_kind[kind]}
-        name = value.get("name")
-        if not isinstance(name, str | None):
-            raise ValueError(f"'name' is the name of a component, not {name!r}")
-        what = " or ".join(kind.replace("_", "-") for kind in kinds)
-        if name is None:
+            raise ValueError(
+                f"expected the name of a {what} component, or a table with a 'name', not "
+                f"{value!r}{suggest('', names)}"
+            )
+        if "name" not in value:
             raise ValueError(f"the {what} component has no 'name'{suggest('', names)}")
+        name = value["name"]
+        if not isinstance(name, str):
+            raise ValueError(f"'name' is the name of a {what} component, not {name!r}")
         for kind in kinds:
             if name in self._by_kind[kind]:
-                spec = self.union(kind).validate_python(value, context={"components": self})
-                assert isinstance(spec, Spec)
-                return spec
-        raise ValueError(
-            f"no {what} component is called '{name}'{suggest(str(name), names)}"
-            + (
-                f" (plugins that failed to load: {', '.join(b.plugin for b in self.broken)})"
-                if self.broken
-                else ""
-            )
-        )
+                spec = self._by_kind[kind][name].spec
+                return spec.model_validate(value, context={"components": self})
+        raise ValueError(f"no {what} component is called '{name}'{self._instead(name, names)}")
+
+    def _instead(self, name: str, names: Iterable[str]) -> str:
+        """What a name may stand for that none of the wanted kinds has."""
+        others = [k.replace("_", "-") for k, found in self._by_kind.items() if name in found]
+        text = f"; it is a {others[0]} component{suggest('', names)}" if others else ""
+        text = text or suggest(name, names)
+        broken = ", ".join(b.plugin for b in self.broken)
+        return text + (f" (plugins that failed to load: {broken})" if broken else "")

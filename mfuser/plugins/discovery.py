@@ -179,7 +179,7 @@ def _register(
         else:
             cause = _cause(error, seconds, "importing it")
         if broken is None:
-            raise PluginError(f"plugin '{label}' cannot be used: {cause}") from error
+            raise PluginError(f"plugin '{label}' cannot be used: {cause}", label) from error
         broken.append(BrokenPlugin(label, cause))
 
 
@@ -242,7 +242,7 @@ def _offered(
     except (Exception, SystemExit, TimeLimit) as error:
         cause = _cause(error, seconds, "its hook mfuser_components")
         if broken is None:
-            raise PluginError(f"plugin '{name}' cannot be used: {cause}") from error
+            raise PluginError(f"plugin '{name}' cannot be used: {cause}", name) from error
         broken.append(BrokenPlugin(name, cause))
         return []
 

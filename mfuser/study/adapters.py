@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from mfuser.config.registry import Registry
@@ -43,7 +43,7 @@ class Measured(BaseModel):
 
 def adapters(registry: Registry, name: str, study: AdapterStudySpec) -> dict[str, FusionSpec]:
     """Label -> spec, each validated and laid out. Raises RegistryError naming what is refused."""
-    place = f"{registry.where('study', name)} [study.{name}] adapters"
+    place = f"{registry.place('study', name, 'adapters')} adapters"
     found: dict[str, FusionSpec] = {}
     shape = TokenShape(study.width, study.grid, study.prefix)
     for value in study.adapters:
@@ -51,14 +51,7 @@ def adapters(registry: Registry, name: str, study: AdapterStudySpec) -> dict[str
         table = (
             value if isinstance(value, str) else {k: v for k, v in value.items() if k != "label"}
         )
-        try:
-            spec = registry.components.validate(("fusion",), table)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(str(p) for p in first["loc"][1:] or first["loc"])
-            raise RegistryError(f"{place}, {label}: {key}: {first['msg']}") from error
-        except ValueError as error:
-            raise RegistryError(f"{place}: {error}") from error
+        spec = registry.component("fusion", table, f"{place}, {label}")
         if label in found:
             raise RegistryError(f"{place}: two are called '{label}'; give one a label")
         assert isinstance(spec, FusionSpec)
@@ -100,7 +93,7 @@ def slug(label: str) -> str:
 def work(job: dict[str, Any], registry: Registry) -> None:
     """Measure one adapter, in a process of its own."""
     study = AdapterStudySpec.model_validate(job["study"])
-    spec = registry.components.validate(("fusion",), job["adapter"])
+    spec = registry.component("fusion", job["adapter"], "the study's adapter")
     assert isinstance(spec, FusionSpec)
     device = job["device"] or adapter_cost.default_device()
     machine = adapter_cost.machine(device)

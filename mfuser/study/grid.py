@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mfuser.config.pairing import PairingSpec
-from mfuser.config.registry import Registry, Table, merge
+from mfuser.config.registry import Registry
 from mfuser.config.run import Domain, RunSpec
 from mfuser.config.study import StudySpec, is_alternative
+from mfuser.config.tables import Table, merge
 from mfuser.errors import MFuserError, RegistryError
 from mfuser.model.assembly import sketch
 from mfuser.study import paper
@@ -154,21 +155,20 @@ def _variant(
     )
     runs: dict[int, RunSpec] = {}
     try:
-        pairing = registry.pairing(base, settings)
+        pairing = registry.pairing(base, settings, by="")
         for seed in study.seeds:
             runs[seed] = RunSpec.of(
                 registry,
                 f"{name}: {label}",
                 recipe_name,
                 pairing=pairing,
-                recipe=registry.recipe(recipe_name, merge(recipe, {"seed": seed})),
+                recipe=registry.recipe(recipe_name, merge(recipe, {"seed": seed}), by=""),
                 source=study.source,
                 targets=study.targets,
             )
         trained = _trained(pairing)
     except MFuserError as error:
-        reason = str(error).removeprefix("--set: ")
-        raise RegistryError(f"{_place(registry, name)}, {shown}: {reason}") from error
+        raise RegistryError(f"{_place(registry, name)}, {shown}: {error}") from error
     if not next(iter(runs.values())).targets:
         raise RegistryError(
             f"{_place(registry, name)}: neither the study nor recipe '{recipe_name}' names targets"
@@ -178,7 +178,7 @@ def _variant(
 
 
 def _place(registry: Registry, name: str) -> str:
-    return f"{registry.where('study', name)} [study.{name}]"
+    return registry.place("study", name)
 
 
 def _trained(pairing: PairingSpec) -> int | None:

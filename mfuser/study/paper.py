@@ -126,7 +126,7 @@ def adapter_row(
     )
     if wanted is None or not same_size:
         return None
-    default = registry.components.validate(("fusion",), spec.component())
+    default = registry.component("fusion", spec.component(), "the paper's adapter")
     return wanted if spec == default else None
 
 

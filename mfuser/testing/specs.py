@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from mfuser.errors import MFuserError, PluginError
+from mfuser.errors import MFuserError, PluginError, brief
 from mfuser.plugins.components import Components
 from mfuser.specs import Spec
 from mfuser.testing.bench import BENCHES
@@ -37,10 +37,9 @@ def has_tiny(spec: type[Spec], components: Components, options: dict[str, Any]) 
     try:
         made = tiny(spec, components, **options)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
         raise Broken(
             f"{spec.__name__} with its tiny options {dict(spec.tiny)}",
-            f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            brief(error),
             "a valid spec without a download",
             f"set {spec.__name__}.tiny: ClassVar = {{…}} with every required option",
         ) from error

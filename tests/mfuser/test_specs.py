@@ -102,7 +102,9 @@ def test_a_component_holds_a_component() -> None:
     assert Outer.model_validate(outer.model_dump()) == outer
     with pytest.raises(ValidationError, match="did you mean 'linear'"):
         Outer(inner={"name": "lineer"})  # type: ignore[arg-type]
-    with pytest.raises(ValidationError, match="expected a table with a 'name'"):
+    with pytest.raises(
+        ValidationError, match="expected the name of a decoder component, or a table with a"
+    ):
         Outer(inner=3)  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="has no 'name'"):
         Outer(inner={})  # type: ignore[arg-type]

@@ -130,7 +130,7 @@ def test_doctor_and_data_check(mfuser: Any, write_registry: Any, monkeypatch: An
     assert found.code == 2  # of what was asked for, something is missing
     entries = {(e["dataset"], e["split"]): e for e in json.loads(found.out)}
     assert entries["toy", "val"]["images"] == 6 and entries["toy", "val"]["sizes"] == {"96x64": 6}
-    assert "nothing says where 'gta' lies" in entries["gta", "train"]["missing"]
+    assert "the folder of dataset 'gta' is not known" in entries["gta", "train"]["missing"]
     assert mfuser("data", "check", "toy", "--registry", registry).code == 0
 
 

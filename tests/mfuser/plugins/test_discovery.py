@@ -88,7 +88,7 @@ def test_a_file_is_a_plugin_and_its_hook_is_called_once(plugin) -> None:  # type
     assert component.plugin == path
     module = __import__("sys").modules[component.spec.__module__]
     assert module.CALLS == [1]
-    found.kind("fusion"), found.union("fusion"), found.validate(("fusion",), "swap")
+    found.kind("fusion"), found.validate(("fusion",), "swap")
     assert module.CALLS == [1]
 
 

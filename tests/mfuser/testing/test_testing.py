@@ -174,7 +174,7 @@ def test_a_required_option_without_tiny_is_explained() -> None:
             return None
 
     text = failures(check_component(NeedySpec))["tiny options"]
-    assert "width: Field required" in text and "NeedySpec.tiny" in text
+    assert "width: missing; fusion 'needy' needs it" in text and "NeedySpec.tiny" in text
 
 
 def test_help_is_asked_for() -> None:
