@@ -131,12 +131,14 @@ class BackboneInfo:
 class BackboneSpec(Spec):
     """What every backbone can be told.
 
-    weights: a tag or name the library knows, a path to a local file (.safetensors, .pth, .pt),
-        or "random". Never guessed: a backbone without its weights is an error.
+    weights: None: the component's own default; a tag or name the library knows, a path to a local
+        file (.safetensors, .pth, .pt), or "random". Never guessed: a backbone without its weights
+        is an error. Models are laid out with "random", for which `build` reads no weights.
     freeze: train nothing in it (the recipe of the paper).
     patch_size: resample the patch projection to another patch size, e.g. 14 -> 16.
     """
 
+    weights: str | None = None
     freeze: bool = True
     patch_size: PositiveInt | None = None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -74,40 +73,27 @@ def unfilled(spec: PairingSpec) -> DGSSModel:
     random values in memory.
     """
     spec = _without_weights(spec)
+    from accelerate import init_empty_weights
+
     try:
-        with _parameters_on_meta():
+        with init_empty_weights(include_buffers=False):
             return _assemble(spec, tokens="if there").eval()
     except MFuserError:  # a fault of the spec itself comes up again
         return _assemble(spec, tokens="if there").eval()
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters registered meanwhile lose their values, before they are initialized."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
-        register(self, name, param)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
 def _without_weights(spec: Any) -> Any:
     """The same spec with every backbone's weights "random", nested ones too."""
-    update: dict[str, Any] = {}
-    for name in type(spec).model_fields:
-        value = getattr(spec, name)
-        if name == "weights":
-            update[name] = "random"
-        elif isinstance(value, BaseModel):
-            update[name] = _without_weights(value)
-    return spec.model_copy(update=update)
+    if isinstance(spec, BaseModel):
+        update = {n: _without_weights(getattr(spec, n)) for n in type(spec).model_fields}
+        if "weights" in update:
+            update["weights"] = "random"
+        return spec.model_copy(update=update)
+    if isinstance(spec, list | tuple):
+        return type(spec)(map(_without_weights, spec))
+    if isinstance(spec, dict):
+        return {key: _without_weights(value) for key, value in spec.items()}
+    return spec
 
 
 def _assemble(spec: PairingSpec, tokens: Literal["all", "if there", "none"] = "all") -> DGSSModel:

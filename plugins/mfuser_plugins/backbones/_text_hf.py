@@ -98,10 +98,10 @@ class HuggingFaceText(TextEncoder):
     pooling: "mean" over all tokens that are no padding, "cls" for the first.
     """
 
-    def __init__(self, source: str, pooling: str) -> None:
+    def __init__(self, source: str, pooling: str, weights: str | None = None) -> None:
         super().__init__()
         with quiet():
-            model, config = load_pretrained(source, "AutoModel")
+            model, config = load_pretrained(source, "AutoModel", weights)
             self.model = model.get_encoder() if config.is_encoder_decoder else model
         if "inputs_embeds" not in inspect.signature(self.model.forward).parameters:
             raise MFuserError(

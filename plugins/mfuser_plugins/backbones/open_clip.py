@@ -11,7 +11,8 @@ from pydantic import Field, PositiveInt
 from mfuser import MFuserError, VisionLanguageSpec, WeightsError, hookimpl
 from mfuser.errors import suggest
 from mfuser.specs import BackboneInfo, Size
-from mfuser_plugins.backbones._resample import Interpolation, PatchResample, Resampling
+from mfuser_plugins.backbones._options import LibrarySpec, Statistics
+from mfuser_plugins.backbones._resample import Resampling
 from mfuser_plugins.backbones._stepping import freeze
 from mfuser_plugins.backbones._weights import (
     RANDOM,
@@ -25,13 +26,12 @@ from mfuser_plugins.backbones._weights import (
 if TYPE_CHECKING:
     from mfuser_plugins.backbones._clip import ClipBackbone
 
-Statistics = tuple[float, float, float]
 CLIP_MEAN: Statistics = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Statistics = (0.26862954, 0.26130258, 0.27577711)
 HALF: Statistics = (0.5, 0.5, 0.5)
 
 
-class OpenClipSpec(VisionLanguageSpec, name="open_clip"):
+class OpenClipSpec(LibrarySpec, VisionLanguageSpec, name="open_clip"):
     """A vision-language model of the open_clip library. Serves as VFM too.
 
     model: open_clip's name: "EVA02-L-14-336", "ViT-L-14-336-quickgelu", "ViT-L-16-SigLIP-384".
@@ -66,19 +66,12 @@ class OpenClipSpec(VisionLanguageSpec, name="open_clip"):
         },
     }
 
-    model: str
     weights: str
     tokenizer: str | None = None
-    interpolation: Interpolation = "bicubic"
-    antialias: bool = False
-    patch_resample: PatchResample = "bicubic"
     class_embeddings: PositiveInt = 1
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     tanh_gelu: bool = False
     context_length: PositiveInt | None = None
-    mean: Statistics | None = None
-    std: Statistics | None = None
-    options: dict[str, Any] = {}
 
     @classmethod
     def catalog(cls) -> list[BackboneInfo]:

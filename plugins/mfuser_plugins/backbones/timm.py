@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mfuser import MFuserError, VisionSpec, WeightsError, hookimpl
 from mfuser.errors import suggest
 from mfuser.specs import BackboneInfo, Size
-from mfuser_plugins.backbones._resample import Interpolation, PatchResample, Resampling
+from mfuser_plugins.backbones._options import LibrarySpec
+from mfuser_plugins.backbones._resample import Resampling
 from mfuser_plugins.backbones._stepping import freeze
 from mfuser_plugins.backbones._weights import (
     RANDOM,
@@ -27,10 +28,8 @@ from mfuser_plugins.backbones._weights import (
 if TYPE_CHECKING:
     from mfuser_plugins.backbones._timm import TimmBackbone
 
-Statistics = tuple[float, float, float]
 
-
-class TimmSpec(VisionSpec, name="timm"):
+class TimmSpec(LibrarySpec, VisionSpec, name="timm"):
     """A vision transformer of the timm library: ViT, EVA, DINOv3, BEiT, SAM, NaFlex, CaiT, XCiT, …
 
     Staged models (Swin, Swin v2, ConvNeXt, Hiera) serve through their longest stage: what is
@@ -57,15 +56,7 @@ class TimmSpec(VisionSpec, name="timm"):
         "options": {"embed_dim": 32, "depth": 2, "num_heads": 2},
     }
 
-    model: str
-    weights: str | None = None
     depth: PositiveInt | None = None
-    interpolation: Interpolation = "bicubic"
-    antialias: bool = False
-    patch_resample: PatchResample = "bicubic"
-    mean: Statistics | None = None
-    std: Statistics | None = None
-    options: dict[str, Any] = {}
 
     @classmethod
     def catalog(cls) -> list[BackboneInfo]:

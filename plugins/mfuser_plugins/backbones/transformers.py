@@ -12,15 +12,14 @@ from pydantic import PositiveInt
 from mfuser import MFuserError, VisionLanguageSpec, VisionSpec, WeightsError, hookimpl
 from mfuser.errors import suggest
 from mfuser.specs import BackboneInfo, BackboneSpec, Size
-from mfuser_plugins.backbones._resample import PatchResample, Resampling
+from mfuser_plugins.backbones._options import HuggingFaceSpec, Statistics
+from mfuser_plugins.backbones._resample import Resampling
 from mfuser_plugins.backbones._stepping import Stepped, freeze
 from mfuser_plugins.backbones._weights import RANDOM
 
 if TYPE_CHECKING:
     from mfuser_plugins.backbones._hf import HuggingFaceBackbone
     from mfuser_plugins.backbones._hf_pair import PairBackbone
-
-Statistics = tuple[float, float, float]
 
 _TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _TINY_DINOV2 = {"model_type": "dinov2", "patch_size": 16, "image_size": 64, "mlp_ratio": 2, **_TINY}
@@ -32,13 +31,14 @@ _TINY_CLIP = {
 }
 
 
-class HuggingFaceVisionSpec(VisionSpec, name="transformers"):
+class HuggingFaceVisionSpec(HuggingFaceSpec, VisionSpec, name="transformers"):
     """A vision transformer of transformers: DINOv2, DINOv3, ViT, MAE, BEiT, SigLIP, CLIP, …
 
     The types are listed by `mfuser list backbones --all`; of CLIP, MetaCLIP 2, SigLIP, SigLIP 2
     and AIMv2 it is the image tower.
 
     model: a folder made by save_pretrained, a name of the Hugging Face hub, or "random".
+    weights: None: those of `model`. Else a local file of that architecture, or "random".
     config: of model = "random": {model_type = "dinov2", hidden_size = 96, …}.
     depth: keep the first blocks only.
     patch_resample: how the patch kernel is resampled: like an image, or "pinv" (FlexiViT).
@@ -47,12 +47,7 @@ class HuggingFaceVisionSpec(VisionSpec, name="transformers"):
 
     tiny: ClassVar[Mapping[str, Any]] = {"model": "random", "config": _TINY_DINOV2}
 
-    model: str
-    config: dict[str, Any] = {}
     depth: PositiveInt | None = None
-    patch_resample: PatchResample = "bicubic"
-    mean: Statistics | None = None
-    std: Statistics | None = None
 
     @classmethod
     def catalog(cls) -> list[BackboneInfo]:
@@ -66,7 +61,7 @@ class HuggingFaceVisionSpec(VisionSpec, name="transformers"):
         from mfuser_plugins.backbones._hf import stepper as stepper_of
         from mfuser_plugins.backbones._hf_pair import PAIRS
 
-        model = load(self.model, self.config)
+        model = load(self.model, self.config, self.weights)
         if model.config.model_type in (*PAIRS, "aimv2"):
             model = model.vision_model
         stepper = stepper_of(model, Resampling(patch=self.patch_resample))
@@ -78,14 +73,15 @@ class HuggingFaceVisionSpec(VisionSpec, name="transformers"):
             del stepper.layers[self.depth :]
             stepper.depth = self.depth
         backbone = HuggingFaceBackbone(model, stepper)
-        _prepare(backbone, self, image_size, self.mean, self.std, self.model)
+        _prepare(backbone, self, image_size)
         return backbone
 
 
-class HuggingFacePairSpec(VisionLanguageSpec, name="transformers"):
+class HuggingFacePairSpec(HuggingFaceSpec, VisionLanguageSpec, name="transformers"):
     """CLIP, MetaCLIP 2, SigLIP or SigLIP 2 of transformers.
 
     model: a folder made by save_pretrained, a name of the Hugging Face hub, or "random".
+    weights: None: those of `model`. Else a local file of that architecture, or "random".
     config: of model = "random": {model_type = "clip", projection_dim = 64, vision_config = {…},
         text_config = {…}}.
     tokenizer: a folder or hub name, or "simple" for CLIP's, which ships with open_clip; None: the
@@ -96,12 +92,7 @@ class HuggingFacePairSpec(VisionLanguageSpec, name="transformers"):
 
     tiny: ClassVar[Mapping[str, Any]] = {"model": "random", "config": _TINY_CLIP}
 
-    model: str
-    config: dict[str, Any] = {}
     tokenizer: str | None = None
-    patch_resample: PatchResample = "bicubic"
-    mean: Statistics | None = None
-    std: Statistics | None = None
 
     @classmethod
     def catalog(cls) -> list[BackboneInfo]:
@@ -115,7 +106,7 @@ class HuggingFacePairSpec(VisionLanguageSpec, name="transformers"):
         from mfuser_plugins.backbones._hf_pair import PAIRS
         from mfuser_plugins.backbones._text_hf import Tokenizer
 
-        model = load(self.model, self.config)
+        model = load(self.model, self.config, self.weights)
         family = PAIRS.get(model.config.model_type)
         if family is None:
             raise MFuserError(
@@ -127,56 +118,64 @@ class HuggingFacePairSpec(VisionLanguageSpec, name="transformers"):
         source = self.tokenizer or ("simple" if self.model == RANDOM else self.model)
         vocabulary = int(model.config.text_config.vocab_size)
         backbone = family(model, stepper, Tokenizer(source, vocabulary))
-        _prepare(backbone, self, image_size, self.mean, self.std, self.model)
+        _prepare(backbone, self, image_size)
         if backbone.alignment == "softmax":
             # The alignment loss of softmax models brings its own temperature.
             model.logit_scale.requires_grad_(False)
         return backbone
 
 
-def load(source: str, config: dict[str, Any]) -> Any:
-    """A model with its weights, or a random one of a configuration."""
-    from mfuser_plugins.backbones._hub import load_pretrained, quiet, transformers
+def load(source: str, config: dict[str, Any], weights: str | None) -> Any:
+    """A model of a folder, a hub name or ("random") a configuration, with the weights asked for.
+
+    Raises WeightsError for weights that are missing or do not fit, MFuserError otherwise.
+    """
+    from mfuser_plugins.backbones._hub import from_config, load_pretrained, quiet, transformers
 
     package = transformers(f"transformers model '{source}'")
     with quiet():
         if source != RANDOM:
             if config:
                 raise MFuserError(f"'config' is for model = \"{RANDOM}\"; '{source}' has its own")
-            return load_pretrained(source, "AutoModel")[0]
+            return load_pretrained(source, "AutoModel", weights)[0]
         options = dict(config)
         kind = options.pop("model_type", None)
         if kind is None:
             raise MFuserError(f'model = "{RANDOM}" needs config = {{model_type = "…", …}}')
         try:
             made = package.AutoConfig.for_model(kind, **options)
-            return package.AutoModel.from_config(made)
         except Exception as error:
-            from mfuser_plugins.backbones._hf import LAYOUTS
+            raise _unbuildable(kind, config, error) from error
+        try:
+            return from_config(made, "AutoModel", str(kind), weights or RANDOM)
+        except WeightsError:
+            raise
+        except MFuserError as error:
+            raise _unbuildable(kind, config, error.__cause__ or error) from error
 
-            known = suggest(str(kind), [*LAYOUTS, "clip", "siglip", "siglip2", "metaclip_2"])
-            raise MFuserError(
-                f"transformers cannot build config = {config}: {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}{known}"
-            ) from error
+
+def _unbuildable(kind: Any, config: dict[str, Any], error: BaseException) -> MFuserError:
+    from mfuser_plugins.backbones._hf import LAYOUTS
+
+    known = suggest(str(kind), [*LAYOUTS, "clip", "siglip", "siglip2", "metaclip_2"])
+    return MFuserError(
+        f"transformers cannot build config = {config}: {type(error).__name__}: "
+        f"{' '.join(str(error).split())[:200]}{known}"
+    )
 
 
-def _prepare(
-    backbone: Stepped,
-    spec: BackboneSpec,
-    image_size: Size,
-    mean: Statistics | None,
-    std: Statistics | None,
-    source: str,
-) -> None:
+def _prepare(backbone: Stepped, spec: HuggingFaceSpec, image_size: Size) -> None:
+    """Freeze, resize, and give a backbone the statistics of its weights."""
     freeze(backbone, spec.freeze)
     for name, parameter in backbone.named_parameters():
         if name.endswith("mask_token"):
             # Of pre-training by masking; nothing here reads it.
             parameter.requires_grad_(False)
     backbone.resize(image_size, spec.patch_size)
+    mean, std = spec.mean, spec.std
     if mean is None or std is None:
-        own = _statistics(source)
+        # Random weights have none, and a layout must not depend on further files.
+        own = _statistics(RANDOM if spec.weights == RANDOM else spec.model)
         mean, std = mean or own[0], std or own[1]
     backbone.set_statistics(mean, std)
 

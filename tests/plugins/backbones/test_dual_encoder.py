@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from mfuser import MFuserError, WeightsError
+from mfuser import MFuserError, PairingSpec, WeightsError, build_model
+from mfuser.model.assembly import unfilled
+from mfuser.reporting.describe import describe
 from mfuser_plugins.backbones.dual_encoder import DualEncoder, DualEncoderSpec
 
 VISION: dict[str, Any] = {
@@ -182,3 +185,70 @@ def test_text_models_without_embedded_input_are_refused(tmp_path: Any) -> None:
     transformers.CLIPTextModel(config).save_pretrained(tmp_path)
     with pytest.raises(MFuserError, match="takes no embedded tokens"):
         build({"model": str(tmp_path)})
+
+
+@pytest.fixture
+def architecture(tmp_path: Path) -> Path:
+    """A folder with configurations and tokenizer, and no weights at all."""
+    import transformers
+
+    transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        vocab_size=100, architectures=["BertModel"],
+    ).save_pretrained(tmp_path / "text")  # fmt: skip
+    transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, patch_size=16,
+        image_size=64, architectures=["Dinov2Model"],
+    ).save_pretrained(tmp_path / "vision")  # fmt: skip
+    return tmp_path
+
+
+def test_laying_out_reads_no_weights(architecture: Path) -> None:
+    """Of the image tower, of the text tower, and of a tower in a tower."""
+    pytest.importorskip("transformers")
+    pairing = PairingSpec.model_validate(
+        {
+            "vlm": {
+                "name": "dual_encoder",
+                "vision": {
+                    "name": "dual_encoder",
+                    "vision": {"name": "transformers", "model": str(architecture / "vision")},
+                    "text": {"model": "random"},
+                },
+                "text": {"model": str(architecture / "text")},
+            },
+            "vfm": {"name": "transformers", "model": str(architecture / "vision")},
+            "enhancer": "none",
+            "decoder": "linear",
+            "image_size": [64, 96],
+        }
+    )
+    described = describe(pairing)
+    assert described["encoders"]["vlm"]["width"] == 32
+    model = unfilled(pairing.model_copy(update={"prompt": pairing.prompt.model_copy(
+        update={"ids": ((1, 2),) * len(pairing.classes)})}))  # fmt: skip
+    assert all(p.is_meta for p in model.parameters())
+    with pytest.raises(WeightsError, match="cannot be loaded"):
+        build_model(pairing)
+
+
+def test_weights_of_towers_from_files(architecture: Path) -> None:
+    text: Any = build({"model": str(architecture / "text"), "weights": "random"}).text
+    state = text.model.state_dict()
+    torch.save(
+        {"model_state_dict": {f"module.bert.{k}": v for k, v in state.items()}, "epoch": 1},
+        architecture / "bert.pth",
+    )
+    wanted = {"model": str(architecture / "text"), "weights": str(architecture / "bert.pth")}
+    held: Any = build(wanted).text
+    assert all(torch.equal(v, state[k]) for k, v in held.model.state_dict().items())
+    torch.save({"a": torch.zeros(2)}, architecture / "bert.pth")
+    with pytest.raises(WeightsError, match="does not fit transformers model .*missing.*holds"):
+        build(wanted)
+
+
+def test_both_towers_random() -> None:
+    backbone = build({"model": "random"}, weights="random")
+    assert backbone.depth == 2
+    with pytest.raises(ValidationError, match="weights"):
+        build({"model": "random"}, weights="lvd142m")
