@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mfuser.errors import MFuserError
 from mfuser.shapes import TokenShape
 
 IGNORE = 255
@@ -94,6 +95,19 @@ class VisionBackbone(nn.Module, ABC):
     @abstractmethod
     def finish(self, tokens: Tensor, state: Any) -> Tensor:
         """(B, N, D) -> (B, N, D): the final norm where it belongs before `project`, or nothing."""
+
+    def block_modules(self) -> list[nn.Module]:
+        """The module behind each block, in order: where tuning finds the layers that it changes.
+
+        Those of `self.blocks`, unless overridden. Raises MFuserError where there is none per block.
+        """
+        blocks = getattr(self, "blocks", None)
+        if not isinstance(blocks, nn.ModuleList | nn.Sequential) or len(blocks) != self.depth:
+            raise MFuserError(
+                f"{type(self).__name__} does not say which module is behind each of its "
+                f"{self.depth} blocks: let block_modules() return them"
+            )
+        return list(blocks)
 
     def train(self, mode: bool = True) -> VisionBackbone:
         super().train(False)

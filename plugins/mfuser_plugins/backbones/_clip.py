@@ -32,7 +32,7 @@ class ClipStepper(Stepper):
         self.how = how
         self.class_embeddings = 1
         self.embed_dim = int(tower.conv1.out_channels)
-        self.depth = len(tower.transformer.resblocks)
+        self.depth = len(self.blocks)
         self.num_prefix_tokens = 1
         tables = ["conv1.weight", "positional_embedding"]
         super().__init__(tuple(tower.image_size), tuple(tower.patch_size), tables)
@@ -40,6 +40,10 @@ class ClipStepper(Stepper):
     @property
     def sized(self) -> nn.Module:
         return self.tower
+
+    @property
+    def blocks(self) -> Any:
+        return self.tower.transformer.resblocks
 
     def grid_of(self, size: Size) -> Size:
         patch = self.tower.patch_size
@@ -54,7 +58,7 @@ class ClipStepper(Stepper):
         return tower.ln_pre(torch.cat([first, patches], 1) + tower.positional_embedding), None
 
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
-        return self.tower.transformer.resblocks[i](tokens)
+        return self.blocks[i](tokens)
 
     def _resize(self, size: Size, patch_size: Size) -> None:
         tower, kernel, table = self.tower, self.tower.conv1.weight, self.tower.positional_embedding
@@ -116,7 +120,7 @@ class ClipBackbone(Stepped, VisionLanguageBackbone):
                 )
             self.stepper.class_embeddings = class_embeddings
         if drop_path:
-            blocks: Any = self.model.get_submodule("visual.transformer.resblocks")
+            blocks = self.stepper.blocks
             for i, block in enumerate(blocks):
                 rate = drop_path * i / max(len(blocks) - 1, 1)
                 block.ls_1 = nn.Sequential(block.ls_1, DropPath(rate))

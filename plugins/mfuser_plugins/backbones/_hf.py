@@ -113,6 +113,10 @@ class HuggingFaceStepper(Stepper):
     def sized(self) -> nn.Module:
         return self.model
 
+    @property
+    def blocks(self) -> Any:
+        return self.layers
+
     def grid_of(self, size: Size) -> Size:
         return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
 

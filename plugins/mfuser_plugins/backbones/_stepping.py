@@ -45,6 +45,11 @@ class Stepper(ABC):
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
         """(B, 3, H, W) -> tokens before the first block, state."""
 
+    @property
+    @abstractmethod
+    def blocks(self) -> Any:
+        """The library's modules that `block` runs, a sequence."""
+
     @abstractmethod
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor: ...
 
@@ -131,6 +136,9 @@ class Stepped(VisionBackbone):
 
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
         return self.stepper.block(i, tokens, state)
+
+    def block_modules(self) -> list[nn.Module]:
+        return list(self.stepper.blocks)
 
 
 def check_size(images: Tensor, size: Size) -> None:

@@ -111,6 +111,9 @@ class DualEncoder(VisionLanguageBackbone):
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
         return self.vision.block(i, tokens, state)
 
+    def block_modules(self) -> list[nn.Module]:
+        return self.vision.block_modules()
+
     def finish(self, tokens: Tensor, state: Any) -> Tensor:
         return self.vision.finish(tokens, state)
 

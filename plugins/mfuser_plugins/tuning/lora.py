@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from typing import Any, ClassVar
 
-import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils import parametrize
 
 from mfuser import MFuserError, TuningSpec, VisionBackbone, hookimpl
@@ -35,41 +33,6 @@ class LowRank(nn.Module):
         return weight + self.scale * (self.up @ self.down)
 
 
-class _Entered(Exception):
-    """The first module that a block calls."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-
-def block_modules(backbone: VisionBackbone) -> list[nn.Module]:
-    """The module behind each block: the first that `backbone.block` calls, without running it.
-
-    Raises MFuserError for a backbone whose blocks call none.
-    """
-    parameter = next(backbone.parameters())
-    images = torch.zeros(1, 3, *backbone.image_size, device=parameter.device, dtype=parameter.dtype)
-
-    def enter(module: nn.Module, inputs: Any) -> None:
-        raise _Entered(module)
-
-    found = []
-    with torch.no_grad():
-        stream = backbone.embed(images)
-        for i in range(backbone.depth):
-            handle = register_module_forward_pre_hook(enter)
-            try:
-                backbone.block(i, stream.tokens, stream.state)
-            except _Entered as entered:
-                found.append(entered.module)
-            finally:
-                handle.remove()
-    if len(found) < backbone.depth:
-        raise MFuserError("its blocks are no modules, so that no layers can be found in them")
-    return found
-
-
 def linear_weights(block: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Path within the block, module and name of each linear map's weight: "attn.qkv", "mlp.fc1".
 
@@ -85,12 +48,13 @@ def linear_weights(block: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def tune(backbone: VisionBackbone, layers: tuple[str, ...], rank: int, alpha: float) -> int:
     """Add low-rank updates to the weights whose path fits a pattern; returns how many.
 
-    Raises MFuserError for a pattern that fits none, naming what there is.
+    Raises MFuserError for a pattern that fits none, naming what there is, and for a backbone that
+    declares no blocks.
     """
     known: dict[str, None] = {}
     fitting: set[str] = set()
     count = 0
-    for block in block_modules(backbone):
+    for block in backbone.block_modules():
         for path, module, name in list(linear_weights(block)):
             known[path] = None
             fits = [pattern for pattern in layers if fnmatch(path, pattern)]

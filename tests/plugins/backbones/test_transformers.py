@@ -222,3 +222,27 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     fails("hf download nobody/nothing", model="nobody/nothing")
+
+
+@pytest.mark.parametrize("kind", ["vision", "vision_language"])
+def test_weights_random_or_from_a_file(kind: str, tmp_path: Path) -> None:
+    made = {"vision": HuggingFaceVisionSpec, "vision_language": HuggingFacePairSpec}[kind]
+    config = dict(made.tiny["config"])
+    source: Any = made(model="random", config=config).build((64, 96))
+    folder = tmp_path / "saved"
+    whole = transformers.AutoModel.from_config(source.model.config)
+    whole.save_pretrained(folder)
+    state = {k: v.clone() for k, v in whole.state_dict().items()}
+    torch.save({"state_dict": {f"net.{k}": v for k, v in state.items()}}, tmp_path / "w.pth")
+    (folder / "model.safetensors").unlink()
+    random: Any = made(model=str(folder), weights="random").build((64, 96))
+    assert random.depth == 2
+    for model, options in ((str(folder), {}), ("random", {"config": config})):
+        given: Any = made(
+            model=model, weights=str(tmp_path / "w.pth"), mean=(0.5,) * 3, std=(0.5,) * 3, **options
+        ).build((64, 96))
+        held = given.model.state_dict()
+        assert held.keys() == state.keys()
+        assert all(torch.equal(v, state[k]) for k, v in held.items() if v.shape == state[k].shape)
+    with pytest.raises(WeightsError, match='weights = "lvd142m" of .*give a local file'):
+        made(model=str(folder), weights="lvd142m").build((64, 96))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,47 @@ def test_checkpoints_hold_the_updates(tiny, tmp_path: Path) -> None:  # type: ig
     assert not torch.allclose(fresh.segment(images), tuned.segment(images))
     checkpoints.restore(fresh, checkpoints.read(path), path)
     assert torch.equal(fresh.segment(images), tuned.segment(images))
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": SMALL,
+    "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 2, 1)},
+    "hiera_tiny_224": {"embed_dim": 24, "num_heads": 1, "stages": (1, 1, 3, 1)},
+    "cait_xxs24_224": {"embed_dim": 32, "depth": 2, "num_heads": 2},
+    "xcit_nano_12_p16_224": {"embed_dim": 32, "depth": 2, "num_heads": 2},
+}
+
+
+def families() -> Iterator[tuple[str, VisionBackbone]]:
+    yield from ((which, backbone(which)) for which in BACKBONES)
+    for model, options in FAMILIES.items():
+        table = {"name": "timm", "model": model, "weights": "random", "options": options}
+        yield model, components("vision")["timm"](**table).build((224, 224))  # type: ignore[attr-defined]
+    for kind in ("vision", "vision_language"):
+        for name in ("transformers", "dual_encoder"):
+            if name in components(kind):
+                spec = components(kind)[name]
+                yield name, spec(**{"name": name, **spec.tiny}).build((224, 224))  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def test_declared_modules_are_the_blocks_that_run() -> None:
+    pytest.importorskip("transformers")
+    for name, tower in families():
+        called: list[nn.Module] = []
+        modules = tower.block_modules()
+        assert len(modules) == len(set(modules)) == tower.depth > 0, name
+        for module in modules:
+            module.register_forward_pre_hook(lambda m, _, to=called: to.append(m))
+        run(tower, torch.rand(1, 3, *tower.image_size))
+        assert called == modules, name
+
+
+class Undeclared(VisionBackbone):
+    embed_dim, depth, num_prefix_tokens = 8, 1, 0
+    resize = embed = block = finish = lambda *_: None  # type: ignore[assignment]
+
+
+def test_backbones_that_declare_no_blocks_are_refused() -> None:
+    with pytest.raises(MFuserError, match="Undeclared does not say which module.*block_modules"):
+        LoraSpec(rank=2).build(Undeclared())
