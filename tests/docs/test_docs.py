@@ -156,6 +156,9 @@ def parse(line: str, words: list[str], registry: Registry, text: str) -> None:
         return  # --help, --version
     except click.ClickException as error:
         raise AssertionError(f"{line}: {error.format_message()}") from error
+    own = [ROOT / name for name in context.params.get("registries", ()) if "examples/" in name]
+    if own:
+        registry = load_registry(*own)
     pairing = context.params.get("pairing")
     if pairing in registry.names("pairing") and not context.params.get("plugins"):
         registry.pairing(pairing, list(context.params.get("settings", ())))

@@ -85,7 +85,7 @@ def test_list(mfuser: Any, write_registry: Any) -> None:
     registry = write_registry()
     shown = json.loads(mfuser("list", "--registry", registry, "--json").out)
     assert {"name": "tiny", "where": str(registry)} in shown["pairings"]
-    assert {"demo", "camvid-small"} <= {p["name"] for p in shown["pairings"]}
+    assert {"demo", "dinov2-s_clip-b"} <= {p["name"] for p in shown["pairings"]}
     linear = next(c for c in shown["decoder"] if c["name"] == "linear")
     assert linear["plugin"] == "linear" and linear["help"].startswith("A linear probe")
     assert all(c["help"] for kind in ("vision", "fusion", "dataset") for c in shown[kind])
