@@ -6,11 +6,12 @@ import io
 import json
 import os
 import sys
+from importlib import metadata
 from typing import Any
 
 import click
 
-from mfuser.errors import ElsewhereError, MFuserError, suggest
+from mfuser.errors import ElsewhereError, MFuserError, PluginError, suggest
 from mfuser.version import __version__
 
 INTERRUPTED = 130
@@ -30,7 +31,35 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+COMMANDS = "mfuser.commands"
+"""The entry-point group of commands that plugins bring: name = "module:click command"."""
+
+
+class Root(Group):
+    """The commands of the framework, and those that plugins bring."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *metadata.entry_points(group=COMMANDS).names})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Raises PluginError for a plugin's command that cannot be loaded."""
+        if found := super().get_command(ctx, name):
+            return found
+        for entry in metadata.entry_points(group=COMMANDS, name=name):
+            try:
+                command = entry.load()
+            except Exception as error:
+                raise PluginError(
+                    f"the command '{name}' of {entry.value} cannot be loaded: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            if isinstance(command, click.Command):
+                return command
+            raise PluginError(f"the command '{name}': {entry.value} is no click command")
+        return None
+
+
+@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mfuser")
 def cli() -> None:
     """Domain-generalized semantic segmentation with any pair of foundation models.

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mfuser import hookspecs, interfaces
+from mfuser.cli import COMMANDS
 from mfuser.plugins.components import NARROW, Component
 from mfuser.plugins.discovery import GROUP, REQUIRES, TIMEOUT, installed_components
 from mfuser.specs import KINDS, Spec, TokenShape
@@ -61,10 +62,18 @@ def commands(group: click.Command | None = None, path: str = "mfuser") -> Iterat
 
         group = cli
     if isinstance(group, click.Group):
-        for name in sorted(group.commands):
-            yield from commands(group.commands[name], f"{path} {name}")
+        context = click.Context(group)
+        names = [n for n in group.list_commands(context) if n in group.commands or _ours(n)]
+        for name in names:
+            yield from commands(group.get_command(context, name), f"{path} {name}")
     else:
         yield path, group
+
+
+def _ours(command: str) -> bool:
+    """Whether a command that a plugin brings is of this distribution."""
+    found = metadata.entry_points(group=COMMANDS, name=command)
+    return any(e.dist is not None and e.dist.name == "mfuser" for e in found)
 
 
 def registry_models() -> dict[str, type[BaseModel]]:

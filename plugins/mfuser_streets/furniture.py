@@ -19,6 +19,7 @@ def _post(
     draw: Draw,
     material: str = "metal",
 ) -> int:
+    radius *= p.stout
     part = p.part(material, (x, 1, z), draw=draw)
     p.polygon(
         part,
@@ -93,6 +94,7 @@ def traffic_light(rng: np.random.Generator, x: float, z: float, side: int) -> Th
 
     def head(p: Painter, cx: float, y: float, scale: float) -> None:
         center = (cx, y, z)
+        scale *= p.stout
         w, h = 0.26 * scale, 0.62 * scale
         for material, grow in (("backplate", 0.09 * scale), ("housing", 0.0)):
             part = p.part(material, center, draw=draw)
@@ -146,7 +148,7 @@ def traffic_sign(rng: np.random.Generator, x: float, z: float, sort: str) -> Thi
 
         top = height + (1.5 if sort == "direction" else 0.4)
         _post(p, x, z, top, 0.06, draw)
-        y, r = height, size
+        y, r = height, size * p.stout
         if sort == "ban":
             put("sign_red", regular(y, r, 16, 0))
             put("sign_white", regular(y, 0.72 * r, 16, 0))

@@ -86,8 +86,16 @@ class Scene:
 class Painter:
     """Draws parts into the map, each over what is there."""
 
-    def __init__(self, camera: Camera, size: tuple[int, int], supersample: int, sun: Vector):
+    def __init__(
+        self,
+        camera: Camera,
+        size: tuple[int, int],
+        supersample: int,
+        sun: Vector,
+        stout: float = 1.0,
+    ) -> None:
         self.camera = camera
+        self.stout = stout
         self.sun = sun
         self.supersample = supersample
         self.height, self.width = size[0] * supersample, size[1] * supersample

@@ -16,7 +16,7 @@ from mfuser_streets.geometry import (
     painters_order,
 )
 from mfuser_streets.roadside import roadside, street_furniture
-from mfuser_streets.street import Street
+from mfuser_streets.street import City, Street
 from mfuser_streets.traffic import traffic
 
 START, END = 0.6, 130.0
@@ -35,9 +35,13 @@ class View:
 
 
 def draw_scene(
-    rng: np.random.Generator, view: View, size: tuple[int, int], supersample: int
+    rng: np.random.Generator,
+    view: View,
+    size: tuple[int, int],
+    supersample: int,
+    city: City = City(),  # noqa: B008  (frozen)
 ) -> Scene:
-    """A random street seen by a random camera of `view`, `size` (height, width) pixels.
+    """A random street of `city` seen by a camera of `view`, `size` (height, width) pixels.
 
     All random numbers are in meters or relative units: size and supersampling change none of them.
     """
@@ -50,7 +54,7 @@ def draw_scene(
         math.sin(elevation),
         math.cos(elevation) * math.cos(azimuth),
     )
-    painter = Painter(camera, size, supersample, sun)
+    painter = Painter(camera, size, supersample, sun, city.stout)
     lanes = int(rng.choice((1, 2, 2, 3)))
     street = Street(
         left=-rng.uniform(2.9, 4.4) - (lanes > 1) * 1.6,
@@ -64,9 +68,9 @@ def draw_scene(
     _skyline(rng, painter)
     _ground(rng, painter, street, crossing, tram)
     things = [
-        *roadside(rng, street, crossing),
-        *street_furniture(rng, street, crossing),
-        *traffic(rng, street, crossing, tram),
+        *roadside(rng, street, crossing, city),
+        *street_furniture(rng, street, crossing, city),
+        *traffic(rng, street, crossing, tram, city),
     ]
     for thing in things:
         if thing.shade is not None:

@@ -184,6 +184,7 @@ COLORS = {
     "muted": np.array([_swatches(m.muted) for m in _rows], np.float32),
 }
 """(materials, SWATCHES, 3), RGB in [0, 1]."""
+OTHER = {"vivid": "muted", "muted": "vivid"}
 SWATCH_COUNT = {
     "vivid": np.array([len(m.vivid) for m in _rows], np.float32),
     "muted": np.array([len(m.muted) for m in _rows], np.float32),

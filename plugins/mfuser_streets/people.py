@@ -206,7 +206,7 @@ def _bicycle(p: Painter, pose: Pose, draw: np.ndarray) -> None:
     rear, front = pose.at(0.36, 0.36, 0), pose.at(1.4, 0.36, 0)
     pedals, seat, head = pose.at(0.78, 0.32, 0), pose.at(0.62, 0.86, 0), pose.at(1.22, 0.85, 0)
     for along in (0.36, 1.4) if pose.heading[1] < 0 else (1.4, 0.36):
-        _wheel(p, dark, pose, along, 0.36, 0.24, 0.055)
+        _wheel(p, dark, pose, along, 0.36, 0.24 * p.stout, 0.055 * p.stout)
     for a, b in (
         (rear, seat),
         (rear, pedals),
@@ -215,7 +215,7 @@ def _bicycle(p: Painter, pose: Pose, draw: np.ndarray) -> None:
         (pedals, head),
         (head, front),
     ):
-        p.limb(frame, a, b, 0.042, 0.042)
+        p.limb(frame, a, b, 0.042 * p.stout, 0.042 * p.stout)
     p.limb(dark, pose.at(0.48, 0.95, 0), pose.at(0.76, 0.95, 0), 0.055, 0.045)
     p.limb(dark, pose.at(1.18, 1.02, -0.28), pose.at(1.18, 1.02, 0.28), 0.035, 0.035)
     p.limb(dark, head, pose.at(1.18, 1.02, 0), 0.03, 0.03)

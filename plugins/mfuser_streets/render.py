@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import cv2
 import numpy as np
 
 from mfuser_streets import materials
 from mfuser_streets.geometry import Scene
 from mfuser_streets.materials import Glow
+from mfuser_streets.noise import BANK, noise_bank, tile, white
 from mfuser_streets.styles import Style
 
 _SKY = materials.INDEX["sky"]
-_BANK = 512
-_WHITE = 1 << 21
 _VEGETATION = int(materials.LABEL[materials.INDEX["leaf"]])
 _ROAD = int(materials.LABEL[materials.INDEX["asphalt"]])
 _SIDEWALK = int(materials.LABEL[materials.INDEX["paving"]])
@@ -40,38 +37,11 @@ def render(scene: Scene, style: Style, rng: np.random.Generator) -> np.ndarray:
         frame.flakes()
     if style.drops:
         frame.drops()
+    if style.brush:
+        frame.brush()
+    if style.outline:
+        frame.outline()
     return frame.sensor()
-
-
-@functools.cache
-def _noise_bank() -> tuple[np.ndarray, np.ndarray]:
-    """Tiles of noise, (512, 512), mean 0 and deviation 1, periodic: grain, and clouds."""
-    rng = np.random.default_rng(20)
-    grain = np.zeros((_BANK, _BANK), np.float32)
-    clouds = np.zeros((_BANK, _BANK), np.float32)
-    for tile, octaves in (
-        (grain, ((1, 0.7), (2, 0.8), (5, 0.7), (14, 0.5), (60, 0.35))),
-        (clouds, ((6, 0.12), (14, 0.3), (32, 0.6), (70, 1.0))),
-    ):
-        for scale, weight in octaves:
-            white = rng.standard_normal((_BANK, _BANK)).astype(np.float32)
-            smooth = cv2.GaussianBlur(np.tile(white, (3, 3)), (0, 0), scale * 0.6)
-            layer = smooth[_BANK : 2 * _BANK, _BANK : 2 * _BANK]
-            tile += weight * layer / layer.std()
-        tile -= tile.mean()
-        tile /= tile.std()
-    return grain, clouds
-
-
-@functools.cache
-def _white_noise() -> np.ndarray:
-    """A long row of normal numbers; any stretch of it serves as one image's sensor noise."""
-    return np.random.default_rng(21).standard_normal(_WHITE, dtype=np.float32)
-
-
-def _tile(bank: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A periodic tile at float32 places (H, W)."""
-    return cv2.remap(bank, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
 
 
 def _planes(image: np.ndarray) -> np.ndarray:
@@ -138,6 +108,16 @@ class _Frame:
         count = materials.SWATCH_COUNT[palette][scene.material]
         swatch = np.minimum(draw[:, 0] * count, count - 1).astype(np.int64)
         colors = materials.COLORS[palette][scene.material, swatch]
+        if self.style.blend:
+            other = materials.OTHER[palette]
+            count = materials.SWATCH_COUNT[other][scene.material]
+            swatch = np.minimum(draw[:, 0] * count, count - 1).astype(np.int64)
+            mixed = materials.COLORS[other][scene.material, swatch]
+            colors = colors + np.float32(self.style.blend) * (mixed - colors)
+        if self.style.repaint:
+            gains = self.rng.standard_normal((len(materials.LABEL), 3), dtype=np.float32)
+            gains = np.exp(np.float32(self.style.repaint) * gains)
+            colors = colors * gains[scene.material]
         jitter = materials.JITTER[scene.material] * 2.0
         warm = (draw[:, 1] - 0.5) * jitter
         colors = colors * (1 + ((draw[:, 2] - 0.5) * 2.4 * jitter))[:, None]
@@ -168,13 +148,13 @@ class _Frame:
         if style.clouds:
             # A ceiling of clouds: the ray meets it at a distance of 1 / up.
             distance = 1 / np.maximum(up, 0.03)
-            ox, oy = self.rng.uniform(0, _BANK, 2)
+            ox, oy = self.rng.uniform(0, BANK, 2)
             x = (self.right * distance * 42 + ox).astype(np.float32)
             y = np.broadcast_to(distance * 60 + oy, x.shape).astype(np.float32)
-            tile = _tile(_noise_bank()[1], x, y)
-            cover = np.clip((tile - 1.1 + 1.5 * style.clouds) * 0.9, 0, 1)
+            layer = tile(noise_bank()[1], x, y)
+            cover = np.clip((layer - 1.1 + 1.5 * style.clouds) * 0.9, 0, 1)
             cover *= np.minimum(up / 0.06, 1) * 0.85
-            relief = 1 - 0.1 * np.clip(tile, 0, 2)
+            relief = 1 - 0.1 * np.clip(layer, 0, 2)
             white = low * 0.5 + np.float32(0.5 * max(style.skyline))
             sky = sky + (white * relief - sky) * cover
         image = self.image[:, :rows]
@@ -194,7 +174,8 @@ class _Frame:
         """Roughness that sticks to the surfaces: noise at their place in the world."""
         strength = self._mask(materials.TEXTURE[self.scene.material] * self.style.texture)
         u, v = self._surface()
-        noise = _tile(_noise_bank()[0], u * 22, v * 22)
+        fine = np.float32(22 * self.style.grain)
+        noise = tile(noise_bank()[0], u * fine, v * fine)
         # Grain finer than a pixel averages out.
         strength *= np.minimum(1.0, 14.0 / self.depth)
         self.image *= 1 + np.clip(noise, -2.2, 2.2) * strength
@@ -208,7 +189,7 @@ class _Frame:
         lie = np.where(self.ground & (self.labels == _ROAD), 0.72, lie)
         amount = self._mask(lie * (0.25 + 0.75 * self.style.snow))
         u, v = self._surface()
-        drift = _tile(_noise_bank()[0], u * 9, v * 6)
+        drift = tile(noise_bank()[0], u * 9, v * 6)
         cover = np.clip(amount * 1.5 - 0.35 + 0.28 * drift * (amount > 0.05), 0, 0.96)
         white = np.array([0.9, 0.92, 0.96], np.float32)[:, None, None]
         self._blend(white * (0.97 + 0.02 * drift), cover)
@@ -331,6 +312,22 @@ class _Frame:
         lens = cv2.resize(cv2.GaussianBlur(small, (0, 0), max(0.6, 0.012 * h))[::-1], (w, h))
         self._blend(_planes(lens) * np.float32(0.95) + 0.04, mask * np.float32(0.7 / 255))
 
+    def brush(self) -> None:
+        """Dabs of one color: what is thinner than the brush goes."""
+        k = max(2, self.h // 48)
+        kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (k, k))
+        image = cv2.merge(list(self.image))
+        strokes = cv2.dilate(cv2.erode(image, kernel), kernel)
+        self._blend(_planes(strokes), np.full((self.h, self.w), self.style.brush, np.float32))
+
+    def outline(self) -> None:
+        """Ink where one part meets another of another material."""
+        material = self.scene.material.take(self.ids)
+        edge = np.zeros((self.h, self.w), np.float32)
+        edge[1:] = material[1:] != material[:-1]
+        edge[:, 1:] = np.maximum(edge[:, 1:], material[:, 1:] != material[:, :-1])
+        self.image *= 1 - np.float32(0.8 * self.style.outline) * edge
+
     def sensor(self) -> np.ndarray:
         """Optics, exposure, white balance, contrast, saturation, noise; then bytes (H, W, 3)."""
         style = self.style
@@ -340,7 +337,9 @@ class _Frame:
         # One affine map of RGB: gain, contrast about mid-gray, and saturation.
         luma = np.array([0.299, 0.587, 0.114], np.float32)
         saturate = style.saturation * np.eye(3) + (1 - style.saturation) * luma[None]
-        matrix = style.contrast * saturate @ np.diag(np.array(style.balance)) * style.exposure
+        turn = _turn(style.hue) if style.hue else np.eye(3)
+        balance = np.diag(np.array(style.balance))
+        matrix = style.contrast * saturate @ turn @ balance * style.exposure
         offset = np.full((3, 1), 0.45 * (1 - style.contrast))
         image = _planes(cv2.transform(image, np.hstack([matrix, offset]).astype(np.float32)))
         if style.vignette:
@@ -353,19 +352,31 @@ class _Frame:
             noise = np.sqrt(image)
             noise += 0.5
             noise *= np.float32(style.noise)
-            noise *= self._white(image.shape)
+            noise *= white(image.shape, self.rng)
             image += noise
             np.clip(image, 0, 1, out=image)
         image *= 255
         image += 0.5
-        return cv2.merge(list(image.astype(np.uint8)))
+        pixels = cv2.merge(list(image.astype(np.uint8)))
+        if style.gamma != 1 or style.levels:
+            tones = np.linspace(0, 1, 256) ** style.gamma
+            if style.levels:
+                tones = np.round(tones * (style.levels - 1)) / (style.levels - 1)
+            pixels = cv2.LUT(pixels, (tones * 255 + 0.5).astype(np.uint8))
+        return pixels
 
-    def _white(self, shape: tuple[int, ...]) -> np.ndarray:
-        n = int(np.prod(shape))
-        if n > _WHITE // 2:
-            return self.rng.standard_normal(shape, dtype=np.float32)
-        start = int(self.rng.integers(0, _WHITE - n))
-        return _white_noise()[start : start + n].reshape(shape)
+
+def _turn(angle: float) -> np.ndarray:
+    """(3, 3): RGB turned about the axis of grays by `angle` radians (Rodrigues)."""
+    third, root = (1 - np.cos(angle)) / 3, np.sin(angle) / np.sqrt(3)
+    c = np.cos(angle) + third
+    return np.array(
+        [
+            [c, third - root, third + root],
+            [third + root, c, third - root],
+            [third - root, third + root, c],
+        ]
+    )
 
 
 def _line(

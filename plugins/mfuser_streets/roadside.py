@@ -6,17 +6,19 @@ import numpy as np
 
 from mfuser_streets import barriers, buildings, furniture, greenery
 from mfuser_streets.geometry import Thing
-from mfuser_streets.street import Street
+from mfuser_streets.street import City, Street
 
 
-def roadside(rng: np.random.Generator, street: Street, crossing: float | None) -> list[Thing]:
+def roadside(
+    rng: np.random.Generator, street: Street, crossing: float | None, city: City
+) -> list[Thing]:
     """Houses, walls, fences, hedges and trees along both sides."""
     things: list[Thing] = []
     for side, edge in ((-1, street.left - street.walk_left), (1, street.right + street.walk_right)):
-        urban = rng.uniform(0.15, 0.75)
-        tall = rng.uniform(4, 20)
+        urban = rng.uniform(*city.urban)
+        tall = rng.uniform(*city.tall)
         z = rng.uniform(1.0, 5.0)
-        while z < 100:
+        while z < city.reach:
             length = rng.uniform(6, 17)
             z1 = z + length
             if crossing is not None and z1 > crossing - 1.5 and z < crossing + 8.5:
@@ -74,7 +76,7 @@ def _lot(
 
 
 def street_furniture(
-    rng: np.random.Generator, street: Street, crossing: float | None
+    rng: np.random.Generator, street: Street, crossing: float | None, city: City
 ) -> list[Thing]:
     """Lamps, signals, signs and street trees between road and sidewalk."""
     things: list[Thing] = []
@@ -82,9 +84,9 @@ def street_furniture(
         (-1, street.left, street.walk_left),
         (1, street.right, street.walk_right),
     ):
-        z = rng.uniform(5.0, 10.0)
+        z = rng.uniform(5.0, 10.0) * city.near
         avenue = walk > 2.2 and rng.random() < 0.35
-        while z < 75:
+        while z < 0.75 * city.reach:
             x = street.x(edge + side * rng.uniform(0.4, 0.8), z)
             clear = crossing is None or not crossing - 0.5 < z < crossing + 7.5
             what = rng.choice(
@@ -101,7 +103,7 @@ def street_furniture(
                 things.append(furniture.utility_pole(rng, x, z))
             elif clear and avenue:
                 things.append(greenery.tree(rng, x, z, rng.uniform(4.5, 7.5), "round"))
-            z += rng.uniform(3.5, 12)
+            z += rng.uniform(3.5, 12) * city.spacing
         if crossing is not None and rng.random() < 0.75:
             z = crossing - 1.2
             x = street.x(edge + side * 0.6, z)

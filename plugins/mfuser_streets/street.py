@@ -1,4 +1,4 @@
-"""The course of a road."""
+"""The course of a road, and the city it runs through."""
 
 from __future__ import annotations
 
@@ -29,3 +29,24 @@ class Street:
         slope = self.bend * z
         n = math.hypot(slope, 1.0)
         return sign * slope / n, sign / n
+
+
+@dataclass(frozen=True)
+class City:
+    """What kind of city the streets belong to. Ranges are drawn from, one number per street side
+    or image."""
+
+    urban: tuple[float, float] = (0.15, 0.75)
+    """Share of the roadside that is built up to the sidewalk."""
+    tall: tuple[float, float] = (4.0, 20.0)
+    """Meters: the usual height of houses."""
+    reach: float = 100.0
+    """Meters ahead up to which the roadside is drawn in detail."""
+    spacing: float = 1.0
+    """Factor on the distance between lamps, signals and signs."""
+    near: float = 1.0
+    """Factor on the distance from the camera at which small things begin to stand."""
+    stout: float = 1.0
+    """Factor on the thickness of posts and frames and on the size of signals and signs."""
+    crowd: float = 1.0
+    """Factor on how many persons and two-wheelers there are."""

@@ -51,6 +51,21 @@ class Style:
     """Standard deviation in thousandths of the image height."""
     noise: float = 0.0
     vignette: float = 0.0
+    blend: float = 0.0
+    """Share of the other palette."""
+    repaint: float = 0.0
+    """Deviation of the logarithm of every material's own red, green and blue."""
+    hue: float = 0.0
+    """Radians by which all colors turn about gray."""
+    gamma: float = 1.0
+    grain: float = 1.0
+    """Fineness of the surface grain: twice as large, half as coarse."""
+    outline: float = 0.0
+    """Ink along the edges of things, as in a cartoon."""
+    levels: int = 0
+    """Tones per color that are left; 0 keeps them all."""
+    brush: float = 0.0
+    """Strokes of a brush over the picture."""
 
 
 @dataclass(frozen=True)

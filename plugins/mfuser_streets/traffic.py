@@ -8,7 +8,7 @@ import numpy as np
 
 from mfuser_streets import people, vehicles
 from mfuser_streets.geometry import Thing
-from mfuser_streets.street import Street
+from mfuser_streets.street import City, Street
 
 
 class _Plots:
@@ -31,7 +31,7 @@ _LENGTH = {"car": 4.6, "truck": 8.2, "bus": 11.4, "train": 22.2}
 
 
 def traffic(
-    rng: np.random.Generator, street: Street, crossing: float | None, tram: bool
+    rng: np.random.Generator, street: Street, crossing: float | None, tram: bool, city: City
 ) -> list[Thing]:
     """Vehicles in their lanes, on the crossing and at the curb; persons and two-wheelers."""
     things: list[Thing] = []
@@ -83,14 +83,14 @@ def traffic(
     if rng.random() < 0.4:
         z = crossing + rng.uniform(1.5, 5.5) if crossing is not None else rng.uniform(9, 22)
         across("car", rng.uniform(-7, 7), z)
-    return things + _walkers(rng, street, plots) + _riders(rng, street, plots)
+    return things + _walkers(rng, street, plots, city) + _riders(rng, street, plots, city)
 
 
-def _walkers(rng: np.random.Generator, street: Street, plots: _Plots) -> list[Thing]:
+def _walkers(rng: np.random.Generator, street: Street, plots: _Plots, city: City) -> list[Thing]:
     things = []
     left, right = street.left, street.right
-    for _ in range(rng.integers(1, 6)):
-        z = rng.uniform(4.5, 9) + 22 * rng.random() ** 2
+    for _ in range(round(city.crowd * int(rng.integers(1, 6)))):
+        z = (rng.uniform(4.5, 9) + 22 * rng.random() ** 2) * city.near
         if rng.random() < 0.78:
             side, edge = (-1, left) if rng.random() < 0.5 else (1, right)
             walk = street.walk_left if side < 0 else street.walk_right
@@ -107,13 +107,13 @@ def _walkers(rng: np.random.Generator, street: Street, plots: _Plots) -> list[Th
     return things
 
 
-def _riders(rng: np.random.Generator, street: Street, plots: _Plots) -> list[Thing]:
+def _riders(rng: np.random.Generator, street: Street, plots: _Plots, city: City) -> list[Thing]:
     things = []
     left, right = street.left, street.right
     for kind, chance in (("bicycle", 0.78), ("motorcycle", 0.74)):
         while rng.random() < chance:
-            chance *= 0.45
-            z = rng.uniform(4.5, 8) + 12 * rng.random() ** 2
+            chance *= min(0.45 * city.crowd, 0.9)
+            z = (rng.uniform(4.5, 8) + 12 * rng.random() ** 2) * city.near
             ridden = rng.random() < 0.7
             if ridden:
                 offset = rng.uniform(left + 0.5, right - 0.5)

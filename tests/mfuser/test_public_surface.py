@@ -43,6 +43,7 @@ COMMANDS = {
     "predict": f"RUN IMAGES --device --out --scale --set --skip-bad --stride {SHARED}",
     "train": "PAIRING --no-evaluate --out --recipe --resume --seed --set --set-recipe --source "
     f"--steps --targets {WORK}",
+    "world pretrain": "TOWER --decay --json --out --save-every --seed --steps --without",
 }
 
 PAIRING = """vfm vlm fusion tuning enhancer decoder image_size classes taps prompt merge pyramid

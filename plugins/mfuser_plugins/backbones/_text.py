@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mfuser import MFuserError, WeightsError
 from mfuser.errors import MissingExtraError
+from mfuser_plugins.backbones._miniature import tokenizer_file
 
 POOLS = ("argmax", "eos", "last", "first")
 
@@ -160,6 +161,8 @@ def load_tokenizer(model: str, text_cfg: dict[str, Any], given: str | None) -> A
     """
     source = given or text_cfg.get("hf_tokenizer_name")
     options = dict(text_cfg.get("tokenizer_kwargs") or {})
+    if name := options.get("bpe_path"):
+        options["bpe_path"] = tokenizer_file(str(name))
     if given == "simple" or not source:
         return SimpleTokenizer(**({} if given == "simple" else options))
     try:

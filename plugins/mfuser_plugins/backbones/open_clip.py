@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import Field, PositiveInt
 
 from mfuser import MFuserError, VisionLanguageSpec, WeightsError, hookimpl
 from mfuser.errors import suggest
 from mfuser.specs import BackboneInfo, Size
+from mfuser_plugins.backbones._miniature import known
 from mfuser_plugins.backbones._options import LibrarySpec, Statistics
 from mfuser_plugins.backbones._resample import Resampling
 from mfuser_plugins.backbones._stepping import freeze
@@ -35,7 +36,8 @@ class OpenClipSpec(LibrarySpec, VisionLanguageSpec, name="open_clip"):
     """A vision-language model of the open_clip library. Serves as VFM too.
 
     model: open_clip's name: "EVA02-L-14-336", "ViT-L-14-336-quickgelu", "ViT-L-16-SigLIP-384".
-    weights: a tag ("merged2b_s6b_b61k", "openai", "webli"), a local file (.safetensors, .pt,
+    weights: a tag ("merged2b_s6b_b61k", "openai", "webli"; "mini-vlm" ships, for the model of the
+        same name), a local file (.safetensors, .pt,
         .bin), or "random".
     tokenizer: a local folder with the tokenizer, or "simple" for CLIP's, which ships; None: the
         model's own (SigLIP's comes from the hub).
@@ -85,14 +87,17 @@ class OpenClipSpec(LibrarySpec, VisionLanguageSpec, name="open_clip"):
 
         from mfuser_plugins.backbones._clip import create, wrap
 
+        miniature = known()
         cfg = open_clip.get_model_config(self.model)
         if cfg is None:
-            known = open_clip.list_models()
-            raise MFuserError(f"open_clip has no model '{self.model}'{suggest(self.model, known)}")
+            models = open_clip.list_models()
+            raise MFuserError(f"open_clip has no model '{self.model}'{suggest(self.model, models)}")
         merge(cfg, self.options)
         source = None if self.weights == RANDOM else local_file(self.weights)
         tag = None
-        if self.weights != RANDOM and source is None:
+        if source is not None:
+            miniature.check_world(source)
+        elif self.weights != RANDOM:
             tag = find_tag(self.model, self.weights, bool(cfg.get("quick_gelu")))
             source = tag_file(f"{self.model}, {self.weights}", tag)
         model = create(self.model, cfg)
@@ -139,10 +144,15 @@ def find_tag(model: str, tag: str, quick_gelu: bool) -> dict[str, Any]:
     """What open_clip knows of a tag. Raises WeightsError if the tag or its activation differs."""
     import open_clip
 
+    miniature = known()
+    if (model, tag) == (miniature.VLM, miniature.VLM):
+        return cast(dict[str, Any], miniature.open_clip_tag())
     found: dict[str, Any] = open_clip.get_pretrained_cfg(model, tag)
     if not found:
-        known = open_clip.list_pretrained_tags_by_model(model)
-        raise WeightsError(f"open_clip has no weights '{tag}' for '{model}'{suggest(tag, known)}")
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        if model == miniature.VLM:
+            tags = [miniature.VLM]
+        raise WeightsError(f"open_clip has no weights '{tag}' for '{model}'{suggest(tag, tags)}")
     if bool(found.get("quick_gelu")) != quick_gelu:
         raise gelu_mismatch(model, tag, quick_gelu)
     return found
@@ -168,6 +178,8 @@ def gelu_mismatch(model: str, weights: str, quick_gelu: bool) -> WeightsError:
 def tag_file(what: str, tag: dict[str, Any]) -> Path:
     """The file of a tag, from a cache or downloaded."""
     what = f"open_clip model {what}"
+    if file := tag.get("file"):
+        return cast(Path, known().shipped(Path(file)))
     if repository := tag.get("hf_hub"):
         folder, _, name = repository.rpartition("/")
         names = [name] if name else ["open_clip_pytorch_model.bin"]
@@ -187,6 +199,9 @@ def statistics(model: str, tag: dict[str, Any] | None) -> tuple[Statistics, Stat
     """mean, std of a tag; without one, those that every tag of the model agrees on, else CLIP's."""
     import open_clip
 
+    miniature = known()
+    if model == miniature.VLM:
+        return miniature.MEAN, miniature.STD
     if tag is not None:
         return tuple(tag.get("mean", CLIP_MEAN)), tuple(tag.get("std", CLIP_STD))
     tags = [

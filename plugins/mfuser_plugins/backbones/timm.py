@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mfuser import MFuserError, VisionSpec, WeightsError, hookimpl
 from mfuser.errors import suggest
 from mfuser.specs import BackboneInfo, Size
+from mfuser_plugins.backbones._miniature import known
 from mfuser_plugins.backbones._options import LibrarySpec
 from mfuser_plugins.backbones._resample import Resampling
 from mfuser_plugins.backbones._stepping import freeze
@@ -38,8 +39,8 @@ class TimmSpec(LibrarySpec, VisionSpec, name="timm"):
 
     model: timm's name, with or without a tag: "vit_large_patch14_dinov2.lvd142m".
     weights: None: those of the tag in `model` (or timm's default tag), from the hub or its cache.
-        Else a tag, a local file (.safetensors, .pth, .pt; timm's or the official names), or
-        "random".
+        Else a tag ("mini-vfm" ships, for "vit_mini_patch8"), a local file (.safetensors, .pth,
+        .pt; timm's or the official names), or "random".
     depth: keep the first blocks only.
     interpolation, antialias: how positions are resampled. Bicubic without antialiasing is what
         DINOv2 and the released models use; timm itself antialiases. NaFlex and the encoders of
@@ -71,6 +72,8 @@ class TimmSpec(LibrarySpec, VisionSpec, name="timm"):
 
         name, file = self._named()
         check_name(name)
+        if file is not None:
+            known().check_world(file)
         source = None
         if self.weights != RANDOM:
             source = file or published(name)
@@ -114,6 +117,7 @@ class TimmSpec(LibrarySpec, VisionSpec, name="timm"):
         """As timm states it; None for random weights without a tag and for local files."""
         import timm
 
+        known()
         try:
             name, file = self._named()
             tagged = self.weights != RANDOM or "." in name
@@ -127,6 +131,7 @@ def check_name(name: str) -> None:
     """Raises MFuserError for a model that timm does not know, WeightsError for an unknown tag."""
     import timm
 
+    known()
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise MFuserError(
@@ -156,6 +161,8 @@ def published(name: str) -> Path:
     found = timm.get_pretrained_cfg(name)
     cfg: dict[str, Any] = found.to_dict() if found is not None else {}
     what = f"timm model '{name}'"
+    if file := cfg.get("file"):
+        return cast(Path, known().shipped(Path(file)))
     if repository := cfg.get("hf_hub_id"):
         given = cfg.get("hf_hub_filename")
         return hub_file(

@@ -1,0 +1,1 @@
+"""Pretraining of the towers in miniature: `mfuser world pretrain vfm|vlm`."""
