@@ -134,6 +134,7 @@ from mfuser.cli import (  # noqa: E402, F401  (they add their commands)
     ablate,
     convert,
     data,
+    export,
     plugin,
     show,
     work,

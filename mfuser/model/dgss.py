@@ -88,7 +88,7 @@ class DGSSModel(nn.Module):
         queries = alignment = None
         if encoded.visual is not None:
             text = self.text() if text is None else text
-            text = text.expand(len(images), -1, -1)  # (B, K, C)
+            text = text.expand(images.shape[0], -1, -1)  # (B, K, C)
             queries = self.enhancer(text, encoded.visual)
             expect(self.enhancer, "forward()'s result", queries, tuple(text.shape))
             alignment = score_map(encoded.visual[:, 1:], queries, encoded.grid)
@@ -151,7 +151,7 @@ class DGSSModel(nn.Module):
             with torch.no_grad():
                 text = self.text() if self.encoder.vlm is not None else None
                 return sliding_window(
-                    lambda windows: self._scores(windows, text),
+                    lambda windows: self.scores(windows, text),
                     as_unit_range(images),
                     self.spec.image_size,
                     stride,
@@ -161,11 +161,12 @@ class DGSSModel(nn.Module):
             for module, training in modes.items():
                 module.training = training
 
-    def _scores(self, windows: Tensor, text: Tensor | None = None) -> Tensor:
+    def scores(self, windows: Tensor, text: Tensor | None = None) -> Tensor:
+        """Class scores (B, K, H, W) of windows (B, 3, H, W) of the image size."""
         output = self(windows, text=text)
         size = (windows.shape[-2], windows.shape[-1])
         scores = self.decoder.semantic_logits(output.decoder, size)
-        shape = (len(windows), len(self.classes), *size)
+        shape = (windows.shape[0], len(self.classes), *size)
         return expect(self.decoder, "semantic_logits()'s result", scores, shape)
 
 

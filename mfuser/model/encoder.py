@@ -126,7 +126,7 @@ class PairEncoder(nn.Module):
 
     def _embed(self, backbone: VisionBackbone, images: Tensor) -> Stream:
         stream = backbone.embed(backbone.normalize(images))
-        shape = (len(images), backbone.token_shape.num_tokens, backbone.embed_dim)
+        shape = (images.shape[0], backbone.token_shape.num_tokens, backbone.embed_dim)
         expect(backbone, "embed()'s token sequence", stream.tokens, shape)
         return stream
 
@@ -134,8 +134,8 @@ class PairEncoder(nn.Module):
         """Global and dense embedding as one sequence (B, 1 + T, C)."""
         whole, dense = vlm.project(tokens, state)
         patches = vlm.grid[0] * vlm.grid[1]
-        expect(vlm, "project()'s global embedding", whole, (len(tokens), 1, vlm.text_dim))
-        expect(vlm, "project()'s dense embedding", dense, (len(tokens), patches, vlm.text_dim))
+        expect(vlm, "project()'s global embedding", whole, (tokens.shape[0], 1, vlm.text_dim))
+        expect(vlm, "project()'s dense embedding", dense, (tokens.shape[0], patches, vlm.text_dim))
         return torch.cat([whole, dense], dim=1)
 
     def _step(self, backbone: VisionBackbone, i: int, tokens: Tensor, state: object) -> Tensor:

@@ -76,7 +76,7 @@ def test_missing_compiler_names_the_extra(monkeypatch):
 
 def test_backends_are_listed_with_reasons():
     found = {b.name: b for b in mfuser_kernels.backends()}
-    assert set(found) == {"triton", "mamba_ssm", "cpu", "chunked", "reference"}
+    assert set(found) == {"triton", "mamba_ssm", "cpu", "chunked", "associative", "reference"}
     assert found["reference"].usable and found["chunked"].usable
     assert all(b.usable != bool(b.reason) for b in found.values())
 

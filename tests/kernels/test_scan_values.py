@@ -9,7 +9,7 @@ from golden import below, golden
 from mfuser_kernels import selective_scan
 from mfuser_kernels.testing import errors, relative_rms, run_scan, scan_inputs
 
-BACKENDS = ["cpu", "chunked"]
+BACKENDS = ["cpu", "chunked", "associative"]
 
 
 @pytest.fixture(autouse=True)

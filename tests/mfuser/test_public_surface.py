@@ -36,6 +36,7 @@ COMMANDS = {
     "data new": f"FOLDER --classes --dry-run --name --out --pairing {SHARED}",
     "describe": f"PAIRING --set {SHARED}",
     "doctor": "--json",
+    "export": f"RUN --format --out --set {SHARED}",
     "evaluate": f"RUN --baselines --limit --out --set --stride --targets {WORK}",
     "list": f"KIND PATTERN --all {SHARED}",
     "plugin check": "MODULE --data-root --json --pairings",

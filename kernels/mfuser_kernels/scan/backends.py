@@ -20,9 +20,10 @@ MODULES = {
     "cpu": "mfuser_kernels.scan.cpu",
     "chunked": "mfuser_kernels.scan.chunked",
     "reference": "mfuser_kernels.scan.reference",
+    "associative": "mfuser_kernels.scan.associative",
 }
 AUTO = ("triton", "mamba_ssm", "cpu", "chunked")  # in the order of preference
-COMPOSITE = ("reference", "mamba_ssm")  # they bring an autograd of their own
+COMPOSITE = ("reference", "associative", "mamba_ssm")  # they bring an autograd of their own
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,19 @@ def choose(backend: str, device: str, dtype: torch.dtype, initial_state: bool) -
         if reason:
             raise ScanError(f"{asked} cannot run this scan: {reason}")
         return backend
+    if _exporting():
+        return "associative"
     for name in AUTO:
         candidate = module(name)
         if not candidate.refuses(device, dtype, initial_state) and not candidate.unusable():
             return name
     return "chunked"
+
+
+def _exporting() -> bool:
+    """Whether torch.export is tracing: its programs know no operator of ours."""
+    asks = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
+    return bool(asks and asks())
 
 
 # torch.compile takes the choice as a constant. This is all that torch.compiler's decorator

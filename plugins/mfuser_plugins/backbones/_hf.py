@@ -163,7 +163,7 @@ class MaeStepper(HuggingFaceStepper):
         h, w = self.grid_of((int(images.shape[-2]), int(images.shape[-1])))
         # Patches are put into the order of the noise.
         order = torch.arange(h * w, device=images.device, dtype=torch.float32)
-        noise = order.expand(len(images), -1)
+        noise = order.expand(images.shape[0], -1)
         embeddings = self.model.embeddings
         return embeddings(images, noise=noise, interpolate_pos_encoding=True)[0], None
 

@@ -23,7 +23,7 @@ class RelPosStepper(TimmStepper):
         model = self.model
         tokens = self._patches(images)
         if model.cls_token is not None:
-            tokens = torch.cat([model.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            tokens = torch.cat([model.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         return tokens, None if model.shared_rel_pos is None else model.shared_rel_pos.get_bias()
 
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
@@ -181,8 +181,8 @@ class XcitStepper(AnySizeStepper):
         model = self.model
         tokens, grid = model.patch_embed(images)
         if model.pos_embed is not None:
-            positions = model.pos_embed(len(tokens), *grid)  # (B, D, h, w)
-            tokens = tokens + positions.reshape(len(tokens), -1, tokens.shape[1]).permute(0, 2, 1)
+            positions = model.pos_embed(tokens.shape[0], *grid)  # (B, D, h, w)
+            tokens = tokens + positions.flatten(2).transpose(1, 2)
         return model.pos_drop(tokens), grid
 
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:

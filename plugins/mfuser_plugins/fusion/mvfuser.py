@@ -133,7 +133,7 @@ class MVFuser(Scan):
         batch, length, _ = tokens.shape
         # A GPU wants the whole length at once, training keeps everything anyway.
         whole = tokens.device.type != "cpu" or torch.is_grad_enabled() or self.reverse is not None
-        if whole or batch * length <= BLOCK or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or whole or batch * length <= BLOCK:
             return self._offsets(tokens, 0, length)[0]
         count = -(-batch * length // BLOCK)
         size = -(-length // (count * CHUNK)) * CHUNK  # even shares
