@@ -185,6 +185,9 @@ class DecoderOutput:
 class Decoder(nn.Module, ABC):
     reads_alignment: ClassVar[bool] = False
     """Whether `forward` takes the alignment map (B, K, h, w) as its third argument."""
+    scores: ClassVar[Literal["logits", "shares"]] = "logits"
+    """What `semantic_logits` gives: logits, whose softmax is a probability, or non-negative numbers
+    whose share of their sum is one."""
 
     @abstractmethod
     def forward(self, pyramid: list[Tensor], queries: Tensor | None = None) -> DecoderOutput:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -20,7 +20,8 @@ from mfuser.data.images import UnreadableImage
 from mfuser.data.loading import ClassMap
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console, Task
-from mfuser.engine.metrics import Confusion, scores
+from mfuser.engine.gallery import Gallery, Shown, panel, save_pictures
+from mfuser.engine.metrics import Calibration, Confusion, scores
 from mfuser.engine.processes import Processes, processes
 from mfuser.errors import DataError, MFuserError, placed
 from mfuser.files import check_writable
@@ -29,7 +30,7 @@ from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
 from mfuser.model.sliding_window import default_stride
 from mfuser.reporting import draw
-from mfuser.reporting.report import DomainResult, Report
+from mfuser.reporting.report import CalibrationResult, DomainResult, Report
 
 TOGETHER = 4
 """Images of one size that are segmented in one pass."""
@@ -46,6 +47,8 @@ class Measured:
     images: int
     skipped: list[str]
     pictures: list[list[np.ndarray]]
+    calibration: Calibration
+    gallery: Gallery
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def assess(
     seen = {d.name for d in chosen if _same_images(d, run.source)}
     results: dict[str, dict[str, DomainResult]] = {}
     panels: dict[str, list[list[np.ndarray]]] = {}
+    shown: dict[str, list[Shown]] = {}
     for row, candidate in rows.items():
         candidate.to(group.accelerator.device)
         results[row] = {}
@@ -147,11 +151,12 @@ def assess(
             )
             if trained:
                 panels[name] = measured.pictures
+                shown[name] = measured.gallery.shown
             result = _result(model.classes, measured, name in seen, run)
             result.unlabeled = _unlabeled(model.classes, dataset, scored[name])
             results[row][name] = result
     if pictures is not None:
-        group.from_main(lambda: _save_pictures(pictures, model.classes, panels))
+        group.from_main(lambda: save_pictures(pictures, model.classes, panels))
     return Report.of(
         model,
         run,
@@ -160,6 +165,7 @@ def assess(
         untrained={n: r.miou for n, r in results.get("untrained", {}).items()},
         stride=protocol.stride or default_stride(model.spec.image_size),
         limit=protocol.limit,
+        pictures=shown,
     )
 
 
@@ -181,15 +187,22 @@ def measure(
     with console.task(label, len(mine)) as task:
         share = _Share(model, dataset, scored, drawn, label)
         group.together(lambda: share.work(mine, protocol, group.accelerator.device, task))
-    total = torch.from_numpy(share.confusion.counts).to(group.accelerator.device)
-    share.confusion.counts = group.accelerator.reduce(total, "sum").cpu().numpy()
+    share.confusion.counts = np.sum(group.gathered([share.confusion.counts]), axis=0)
+    share.calibration.sums = np.sum(group.gathered([share.calibration.sums]), axis=0)
+    share.gallery.extend(group.gathered(share.gallery.scores), group.gathered(share.gallery.shown))
     if not share.confusion.counts.any():
         raise DataError(f"{label}: no pixel of its {count} images carries a scored class")
     # In the order of the images, whoever had them.
     skipped = dict(sorted(group.gathered(share.skipped)))
     drawings = sorted(group.gathered(share.pictures), key=lambda drawing: drawing[0])
     return Measured(
-        share.confusion, scored, count, list(skipped.values()), [rows for _, rows in drawings]
+        share.confusion,
+        scored,
+        count,
+        list(skipped.values()),
+        [rows for _, rows in drawings],
+        share.calibration,
+        share.gallery,
     )
 
 
@@ -208,6 +221,8 @@ class _Share:
         self.drawn, self.label = drawn, label
         self.class_map = ClassMap(dataset, model.classes)
         self.confusion = Confusion(len(model.classes))
+        self.calibration = Calibration()
+        self.gallery = Gallery()
         self.skipped: list[tuple[int, str]] = []
         self.pictures: list[tuple[int, list[np.ndarray]]] = []
 
@@ -221,10 +236,22 @@ class _Share:
             ):
                 truth = self.class_map(sample.label, sample.name)
                 truth[~np.isin(truth, self.scored)] = IGNORE
-                prediction = predict_ids(one, sample.label.shape, self.scored)
+                prediction, confidence = decide(
+                    one, sample.label.shape, self.scored, self.model.decoder.scores
+                )
                 self.confusion.add(truth, prediction)
+                self.calibration.add(truth, prediction, confidence)
+                self.gallery.add(
+                    index,
+                    sample.name,
+                    sample.image,
+                    truth,
+                    prediction,
+                    self.scored,
+                    len(self.model.classes),
+                )
                 if index in self.drawn:
-                    self.pictures.append((index, _panel(sample.image, truth, prediction, table)))
+                    self.pictures.append((index, panel(sample.image, truth, prediction, table)))
             task.advance(len(batch))
 
     def _scores(
@@ -251,14 +278,32 @@ def predict_ids(
     class_scores: Tensor, size: tuple[int, ...], scored: Sequence[int] | None = None
 ) -> np.ndarray:
     """Scores (K, H, W) -> class ids (size), the best among `scored`."""
+    return decide(class_scores, size, scored)[0]
+
+
+def decide(
+    class_scores: Tensor,
+    size: tuple[int, ...],
+    scored: Sequence[int] | None = None,
+    kind: Literal["logits", "shares"] = "logits",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (K, H, W) -> class ids, the best among `scored`, and their confidence in [0, 1]; both
+    of `size`, int64 and float32. kind: what the scores are (`Decoder.scores`)."""
     if class_scores.shape[-2:] != torch.Size(size):
         class_scores = F.interpolate(
             class_scores[None], (size[0], size[1]), mode="bilinear", align_corners=False
         )[0]
-    if scored is None or len(scored) == len(class_scores):
-        return class_scores.argmax(0).cpu().numpy()
-    chosen = torch.as_tensor(scored, device=class_scores.device)
-    return chosen[class_scores[chosen].argmax(0)].cpu().numpy()
+    chosen = None
+    if scored is not None and len(scored) != len(class_scores):
+        chosen = torch.as_tensor(scored, device=class_scores.device)
+        class_scores = class_scores[chosen]
+    ids, best = class_scores.argmax(0), class_scores.amax(0)
+    if kind == "shares":
+        confidence = best / class_scores.sum(0).clamp_min(1e-12)
+    else:
+        confidence = (best - class_scores.logsumexp(0)).exp()
+    ids = ids if chosen is None else chosen[ids]
+    return ids.cpu().numpy(), confidence.float().cpu().numpy()
 
 
 def test_scale(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
@@ -338,45 +383,9 @@ def _result(classes: tuple[str, ...], measured: Measured, seen: bool, run: RunSp
         seen=seen,
         most_frequent=constant,
         skipped=measured.skipped,
+        confusion=measured.confusion.counts.tolist(),
+        calibration=CalibrationResult(
+            bins=measured.calibration.sums.tolist(), ece=measured.calibration.error
+        ),
+        per_image=[score for _, score in measured.gallery.scores],
     )
-
-
-def _panel(
-    image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, table: np.ndarray
-) -> list[np.ndarray]:
-    return [
-        image,
-        draw.color(truth, table),
-        draw.overlay(image, prediction, table),
-        draw.color(np.where(truth == IGNORE, IGNORE, prediction), table),
-    ]
-
-
-COLUMNS = ("image", "truth", "prediction over image", "prediction")
-
-
-def picture(domain: str) -> str:
-    """The file of a domain's panels."""
-    return re.sub(r"[^\w.+-]", "-", domain) + ".png"
-
-
-def _save_pictures(
-    folder: Path, classes: tuple[str, ...], drawn: dict[str, list[list[np.ndarray]]]
-) -> None:
-    """A sheet of each domain, and an overview with one row of each."""
-    for name, rows in drawn.items():
-        save_panels(folder / picture(name), classes, {name: rows})
-    save_panels(folder / "overview.png", classes, {n: rows[:1] for n, rows in drawn.items()})
-
-
-def save_panels(
-    path: Path, classes: tuple[str, ...], drawn: dict[str, list[list[np.ndarray]]]
-) -> None:
-    """Image, truth, overlay and prediction (void as in the truth), row by row, with a legend."""
-    rows = [row for domain in drawn.values() for row in domain]
-    if not rows:
-        return
-    names = [name for name, domain in drawn.items() for _ in domain]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet = draw.panels(rows, COLUMNS, names=names)
-    draw.stacked(sheet, draw.legend(classes, draw.palette(classes), sheet.width)).save(path)

@@ -46,3 +46,33 @@ def scores(counts: np.ndarray, scored: tuple[int, ...]) -> Scores:
             iou[k] = hits[k] / union[k]
     total = counts.sum()
     return Scores(iou, float(hits.sum() / total) if total else float("nan"))
+
+
+BINS = 15
+"""Of the reliability diagram, as in Guo et al. (ICML 2017) and torchmetrics' default."""
+
+
+class Calibration:
+    """How far confidence is from accuracy: pixels, their confidence and their hits in equal bins.
+
+    Expected calibration error (Naeini et al., AAAI 2015; scored by BRAVO): the mean over pixels of
+    |accuracy - confidence| of their bin.
+    """
+
+    def __init__(self) -> None:
+        self.sums = np.zeros((3, BINS), np.float64)
+        """(pixels, sum of confidence, hits) of each bin."""
+
+    def add(self, label: np.ndarray, prediction: np.ndarray, confidence: np.ndarray) -> None:
+        """Arrays of one shape; confidence in [0, 1]; pixels labeled 255 do not count."""
+        valid = label != IGNORE
+        certain = confidence[valid].astype(np.float64)
+        place = np.clip(np.ceil(certain * BINS).astype(np.int64) - 1, 0, BINS - 1)
+        hits = (label[valid] == prediction[valid]).astype(np.float64)
+        for row, weights in enumerate((None, certain, hits)):
+            self.sums[row] += np.bincount(place, weights, minlength=BINS)
+
+    @property
+    def error(self) -> float:
+        pixels, certain, hits = self.sums
+        return float(np.abs(hits - certain).sum() / pixels.sum()) if pixels.sum() else float("nan")

@@ -10,10 +10,12 @@ from pathlib import Path
 from mfuser.config.registry import Registry, load_registry
 from mfuser.config.run import Domain, RunSpec, domains
 from mfuser.engine import evaluate as evaluation
+from mfuser.engine import gallery
 from mfuser.engine import train as training
 from mfuser.engine.console import Console
 from mfuser.engine.processes import Processes, processes
 from mfuser.model.dgss import DGSSModel
+from mfuser.reporting import page
 from mfuser.reporting.report import Report
 
 PICTURES = "pictures"
@@ -172,7 +174,7 @@ def evaluate(
 
 def _save(report: Report, folder: Path, group: Processes) -> tuple[str, ...]:
     """One report of all processes; returns its pictures, and no others that the folder holds."""
-    names = [f"{PICTURES}/{evaluation.picture(n)}" for n in ("overview", *report.domains)]
+    names = [f"{PICTURES}/{gallery.picture(n)}" for n in ("overview", *report.domains)]
     drawn = tuple(name for name in names if (folder / name).is_file())
-    group.from_main(lambda: report.save(folder, list(drawn)))
+    group.from_main(lambda: page.save(report, folder, list(drawn)))
     return drawn

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 from rich.table import Table
 
 from mfuser.config.run import RunSpec
@@ -23,6 +24,26 @@ SCORED = {
     "all": "all of the pairing's",
 }
 """The classes that count, by `RecipeSpec.scored`, as a report's protocol says it."""
+
+
+class ImageScore(BaseModel):
+    """Of one image, in [0, 1]: mIoU over the classes that it shows or is given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    miou: float
+    accuracy: float
+
+
+class CalibrationResult(BaseModel):
+    """bins: pixels, sum of confidence and hits of each of the equal bins of confidence.
+    ece: expected calibration error, in [0, 1]."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bins: list[list[float]]
+    ece: float
 
 
 class DomainResult(BaseModel):
@@ -41,6 +62,24 @@ class DomainResult(BaseModel):
     seen: bool
     most_frequent: float | None = None
     skipped: list[str] = []
+    confusion: list[list[int]] = []
+    """Pixels by target class (row) and predicted class (column), in the order of the classes."""
+    calibration: CalibrationResult | None = None
+    per_image: list[ImageScore] = []
+
+
+class Picture(Protocol):
+    """An image to look at, as `engine.gallery` keeps it, its files as base64: photo a JPEG, target
+    and prediction PNGs of class ids."""
+
+    @property
+    def score(self) -> ImageScore: ...
+    @property
+    def photo(self) -> str: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def prediction(self) -> str: ...
 
 
 class Report(BaseModel):
@@ -59,6 +98,12 @@ class Report(BaseModel):
     """mIoU averaged over the unseen domains."""
     gap: float | None
     """Source minus that average, where the source was scored too."""
+    _pictures: dict[str, Sequence[Picture]] = PrivateAttr(default_factory=dict)
+
+    @property
+    def pictures(self) -> dict[str, Sequence[Picture]]:
+        """Domain -> images to look at, the worst first; a report read from a file has none."""
+        return self._pictures
 
     @staticmethod
     def of(
@@ -70,6 +115,7 @@ class Report(BaseModel):
         untrained: dict[str, float],
         stride: tuple[int, int],
         limit: int | None,
+        pictures: Mapping[str, Sequence[Picture]] | None = None,
     ) -> Report:
         recipe = run.recipe
         unseen = [d.miou for d in domains.values() if not d.seen]
@@ -89,7 +135,7 @@ class Report(BaseModel):
             "checkpoint": "the last one" if step == recipe.steps else f"step {step}, unfinished",
             "mfuser": __version__,
         }
-        return Report(
+        report = Report(
             pairing=run.pairing_name,
             recipe=run.recipe_name,
             protocol=protocol,
@@ -100,6 +146,8 @@ class Report(BaseModel):
             average=average,
             gap=seen[0] - average if seen and average is not None else None,
         )
+        report._pictures = dict(pictures or {})
+        return report
 
     def rows(self) -> list[tuple[str, list[float | None]]]:
         """Class and summary rows, a value per domain in per cent, then the unseen average."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,8 @@ class MaskDecoder(Decoder):
     text_dim: width of the class texts that the pixel decoder reads and the queries start from;
         None: no text.
     """
+
+    scores: ClassVar[Literal["logits", "shares"]] = "shares"
 
     def __init__(
         self,

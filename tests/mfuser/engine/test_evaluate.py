@@ -20,8 +20,9 @@ from PIL import Image
 from mfuser import Registry
 from mfuser.config.run import Domain, domains
 from mfuser.engine.checkpoints import load_model
-from mfuser.engine.evaluate import evaluate, picture, predict_ids, test_scale
-from mfuser.engine.metrics import Confusion, scores
+from mfuser.engine.evaluate import decide, evaluate, predict_ids, test_scale
+from mfuser.engine.gallery import picture
+from mfuser.engine.metrics import Calibration, Confusion, scores
 from mfuser.errors import DataError, MFuserError
 
 test_scale.__test__ = False  # type: ignore[attr-defined]
@@ -245,3 +246,44 @@ def test_what_cannot_be_evaluated(
 def test_names_of_pictures_are_safe() -> None:
     assert picture("acdc:fog") == "acdc-fog.png"
     assert picture("a/../b c") == "a-..-b-c.png"
+
+
+@given(st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=1, max_size=60))
+def test_calibration_against_bin_by_bin(pixels: list[tuple[float, bool]]) -> None:
+    confidence = np.array([c for c, _ in pixels], np.float32)
+    truth = np.array([0 if hit else 1 for _, hit in pixels])
+    truth[0] = 255
+    found = Calibration()
+    for part in (slice(0, 20), slice(20, None)):
+        found.add(truth[part], np.zeros_like(truth[part]), confidence[part])
+    kept = pixels[1:]
+    error = 0.0
+    for k in range(15):
+        low, high = k / 15, (k + 1) / 15
+        mine = [p for p in kept if low < float(p[0]) <= high or (k == 0 and p[0] == 0)]
+        if mine:
+            error += abs(sum(hit for _, hit in mine) - sum(float(c) for c, _ in mine)) / len(kept)
+    if kept:
+        assert found.error == pytest.approx(error, abs=1e-6)
+    else:
+        assert math.isnan(found.error)
+
+
+def test_metrics_agree_with_torchmetrics() -> None:
+    classification = pytest.importorskip("torchmetrics.classification", reason="needs torchmetrics")
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 5, 40, 60, generator=generator)
+    truth = torch.randint(0, 5, (4, 40, 60), generator=generator)
+    truth[:, :3] = 255
+    confusion, calibration = Confusion(5), Calibration()
+    for scores_of, label in zip(logits, truth.numpy(), strict=True):
+        prediction, confidence = decide(scores_of, label.shape)
+        confusion.add(label, prediction)
+        calibration.add(label, prediction, confidence)
+    found = scores(confusion.counts, tuple(range(5)))
+    jaccard = classification.MulticlassJaccardIndex(5, average=None, ignore_index=255)
+    torch.testing.assert_close(
+        torch.from_numpy(found.iou).float(), jaccard(logits.argmax(1), truth), rtol=1e-6, atol=0
+    )
+    ece = classification.MulticlassCalibrationError(5, n_bins=15, norm="l1", ignore_index=255)
+    assert calibration.error == pytest.approx(float(ece(logits, truth)), rel=1e-4)

@@ -1,0 +1,57 @@
+"""The report as one HTML file: no network, no server; opens from disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mfuser.files import write_text
+from mfuser.reporting.draw import palette
+from mfuser.reporting.report import Report
+
+PLACE = "/*DATA*/"
+
+
+def save(report: Report, folder: Path, pictures: Sequence[str] = ()) -> None:
+    """report.{json,md,csv,html}; `pictures` are linked from the Markdown."""
+    report.save(folder, list(pictures))
+    write_text(folder / "report.html", page(report))
+
+
+def page(report: Report) -> str:
+    """`report` as one HTML file."""
+    table = palette(report.classes)
+    data: dict[str, Any] = {
+        "report": report.as_json(),
+        "summary": report.summary(),
+        "columns": report.columns(),
+        "rows": report.rows(),
+        "colors": [[int(v) for v in table[k]] for k in range(len(report.classes))],
+        "pictures": {
+            name: [
+                {
+                    "name": p.score.name,
+                    "miou": p.score.miou,
+                    "photo": p.photo,
+                    "target": p.target,
+                    "prediction": p.prediction,
+                }
+                for p in shown
+            ]
+            for name, shown in report.pictures.items()
+        },
+    }
+    template = resources.files("mfuser").joinpath("reporting", "report.html").read_text("utf-8")
+    # "</" would end the script element, whatever a class or a file is called.
+    return template.replace(PLACE, json.dumps(_finite(data)).replace("</", "<\\/"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
