@@ -32,6 +32,10 @@ class PluginError(MFuserError):
         self.plugin = plugin
 
 
+class PluginWarning(UserWarning):
+    """A plugin changed something of the process that is not its own; it was put back."""
+
+
 class DataError(MFuserError):
     """A dataset folder, image or label that cannot be used."""
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from importlib import metadata
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
-from mfuser.errors import ElsewhereError, MFuserError, PluginError, suggest
+from mfuser.errors import ElsewhereError, MFuserError, PluginError, PluginWarning, suggest
 from mfuser.version import __version__
 
 INTERRUPTED = 130
@@ -68,9 +71,43 @@ def cli() -> None:
     """
 
 
+_results: TextIO | None = None
+"""Standard output while --json keeps everything else away from it."""
+
+
 def emit(value: Any) -> None:
     """A result for machines, on standard output."""
-    click.echo(json.dumps(value, indent=1))
+    click.echo(json.dumps(value, indent=1), file=_results)
+
+
+@contextlib.contextmanager
+def _results_alone(arguments: list[str]) -> Iterator[None]:
+    """With --json, whatever plugins and libraries print goes to standard error."""
+    global _results
+    if "--json" not in arguments:
+        yield
+        return
+    _results = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results = None
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Warnings about plugins as sentences, all others as Python shows them."""
+    if issubclass(category, PluginWarning):
+        print(f"mfuser: {message}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,6 +118,12 @@ def main(argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 gets "?" for "×"
             stream.reconfigure(errors="replace")
+    with _results_alone(arguments), warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        _run(arguments)
+
+
+def _run(arguments: list[str]) -> None:
     try:
         code = cli.main(arguments, prog_name="mfuser", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -104,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         _fail(str(error), arguments, error.exit_code)
     except BrokenPipeError:
         # Whoever read the output has gone; nothing is left to say.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (_results or sys.stdout).fileno())
         sys.exit(1)
     except OSError as error:
         if os.environ.get("MFUSER_DEBUG"):

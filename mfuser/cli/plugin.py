@@ -82,7 +82,7 @@ def check(module: str, pairings: int | None, data_roots: tuple[str, ...], as_jso
         if not as_json:
             click.echo(str(report))
     seconds = time.perf_counter() - start
-    failed = [f"{r.name}: {v.check}" for r in reports for v in r.failed]
+    faults = [f"{r.name}: {found[0].check}" for r in reports for found in r.faults]
     passed = all(r.passed for r in reports)
     if as_json:
         emit(
@@ -95,8 +95,12 @@ def check(module: str, pairings: int | None, data_roots: tuple[str, ...], as_jso
         )
     else:
         tried = sum(v.outcome != "skipped" for r in reports for v in r.verdicts)
-        verdict = f"{len(failed)} failed ({', '.join(failed)})" if failed else "all passed"
+        failed = sum(len(r.failed) for r in reports)
         skipped = sum(v.outcome == "skipped" for r in reports for v in r.verdicts)
+        verdict = "all passed"
+        if faults:
+            count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
+            verdict = f"{failed} failed by {count} ({', '.join(faults)})"
         left = f", {skipped} not tried" if skipped else ""
         click.echo(f"{module}: {tried} checks in {seconds:.0f} s, {verdict}{left}")
     if not passed:

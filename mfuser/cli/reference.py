@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 from mfuser import hookspecs, interfaces
 from mfuser.cli import COMMANDS
 from mfuser.plugins.components import NARROW, Component
-from mfuser.plugins.discovery import GROUP, REQUIRES, TIMEOUT, installed_components
+from mfuser.plugins.discovery import GROUP, REQUIRES, installed_components
 from mfuser.specs import KINDS, Spec, TokenShape
 
 RETURNED = (
@@ -140,8 +140,6 @@ def _hooks() -> list[str]:
         "",
         f"- `{NARROW}`: the installed plugins to load (`timm,linear`) or to leave out (`-mine`).",
         "  Unset: all. Empty: none. What `--plugin` or `[plugins]` asks for is always loaded.",
-        f"- `{TIMEOUT}`: seconds a plugin may take to import, and its hook to answer. Unset: 20.",
-        "  0: no limit.",
         "",
     ]
     return lines

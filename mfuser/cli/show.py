@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,12 @@ from mfuser.cli.options import (
     set_option,
 )
 from mfuser.errors import suggest
+
+if TYPE_CHECKING:
+    from mfuser.plugins.components import Components
+
+SLOW = 2.0
+"""Seconds to load, from which a plugin is named by a plain `mfuser list` too."""
 
 
 @cli.command("list")
@@ -65,7 +71,7 @@ def list_(
             }
             for c in registry.components.kind(component_kind).values()
         ]
-    shown["plugins"] = [{"name": b.plugin, "broken": b.cause} for b in registry.components.broken]
+    shown["plugins"] = _plugins(registry.components, kind == "plugins")
     if kind == "backbones":
         shown = {k: shown[k] for k in ("vision", "vision_language")}
     elif kind is not None:
@@ -81,12 +87,28 @@ def list_(
         for entry in entries:
             if "broken" in entry:
                 click.echo(f"  {entry['name']} failed to load: {entry['broken']}")
+            elif "seconds" in entry:
+                changed = ", ".join(entry["changed"])
+                click.echo(
+                    f"  {entry['name']:<{width}}  {entry['seconds']:6.2f} s"
+                    + (f"  changed {changed}; it was put back" if changed else "")
+                )
             elif "plugin" in entry:
                 click.echo(f"  {entry['name']:<{width}}  {entry['help']}  [{entry['plugin']}]")
             else:
                 click.echo(f"  {entry['name']:<{width}}  {entry['where']}")
         if not entries:
-            click.echo("  none" if title != "plugins" else "  none failed to load")
+            click.echo("  none")
+
+
+def _plugins(components: Components, everything: bool) -> list[dict[str, Any]]:
+    """Those that failed, took long to load or changed what is not theirs; or every one."""
+    entries: list[dict[str, Any]] = [
+        {"name": p.plugin, "seconds": round(p.seconds, 3), "changed": list(p.changed)}
+        for p in components.loaded
+        if everything or p.changed or p.seconds > SLOW
+    ]
+    return entries + [{"name": b.plugin, "broken": b.cause} for b in components.broken]
 
 
 @cli.command()

@@ -11,6 +11,7 @@ from mfuser.config.recipe import RecipeSpec
 from mfuser.config.registry import Registry
 from mfuser.errors import CheckpointError, DataError, MFuserError
 from mfuser.interfaces import Dataset
+from mfuser.plugins.contracts import undisturbed
 from mfuser.specs import DatasetSpec, Options, component_of
 from mfuser.version import __version__
 
@@ -43,7 +44,7 @@ class Domain(Options):
         root = registry.root(spec.component()) or registry.root(self.name)
         if spec.needs_root and root is None:
             raise registry.unknown_root(spec.component())
-        dataset = spec.build(root, spec.split or split)
+        dataset = undisturbed(spec, lambda: spec.build(root, spec.split or split))
         if len(dataset) == 0:
             raise DataError(f"dataset '{self.name}' ({split}) has no images")
         dataset.test_size = spec.test_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -184,9 +185,10 @@ def _tune(spec: PairingSpec, backbones: Mapping[str, VisionBackbone]) -> None:
     """Change the chosen encoders in place."""
     if spec.tuning is None:
         return
-    for role in spec.tuning.encoders or backbones:
+    tuning = spec.tuning
+    for role in tuning.encoders or backbones:
         try:
-            spec.tuning.build(backbones[role])
+            built(tuning, type(None), partial(tuning.build, backbones[role]))
         except MFuserError as error:
             raise placed(error, f"tuning '{spec.tuning.name}' of the {role}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,26 +26,80 @@ class Component:
 
 
 @dataclass(frozen=True)
+class LoadedPlugin:
+    """seconds: of its import and its hook. changed: what of the process was put back after it.
+    installed: the word that `MFUSER_PLUGINS` knows it by; None for one that was asked for."""
+
+    plugin: str
+    seconds: float
+    changed: tuple[str, ...] = ()
+    installed: str | None = None
+
+
+@dataclass(frozen=True)
 class BrokenPlugin:
     plugin: str
     cause: str
 
 
+@dataclass(frozen=True)
+class Clash:
+    """Two components of one kind and name; only the first is used."""
+
+    kept: Component
+    left_out: Component
+
+
 class Components:
     """Everything that is installed, by kind and name. Never changes once made."""
 
-    def __init__(self, found: Iterable[Component], broken: Sequence[BrokenPlugin] = ()) -> None:
+    def __init__(
+        self,
+        found: Iterable[Component],
+        broken: Sequence[BrokenPlugin] = (),
+        loaded: Sequence[LoadedPlugin] = (),
+        prefer: str | None = None,
+    ) -> None:
+        """prefer: the plugin whose components win where a name is taken, as while it is checked.
+
+        Raises PluginError for any other two components of one kind and name.
+        """
         self.broken = tuple(broken)
+        self.loaded = tuple(loaded)
+        self.clashes: list[Clash] = []
         self._by_kind: dict[str, dict[str, Component]] = {kind: {} for kind in KINDS}
         for component in found:
             known = self._by_kind[component.kind]
             if (other := known.get(component.name)) is not None:
-                raise PluginError(
-                    f"two plugins offer a {component.kind} component named '{component.name}': "
-                    f"'{other.plugin}' and '{component.plugin}'; rename one, uninstall one, or "
-                    f"leave one out: {NARROW}=-{component.plugin}"
-                )
+                if prefer is None or prefer not in (other.plugin, component.plugin):
+                    raise PluginError(self._clash(other, component))
+                if other.plugin == prefer:
+                    self.clashes.append(Clash(other, component))
+                    continue
+                self.clashes.append(Clash(component, other))
             known[component.name] = component
+
+    def _clash(self, one: Component, other: Component) -> str:
+        """Both, and a way out that works."""
+        if one.plugin == other.plugin:
+            return (
+                f"plugin '{one.plugin}' offers two {one.kind} components named '{one.name}'; "
+                "rename one"
+            )
+        words = {p.plugin: p.installed for p in self.loaded}
+        installed = [words[p] for p in (other.plugin, one.plugin) if words.get(p)]
+        given = os.environ.get(NARROW)
+        ways = [
+            f"leave '{p}' out of --plugin and [plugins]"
+            for p in (one.plugin, other.plugin)
+            if p in words and words[p] is None
+        ]
+        if installed:
+            ways.append(f"set {NARROW}={f'{given},' if given else ''}-{installed[0]}")
+        return (
+            f"two plugins offer a {one.kind} component named '{one.name}': '{one.plugin}' and "
+            f"'{other.plugin}'; rename one, or {' or '.join(ways) or 'uninstall one'}"
+        )
 
     def __iter__(self) -> Iterator[Component]:
         return (c for kind in self._by_kind for c in self.kind(kind).values())

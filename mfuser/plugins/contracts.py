@@ -6,14 +6,16 @@ plugin, what it was given, what it returned, what is expected.
 
 from __future__ import annotations
 
-import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from mfuser.errors import MFuserError, PluginError
+from mfuser.errors import MFuserError, PluginError, PluginWarning
 from mfuser.interfaces import VisionBackbone, VisionLanguageBackbone
+from mfuser.plugins.blame import place
+from mfuser.plugins.containment import contained
 from mfuser.specs import Spec
 
 T = TypeVar("T")
@@ -30,22 +32,38 @@ def origin(spec: Spec) -> str:
     return f"{kind} '{spec.component()}' (plugin {type(spec).__module__})"
 
 
+def undisturbed(spec: Spec, build: Callable[[], T]) -> T:
+    """The result of `build`, a call of the spec's own; what it changes elsewhere is put back.
+
+    The changes are named by a PluginWarning.
+    """
+    with contained(draws=True) as changes:
+        result = build()
+    if changes:
+        warnings.warn(
+            f"{origin(spec)}: build() changed {', '.join(changes)}; it was put back",
+            PluginWarning,
+            stacklevel=2,
+        )
+    return result
+
+
 def built(
     spec: Spec, expected: Callable[..., T], build: Callable[[], Any], optional: bool = False
 ) -> T:
-    """What `build`, a call of the spec's own build, returns: an `expected`, marked with its origin.
+    """The result of `build`, a call of the spec's own: an `expected`, marked with its origin.
 
-    Raises PluginError naming the component if it raises or returns anything else.
+    optional: None will do too. Raises PluginError that names the component, and the line of it
+    that raised, if it raises or returns anything else.
     """
     try:
-        module = build()
+        module = undisturbed(spec, build)
     except MFuserError:
         raise
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
         raise PluginError(
             f"{origin(spec)}: build() raised {type(error).__name__}: {error} "
-            f"({frame.filename}, line {frame.lineno})"
+            f"({place(error, type(spec))})"
         ) from error
     if optional and module is None:
         return module  # type: ignore[return-value]

@@ -1,7 +1,7 @@
 """Finding plugins, and the frozen dictionary of the components they offer.
 
-A plugin is a stranger's code: what it raises, how long it takes to import, which version it asks
-for and what it offers are its own affair, and the others go on working.
+A plugin is a stranger's code. Whatever it raises, changes, prints or asks for, it is named and the
+others go on working.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import importlib
 import importlib.util
 import os
 import sys
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -22,9 +24,9 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from mfuser import hookspecs
-from mfuser.errors import PluginError, suggest
-from mfuser.plugins.components import NARROW, BrokenPlugin, Component, Components
-from mfuser.plugins.timelimit import TimeLimit, limited
+from mfuser.errors import PluginError, PluginWarning, suggest
+from mfuser.plugins.blame import raised_in
+from mfuser.plugins.components import NARROW, BrokenPlugin, Component, Components, LoadedPlugin
 from mfuser.specs import KINDS, Spec, offer_installed
 from mfuser.specs import component_of as component_of
 from mfuser.version import __version__
@@ -32,38 +34,95 @@ from mfuser.version import __version__
 GROUP = "mfuser"
 """The entry-point group of installed plugins."""
 
-TIMEOUT = "MFUSER_PLUGIN_TIMEOUT"
-"""Environment variable: seconds a plugin may take to import. Unset: 20; 0: no limit."""
-
 REQUIRES = "mfuser_requires"
 """Attribute of a plugin's module: the versions of mfuser it works with, ">=0.1,<0.2"."""
 
 
-def load_components(requested: Sequence[str] = ()) -> Components:
+class _Loader:
+    """Plugins on their way into a pluggy manager: each timed, contained, and reported."""
+
+    def __init__(self) -> None:
+        self.manager = pluggy.PluginManager("mfuser")
+        self.manager.add_hookspecs(hookspecs)
+        self.found: list[Component] = []
+        self.loaded: list[LoadedPlugin] = []
+        self.broken: list[BrokenPlugin] = []
+
+    def add(
+        self, name: str, label: str, load: Callable[[], Any], package: str, installed: str | None
+    ) -> None:
+        """Import a plugin and ask it for its components.
+
+        package: its top-level module. installed: the word that leaves it out; None for one that
+        was asked for, whose failure is an error.
+        """
+        from mfuser.plugins.containment import contained
+
+        start = time.perf_counter()
+        try:
+            with contained() as changed:
+                plugin = load()
+                if self.manager.is_registered(plugin):
+                    return
+                _declared(plugin)
+                found = self._components(plugin, name)
+        except (Exception, SystemExit) as error:
+            cause = _cause(error, package)
+            if installed is None:
+                raise PluginError(f"plugin '{label}' cannot be used: {cause}", label) from error
+            self.broken.append(BrokenPlugin(label, cause))
+            return
+        seconds = time.perf_counter() - start
+        self.found += found
+        self.loaded.append(LoadedPlugin(name, seconds, tuple(changed), installed))
+        if changed:
+            warnings.warn(
+                f"plugin '{name}' changed {', '.join(changed)} as it was imported; it was put back",
+                PluginWarning,
+                stacklevel=2,
+            )
+
+    def _components(self, plugin: Any, name: str) -> list[Component]:
+        """Register a plugin, check its hooks, and call the one it has, once."""
+        try:
+            self.manager.register(plugin, name)
+            _check_hooks(self.manager, plugin)
+            others = [p for p in self.manager.get_plugins() if p is not plugin]
+            specs = self.manager.subset_hook_caller("mfuser_components", others)()
+            # pluggy leaves out a hook that returned None.
+            return _checked(specs[0] if specs else None, name)
+        except BaseException:
+            if self.manager.is_registered(plugin):
+                self.manager.unregister(plugin)
+            raise
+
+
+def load_components(requested: Sequence[str] = (), prefer: str | None = None) -> Components:
     """Everything that entry points offer, and what `requested` (modules or .py files) offers.
 
     An installed plugin that fails is recorded in `broken` and the others go on working; one
-    asked for by name is an error. `MFUSER_PLUGINS` narrows what is installed.
+    asked for by name is an error. `MFUSER_PLUGINS` narrows what is installed. prefer: as in
+    `Components`.
     """
-    broken: list[BrokenPlugin] = []
-    manager = pluggy.PluginManager("mfuser")
-    manager.add_hookspecs(hookspecs)
+    loader = _Loader()
     entries = _narrowed(sorted(set(metadata.entry_points(group=GROUP)), key=_order))
     if entries or requested:
         # Every plugin needs it, and a cold disk's seconds for torch are no plugin's fault.
         importlib.import_module("mfuser.interfaces")
     for entry in entries:
         label = f"{entry.name} ({entry.value})"
-        # Two distributions may give one name to different modules: both are heard.
-        name = label if manager.has_plugin(entry.name) else entry.name
-        _register(manager, name, label, functools.partial(_load, entry), broken)
+        # Two distributions may give one name to different modules: both are loaded.
+        twice = loader.manager.has_plugin(entry.name)
+        loader.add(
+            label if twice else entry.name,
+            label,
+            functools.partial(_load, entry),
+            entry.value.split(".")[0],
+            entry.value if twice else entry.name,
+        )
     for name in requested:
-        _register(manager, name, name, functools.partial(_import, name), None)
-    found: list[Component] = []
-    for name, plugin in manager.list_name_plugin():
-        if plugin is not None:
-            found += _offered(name, manager, plugin, None if name in requested else broken)
-    return Components(found, broken)
+        loader.add(name, name, functools.partial(_import, name), _package(name), None)
+    return Components(loader.found, loader.broken, loader.loaded, prefer)
 
 
 def _order(entry: metadata.EntryPoint) -> tuple[str, str]:
@@ -78,14 +137,18 @@ def _narrowed(entries: list[metadata.EntryPoint]) -> list[metadata.EntryPoint]:
     words = [w.strip() for w in given.split(",") if w.strip()]
     dropped = {w[1:] for w in words if w.startswith("-")}
     kept = {w for w in words if not w.startswith("-")}
-    known = {e.name for e in entries}
-    for name in sorted(kept | dropped):
-        if name not in known:
+    names = {e.name for e in entries}
+    for word in sorted((kept | dropped) - {e.value for e in entries}):
+        if word not in names:
             raise PluginError(
-                f"{NARROW}={given}: no installed plugin is called '{name}'{suggest(name, known)}"
+                f"{NARROW}={given}: no installed plugin is called '{word}'{suggest(word, names)}"
             )
-    chosen = kept or (known if dropped else set())
-    return [e for e in entries if e.name in chosen - dropped]
+    # By name, or by module where two distributions give one name to different modules.
+    return [
+        e
+        for e in entries
+        if words and (not kept or kept & {e.name, e.value}) and not dropped & {e.name, e.value}
+    ]
 
 
 def _load(entry: metadata.EntryPoint) -> Any:
@@ -120,17 +183,9 @@ def _declared(plugin: Any) -> None:
         allowed = SpecifierSet(given)
     except (InvalidSpecifier, TypeError, AttributeError) as error:
         raise PluginError(
-            f'{REQUIRES} = {given!r} is no set of versions; write e.g. ">=0.1,<0.2"'
+            f'{REQUIRES} = {given!r} is not a version specifier; write e.g. ">=0.1,<0.2"'
         ) from error
     _check_version(allowed, "it")
-
-
-def _seconds() -> float:
-    given = os.environ.get(TIMEOUT, "20")
-    try:
-        return float(given)
-    except ValueError as error:
-        raise PluginError(f"{TIMEOUT}={given} is no number of seconds") from error
 
 
 @functools.cache
@@ -149,49 +204,20 @@ def components(kind: str) -> dict[str, type[Spec]]:
 
 def offered_by(name: str) -> list[type[Spec]]:
     """The spec classes that a module or .py file offers; it has been loaded before."""
-    return list(_import(name).mfuser_components())
+    from mfuser.plugins.containment import contained
+
+    with contained():
+        return list(_import(name).mfuser_components())
 
 
-def _register(
-    manager: pluggy.PluginManager,
-    name: str,
-    label: str,
-    load: Callable[[], Any],
-    broken: list[BrokenPlugin] | None,
-) -> None:
-    """Load one plugin and check its hooks; `broken` None: a failure is an error."""
-    seconds = _seconds()
-    try:
-        plugin = limited(seconds, load)
-        if manager.is_registered(plugin):
-            return
-        _declared(plugin)
-        try:
-            manager.register(plugin, name)
-            _check_hooks(manager, plugin)
-        except Exception:
-            if manager.is_registered(plugin):
-                manager.unregister(plugin)
-            raise
-    except (Exception, SystemExit, TimeLimit) as error:
-        if isinstance(error, pluggy.PluginValidationError):
-            cause = " ".join(str(error).split())
-        else:
-            cause = _cause(error, seconds, "importing it")
-        if broken is None:
-            raise PluginError(f"plugin '{label}' cannot be used: {cause}", label) from error
-        broken.append(BrokenPlugin(label, cause))
-
-
-def _cause(error: BaseException, seconds: float, what: str) -> str:
+def _cause(error: BaseException, package: str) -> str:
+    """In one line, with the plugin's own line that raised it."""
     if isinstance(error, PluginError):
         return str(error)
-    if isinstance(error, TimeLimit):
-        more = max(60, 3 * seconds)
-        return (
-            f"{what} took more than {seconds:g} s and was stopped; {TIMEOUT}={more:g} allows more"
-        )
-    return f"{type(error).__name__}: {error}"
+    if isinstance(error, pluggy.PluginValidationError):
+        return " ".join(str(error).split())
+    where = raised_in(error, package)
+    return f"{type(error).__name__}: {error}" + (f" ({where})" if where else "")
 
 
 def _check_hooks(manager: pluggy.PluginManager, plugin: Any) -> None:
@@ -204,47 +230,40 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: Any) -> None:
     raise PluginError(f"it has no hook marked with @hookimpl{hint} (hooks: {', '.join(known)})")
 
 
-def _offered(
-    name: str, manager: pluggy.PluginManager, plugin: Any, broken: list[BrokenPlugin] | None
-) -> list[Component]:
-    """Call the plugin's hook, once, and check what it returns."""
-    seconds = _seconds()
-    try:
-        hook = manager.subset_hook_caller(
-            "mfuser_components",
-            [p for p in manager.get_plugins() if p is not plugin],
+def _checked(given: Any, name: str) -> list[Component]:
+    """The components of what a plugin's hook returned. Raises PluginError."""
+    if not isinstance(given, (list, tuple)):
+        raise PluginError(
+            f"mfuser_components returned {given!r}, not a list of spec classes: write return "
+            "[MySpec]"
         )
-        specs = limited(seconds, hook)
-        # pluggy leaves out a hook that returned None.
-        given = specs[0] if specs else None
-        if not isinstance(given, (list, tuple)):
+    result = []
+    for spec in given:
+        if not (isinstance(spec, type) and issubclass(spec, Spec) and spec.kind in KINDS):
             raise PluginError(
-                f"mfuser_components returned {given!r}, not a list of spec classes: write return "
-                "[MySpec]"
+                f"mfuser_components returned {spec!r}, which is not a spec class: subclass "
+                + ", ".join(base.__name__ for base in KINDS.values())
             )
-        result = []
-        for spec in given:
-            if not (isinstance(spec, type) and issubclass(spec, Spec) and spec.kind in KINDS):
-                raise PluginError(
-                    f"mfuser_components returned {spec!r}, which is not a spec class: subclass "
-                    + ", ".join(base.__name__ for base in KINDS.values())
-                )
-            if not isinstance(spec.model_fields["name"].default, str):
-                base = spec.__bases__[0].__name__
-                raise PluginError(
-                    f"spec '{spec.__name__}' has no name: write class {spec.__name__}({base}, "
-                    'name="…")'
-                )
-            if getattr(spec, "build") is getattr(KINDS[spec.kind], "build"):  # noqa: B009
-                raise PluginError(f"spec '{spec.__name__}' does not define build()")
-            result.append(Component(spec.kind, spec.component(), spec, name))
-        return result
-    except (Exception, SystemExit, TimeLimit) as error:
-        cause = _cause(error, seconds, "its hook mfuser_components")
-        if broken is None:
-            raise PluginError(f"plugin '{name}' cannot be used: {cause}", name) from error
-        broken.append(BrokenPlugin(name, cause))
-        return []
+        if not isinstance(spec.model_fields["name"].default, str):
+            base = spec.__bases__[0].__name__
+            raise PluginError(
+                f"spec '{spec.__name__}' has no name: write class {spec.__name__}({base}, "
+                'name="…")'
+            )
+        if getattr(spec, "build") is getattr(KINDS[spec.kind], "build"):  # noqa: B009
+            raise PluginError(f"spec '{spec.__name__}' does not define build()")
+        result.append(Component(spec.kind, spec.component(), spec, name))
+    return result
+
+
+def _package(name: str) -> str:
+    """The top-level module of a plugin that was asked for."""
+    path = Path(name)
+    return _module_name(path) if path.suffix == ".py" else name.split(".")[0]
+
+
+def _module_name(path: Path) -> str:
+    return f"mfuser_plugin_{path.stem}"
 
 
 def _import(name: str) -> ModuleType:
@@ -262,7 +281,7 @@ def _import(name: str) -> ModuleType:
             raise
     if not path.is_file():
         raise PluginError(f"there is no file {path}")
-    module_name = f"mfuser_plugin_{path.stem}"
+    module_name = _module_name(path)
     known = sys.modules.get(module_name)
     if known is not None and getattr(known, "__file__", None) == str(path.resolve()):
         return known

@@ -12,7 +12,7 @@ tried, what came, what is expected and what to change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from mfuser.errors import MFuserError, PluginError
 from mfuser.plugins.components import Component, Components
 from mfuser.specs import DatasetSpec, Spec
-from mfuser.testing import datasets, kinds, modules, partners, specs
+from mfuser.testing import datasets, kinds, modules, partners, process, specs
 from mfuser.testing.bench import BENCHES
 from mfuser.testing.partners import everything, tiny
 from mfuser.testing.trial import trial
@@ -40,6 +40,7 @@ FOR_EVERY_MODULE = (
     ("dtypes", modules.dtypes),
     ("devices", modules.devices),
     ("gradients", modules.gradients),
+    ("global state", process.builds),
 )
 FOR_BACKBONES = (("frozen", kinds.frozen), ("image sizes", kinds.resizing))
 FOR_DECODERS = (("losses", kinds.losses),)
@@ -69,8 +70,13 @@ def check_component(
     components = _with(spec, components or everything())
     given = options or {}
     report = Report(spec.kind, spec.component())
-    report.verdicts += judge(
+
+    def tried(checks: Iterable[Check]) -> None:
+        report.verdicts += judge(checks, spec)
+
+    tried(
         [
+            ("name", partial(specs.has_its_name, spec, components)),
             ("help", partial(specs.has_help, spec)),
             ("tiny options", partial(specs.has_tiny, spec, components, given)),
         ]
@@ -79,21 +85,22 @@ def check_component(
         made = tiny(spec, components, **given)
     except ValidationError:
         return report
-    report.verdicts += judge(
+    tried(
         [
             ("spec as JSON", partial(specs.resolves, made, components)),
             ("unknown options", partial(specs.refuses_unknown_keys, made, components)),
+            ("import", partial(process.imports, spec, components)),
         ]
     )
     if isinstance(made, DatasetSpec):
         data = datasets.DatasetBench(made, root)
         try:
-            report.verdicts += judge((n, partial(c, data)) for n, c in FOR_DATASETS)
+            tried((n, partial(c, data)) for n, c in FOR_DATASETS)
         finally:
             data.close()
         return report
-    report.verdicts += judge(_of_module(made, components))
-    report.verdicts += judge(_spread(list(_in_pairings(made, components)), pairings))
+    tried(_of_module(made, components))
+    tried(_spread(list(_in_pairings(made, components)), pairings))
     return report
 
 
@@ -129,14 +136,14 @@ def plugin_components(name: str) -> tuple[Components, list[Component]]:
     """What is installed with the plugin `name`, and what of it that plugin offers."""
     from mfuser.plugins.discovery import load_components, offered_by
 
-    installed = load_components()
-    broken = [b for b in installed.broken if b.plugin.split(" ")[0] == name]
+    # Its name may be taken: that is a finding, and the rest is checked all the same.
+    components = load_components(prefer=name)
+    broken = [b for b in components.broken if b.plugin.split(" ")[0] == name]
     if broken:
         raise PluginError(f"plugin '{broken[0].plugin}' cannot be used: {broken[0].cause}")
-    found = [c for c in installed if c.plugin == name]
-    components = installed
+    found = [c for c in components if c.plugin == name]
     if not found:
-        components = load_components([name])
+        components = load_components([name], prefer=name)
         own = offered_by(name)
         found = [c for c in components if c.spec in own]
     if not found:
@@ -176,8 +183,10 @@ def _refused(error: Exception) -> str:
 
 
 def _with(spec: type[Spec], components: Components) -> Components:
-    """The components, and this one if it is not among them."""
+    """The components, and this one if it is not among them; its name may be taken."""
     if any(c.spec is spec for c in components):
         return components
     own = Component(spec.kind, spec.component(), spec, spec.__module__)
-    return Components([*components, own], components.broken)
+    return Components(
+        [*components, own], components.broken, components.loaded, prefer=spec.__module__
+    )

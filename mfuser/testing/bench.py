@@ -259,7 +259,7 @@ class TuningBench(BackboneBench):
         partner = next(iter(partners("vision", everything()).values()))
         assert isinstance(partner, VisionSpec)
         backbone = partner.build(case)
-        built(self.spec, type(None), lambda: self.spec.build(backbone), optional=True)
+        built(self.spec, type(None), lambda: self.spec.build(backbone))
         return backbone
 
 

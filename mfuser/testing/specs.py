@@ -18,6 +18,20 @@ NUMBERS = (-1, 0, 7, 1.5)
 """What every numeric option is set to: below, at and beside the usual values."""
 
 
+def has_its_name(spec: type[Spec], components: Components) -> str:
+    """The name, among those that are installed"""
+    for clash in components.clashes:
+        if clash.kept.spec is spec:
+            other = clash.left_out
+            raise Broken(
+                f"the {other.kind} components that are installed",
+                f"'{other.name}' is also offered by plugin '{other.plugin}'",
+                "a name of its own: with both installed no command works",
+                f'rename it: class {spec.__name__}({spec.__bases__[0].__name__}, name="…")',
+            )
+    return f"'{spec.component()}' is no other component's"
+
+
 def has_help(spec: type[Spec]) -> str:
     """The docstring's first line"""
     text = (spec.__doc__ or "").strip()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from mfuser.plugins.blame import place, root
 
 Outcome = Literal["passed", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of one check. came, expected, fix: of a failure; of a skipped check, why."""
+    """The outcome of one check.
+
+    came, expected, fix: of a failure; of a skipped check, came is the reason. fault: equal for
+    checks that one and the same fault has failed.
+    """
 
     check: str
     outcome: Outcome
@@ -22,6 +27,7 @@ class Verdict:
     expected: str = ""
     fix: str = ""
     seconds: float = 0.0
+    fault: str = ""
 
     def __str__(self) -> str:
         if self.outcome == "passed":
@@ -53,15 +59,29 @@ class Report:
         return [v for v in self.verdicts if v.outcome == "failed"]
 
     @property
+    def faults(self) -> list[list[Verdict]]:
+        """What failed, by fault: the first check that met it, then those it stopped as well."""
+        found: dict[str, list[Verdict]] = {}
+        for verdict in self.failed:
+            found.setdefault(verdict.fault or verdict.check, []).append(verdict)
+        return list(found.values())
+
+    @property
     def passed(self) -> bool:
         """Whether nothing failed and something was tried."""
         return not self.failed and any(v.outcome == "passed" for v in self.verdicts)
 
     def __str__(self) -> str:
-        head = f"{self.kind.replace('_', '-')} '{self.name}'"
-        return "\n".join(
-            [head, *(f"  {line}" for v in self.verdicts for line in str(v).split("\n"))]
-        )
+        """A fault that stops several checks is printed once, with the list of them."""
+        stopped = {verdicts[0].check: verdicts[1:] for verdicts in self.faults}
+        lines = [f"{self.kind.replace('_', '-')} '{self.name}'"]
+        for verdict in self.verdicts:
+            if verdict.outcome == "failed" and verdict.check not in stopped:
+                continue
+            lines += [f"  {line}" for line in str(verdict).split("\n")]
+            if others := stopped.get(verdict.check):
+                lines.append(f"          stopped   {', '.join(v.check for v in others)}")
+        return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -88,10 +108,11 @@ class NotTried(Exception):
         self.fix = fix
 
 
-def judge(checks: Iterable[tuple[str, Callable[[], str]]]) -> list[Verdict]:
+def judge(checks: Iterable[tuple[str, Callable[[], str]]], spec: type) -> list[Verdict]:
     """Run named checks, each of which returns what it tried or raises Broken or NotTried.
 
-    Any other exception is a failure of the component and names the line that raised it.
+    Any other exception is a failure of the component that `spec` builds; the fix names the line of
+    its own code.
     """
     verdicts = []
     for name, check in checks:
@@ -101,8 +122,9 @@ def judge(checks: Iterable[tuple[str, Callable[[], str]]]) -> list[Verdict]:
         except NotTried as reason:
             verdict = Verdict(name, "skipped", "", str(reason), fix=reason.fix)
         except Broken as broken:
+            fault = _fault(broken.__cause__, spec) or f"{broken}; {broken.fix}"
             verdict = Verdict(
-                name, "failed", broken.tried, broken.came, broken.expected, broken.fix
+                name, "failed", broken.tried, broken.came, broken.expected, broken.fix, fault=fault
             )
         except Exception as error:
             verdict = Verdict(
@@ -111,30 +133,22 @@ def judge(checks: Iterable[tuple[str, Callable[[], str]]]) -> list[Verdict]:
                 _doc(check),
                 f"{type(error).__name__}: {error}",
                 "no exception",
-                f"see {_place(error)}",
+                f"see {place(error, spec)}",
+                fault=_fault(error, spec),
             )
         object.__setattr__(verdict, "seconds", time.perf_counter() - start)
         verdicts.append(verdict)
     return verdicts
 
 
+def _fault(error: BaseException | None, spec: type) -> str:
+    """What went wrong at the bottom, and where; "" without an error."""
+    if error is None:
+        return ""
+    first = root(error)
+    return f"{type(first).__name__}: {first} ({place(first, spec)})"
+
+
 def _doc(check: Callable[[], str]) -> str:
     inner = getattr(check, "func", check)
     return " ".join((inner.__doc__ or "").split()).rstrip(".")
-
-
-def _place(error: BaseException) -> str:
-    """The innermost line outside this package, torch and pydantic: the author's own."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        f
-        for f in frames
-        if not any(
-            part in f.filename
-            for part in ("/torch/", "/pydantic", "/mfuser/testing/", "/mfuser/plugins/contracts.py")
-        )
-    ]
-    frame = (own or frames)[-1]
-    return f"{frame.filename}, line {frame.lineno}"

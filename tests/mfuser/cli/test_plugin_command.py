@@ -100,7 +100,49 @@ def test_check_of_a_fault_says_what_to_do(tmp_path: Path, mfuser: Run) -> None:
     assert "FAIL  gradients" in shown.out
     assert "no gradient reaches 'unused'" in shown.out
     assert "fix       use it in forward(), remove it" in shown.out
-    assert "2 failed (my_broken: gradients, my_broken: with" in shown.out
+    assert "2 failed by 2 faults (my_broken: gradients, my_broken: with" in shown.out
+
+
+@pytest.fixture
+def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Installs a module as a plugin, as far as entry points can tell."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield lambda name, text: _offer(tmp_path, name, text)
+    sys.modules.pop("my_broken", None)
+
+
+def _offer(folder: Path, name: str, text: str) -> None:
+    (folder / f"{name}.py").write_text(text, "utf-8")
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", "utf-8")
+    (info / "entry_points.txt").write_text(f"[mfuser]\n{name} = {name}\n", "utf-8")
+
+
+def test_a_taken_name_fails_the_check(
+    tmp_path: Path, mfuser: Run, offered: Callable[..., None]
+) -> None:
+    """Installed or a file: a verdict and exit code 1, beside what else is wrong."""
+    offered("my_broken", BROKEN.replace('name="my_broken"', 'name="mvfuser"'))
+    for module in ("my_broken", tmp_path / "my_broken.py"):
+        shown = mfuser("plugin", "check", module, "--pairings", 1)
+        if module == "my_broken":
+            assert shown.code == 1, shown.err
+            assert "'mvfuser' is also offered by plugin 'mvfuser'" in shown.out
+            assert "FAIL  name" in shown.out and "FAIL  gradients" in shown.out
+            sys.modules.pop("my_broken")
+            (tmp_path / "my_broken-1.0.dist-info" / "entry_points.txt").unlink()
+        else:
+            assert shown.code == 1 and "FAIL  name" in shown.out
+
+
+def test_what_an_import_changes_fails_the_check(tmp_path: Path, mfuser: Run) -> None:
+    file = tmp_path / "my_broken.py"
+    file.write_text("import torch\ntorch.set_default_dtype(torch.float64)\n" + BROKEN, "utf-8")
+    sys.modules.pop("mfuser_plugin_my_broken", None)
+    shown = mfuser("plugin", "check", file, "--pairings", 1)
+    assert shown.code == 1 and "FAIL  import" in shown.out
+    assert "it changed the default dtype from torch.float32 to torch.float64" in shown.out
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,8 @@ def test_an_installed_plugin_that_fails_is_reported_and_the_others_go_on(install
     found = load_components()
     causes = {b.plugin.split(" ")[0]: b.cause for b in found.broken}
     assert set(causes) == {"bad_import", "bad_syntax", "bad_exit", "bad_missing", "bad_none"}
-    assert causes["bad_import"] == "RuntimeError: no license today"
+    assert causes["bad_import"].startswith("RuntimeError: no license today (")
+    assert causes["bad_import"].endswith("bad_import.py, line 1)")
     assert causes["bad_syntax"].startswith("SyntaxError")
     assert "a_module_that_is_not_there" in causes["bad_missing"]
     assert "no hook marked with @hookimpl" in causes["bad_none"]
@@ -155,9 +156,11 @@ def test_broken_plugins_are_listed_and_named_where_a_component_is_missed(
     monkeypatch.setattr("mfuser.config.registry.installed_components", lambda: found)
     result = mfuser("list", "plugins", "--json")
     assert result.code == 0
-    assert [(p["name"], p["broken"]) for p in json.loads(result.out)["plugins"]] == [
-        ("bad_import (bad_import)", "RuntimeError: no license today")
+    ((name, cause),) = [
+        (p["name"], p["broken"]) for p in json.loads(result.out)["plugins"] if "broken" in p
     ]
+    assert name == "bad_import (bad_import)"
+    assert cause.startswith("RuntimeError: no license today (")
     assert "failed to load: RuntimeError: no license today" in mfuser("list").out
 
 

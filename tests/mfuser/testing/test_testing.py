@@ -257,7 +257,7 @@ def test_an_exception_names_the_authors_line() -> None:
         """What was tried"""
         raise KeyError("lost")
 
-    (verdict,) = judge([("a check", check)])
+    (verdict,) = judge([("a check", check)], Fault)
     assert verdict.outcome == "failed" and verdict.tried == "What was tried"
     assert "KeyError" in verdict.came and "test_testing.py, line" in verdict.fix
 
@@ -271,3 +271,78 @@ def test_plugin_by_its_name_and_by_its_module(name: str) -> None:
 def test_plugin_that_is_not_there() -> None:
     with pytest.raises(MFuserError, match="there is no module 'nothing_here'"):
         check_plugin("nothing_here")
+
+
+def crashing() -> type[FusionSpec]:
+    def build(self: Any, vfm: Any, vlm: Any) -> Any:
+        return nn.MultiheadAttention(7, 2)  # 2 heads do not divide 7: torch raises
+
+    return spec_with(build=build)
+
+
+def test_one_fault_is_printed_once_with_what_it_stopped() -> None:
+    report = check_component(crashing(), pairings=2)
+    assert len(report.failed) > 8 and len(report.faults) == 1
+    text = str(report)
+    assert text.count("FAIL") == 1 and text.count("embed_dim must be divisible") == 1
+    (stopped,) = [line for line in text.split("\n") if "stopped" in line]
+    for verdict in report.failed[1:]:
+        assert verdict.check in stopped
+    # For machines each check keeps its own verdict.
+    checks = {c["check"]: c["outcome"] for c in report.as_json()["checks"]}
+    assert checks["determinism"] == checks["gradients"] == "failed"
+
+
+def test_causes_point_into_the_plugin() -> None:
+    """Not into torch, which raised, nor into our code, which found a wrong result."""
+    for spec in (crashing(), faulty("shape")):
+        for verdict in check_component(spec, pairings=1).failed:
+            named = [text for text in (verdict.came, verdict.fix) if ", line " in text]
+            assert all(f"{__file__}, line " in text for text in named), verdict
+            assert named or verdict.check not in ("determinism", "with tuning lora")
+
+
+def test_two_faults_are_two() -> None:
+    report = check_component(faulty("unused"), pairings=0)
+    assert [f[0].check for f in report.faults] == ["gradients"]
+    report = check_component(faulty("dtype"), pairings=0)
+    assert {f[0].check for f in report.faults} == {v.check for v in report.failed}
+
+
+def test_a_taken_name_is_a_finding_among_others() -> None:
+    class Taken(Fault):
+        def __init__(self, vfm: Any, vlm: Any) -> None:
+            super().__init__("", vfm, vlm)
+
+    class TakenSpec(FusionSpec, name="mvfuser"):
+        """Has a name that is taken."""
+
+        def build(self, vfm: Any, vlm: Any) -> Taken:
+            return Taken(vfm, vlm)
+
+    report = check_component(TakenSpec, pairings=1)
+    assert list(failures(report)) == ["name"]
+    text = failures(report)["name"]
+    assert "'mvfuser' is also offered by plugin 'mvfuser'" in text
+    assert 'class TakenSpec(FusionSpec, name="…")' in text
+    assert len(report.verdicts) > 12  # all else is checked, with this component in its place
+    # Where nothing is wrong with a name, nothing is said.
+    assert "name" not in failures(check_component(faulty("nan"), pairings=0))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda: torch.manual_seed(0), "changed the seed of torch's random generator"),
+        (lambda: np.random.random(), "changed NumPy's random generator"),
+        (lambda: torch.set_default_dtype(torch.float64), "changed the default dtype"),
+    ],
+)
+def test_a_build_that_changes_the_process_is_found(change: Any, said: str) -> None:
+    def build(self: Any, vfm: Any, vlm: Any) -> Any:
+        change()
+        return Fault("", vfm, vlm)
+
+    found = failures(check_component(spec_with(build=build), pairings=0))
+    assert said in found["global state"] and "--seed" in found["global state"]
+    assert torch.get_default_dtype() == torch.float32
