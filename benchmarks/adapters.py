@@ -1,10 +1,11 @@
-"""What each fusion adapter costs, how its time grows, and whether the project's promises hold.
+"""The cost of each fusion adapter, its growth with length, and whether the stated figures hold.
 
     python benchmarks/adapters.py [--threads 2] [--json FILE] [--plot FILE]
     python benchmarks/adapters.py --adapters mvfuser self_attention_concat --curve 256 1024
 
-As table 3 of the paper: D = 1024, batch 2, 2 x 1297 tokens. Check the load of the machine first
-(`uptime`). `mfuser ablate adapter_efficiency` measures the same, an adapter a process, resumably.
+Sizes as in table 3 of the paper: D = 1024, batch 2, 2 x 1297 tokens. Check the load of the machine
+first (`uptime`). `mfuser ablate adapter_efficiency` measures the same with one process per adapter,
+and can be resumed.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ ADAPTERS = (
     "mvfuser",
 )
 ATTENTION = ("self_attention_concat", "self_attention_separate", "bi_deformable_attention")
-"""The attention adapters of table 3, in which tokens attend to tokens. (`cross_attention`, to 100
-learned ones only, needs fewer operations than MVFuser.)"""
+"""The attention adapters of table 3, in which tokens attend to tokens. (`cross_attention` attends
+to 100 learned ones only and needs fewer operations than MVFuser.)"""
 CURVE = (256, 512, 1024, 2048, 4096, 8192, 16384)
 TABLE_3 = {
     "self_attention_concat": (4.20, 98.64),
@@ -43,7 +44,7 @@ TABLE_3 = {
 }
 """Parameters (M) and GFLOPs."""
 DRIFT = 0.15
-"""By how much MVFuser's time per token may differ from 2,594 to 32,768 tokens."""
+"""Largest relative difference of MVFuser's time per token between 2,594 and 32,768 tokens."""
 
 
 def specs(names: list[str]) -> dict[str, FusionSpec]:
@@ -51,13 +52,13 @@ def specs(names: list[str]) -> dict[str, FusionSpec]:
     absent = [name for name in names if name not in known]
     if absent:
         raise SystemExit(
-            f"no fusion component is called '{absent[0]}'; there is: {', '.join(known)}"
+            f"there is no fusion component '{absent[0]}'; available: {', '.join(known)}"
         )
     return {name: known[name]() for name in names}  # type: ignore[misc]
 
 
 def promises(costs: list[AdapterCost], growths: list[Growth]) -> dict[str, bool]:
-    """What is promised of these figures -> whether it holds. Only what was measured is asked."""
+    """Each promise about these figures -> whether it holds; unmeasured ones are left out."""
     kept = {}
     at = {cost.adapter: cost for cost in costs}
     for name, (params, gflops) in TABLE_3.items():
@@ -148,7 +149,7 @@ def main(arguments: list[str] | None = None) -> dict[str, bool]:
     parser.add_argument("--adapters", nargs="+", default=list(ADAPTERS))
     parser.add_argument("--curve", nargs="*", type=int, default=list(CURVE))
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--grid", type=int, default=36, help="patches a side; 36 as in table 3")
+    parser.add_argument("--grid", type=int, default=36, help="patches per side; 36 as in table 3")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds a pass may take")
     parser.add_argument("--threads", type=int)

@@ -1,17 +1,17 @@
-"""Every timm with every open_clip architecture: which assemble, and what is refused and why.
+"""Every timm and every open_clip architecture: which assemble, and which are refused and why.
 
-python benchmarks/pairs.py                          assemble each (continues where it stopped),
+python benchmarks/pairs.py                          assemble each (resumes where it stopped),
                                                     write the catalog and docs/backbones.md
-python benchmarks/pairs.py --again                  forget what was found before
-python benchmarks/pairs.py --retry                  try again what was refused
+python benchmarks/pairs.py --again                  start over
+python benchmarks/pairs.py --retry                  try the refused ones again
 python benchmarks/pairs.py --steps 60 --seed 0      train one step of that many random pairs
 python benchmarks/pairs.py --json
 
-An architecture counts if a model of it, its fixed partner and the default fusion assembles on the
-meta device, and if its own stepping (embed, every block, the end; for open_clip the projection and
-the class texts too) gives the shapes it declares. Hugging Face text towers are laid out with their
-type's default configuration, not the hub's. The catalog is what
-`mfuser list backbones --all` reads.
+An architecture counts if a model of it, a fixed partner and the default fusion assembles on the
+meta device, and if stepping it (embed, every block, finish; for open_clip also the projection and
+the class texts) yields the shapes that it declares. Hugging Face text towers are laid out with
+the default configuration of their type, not the hub's. `mfuser list backbones --all` reads the
+catalog.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ TEXT_TYPES = {"roberta": "roberta", "xlm": "xlm-roberta", "google": "mt5", "face
 
 
 def hub_free(name: str) -> dict[str, Any]:
-    """For a Hugging Face text tower, whose configuration is on the hub: its type's default one."""
+    """The default configuration of a Hugging Face text tower's type; its own is on the hub."""
     import open_clip
     from transformers import AutoConfig
 
@@ -131,7 +131,7 @@ def step(backbone: Any) -> None:
         patches = backbone.grid[0] * backbone.grid[1]
         assert whole.shape == (1, 1, backbone.text_dim) and dense.shape[1] == patches
         if isinstance(getattr(backbone, "text", None), HuggingFaceTower):
-            # transformers looks into the padding mask, which has no values here.
+            # transformers reads the padding mask, which has no values here.
             return
         context = torch.empty(2, backbone.context_dim)
         text = backbone.encode_text(torch.zeros(3, 5, dtype=torch.long), context)
@@ -139,7 +139,7 @@ def step(backbone: Any) -> None:
 
 
 def skip_drawing() -> None:
-    """On the meta device nothing has a value; truncated normals took most of the time there."""
+    """Nothing has a value on the meta device, where truncated normals took most of the time."""
     import timm.layers.weight_init as timm_init
     import torch.nn.init as torch_init
 
@@ -209,7 +209,7 @@ def train_step(vfm: str, vlm: str) -> dict[str, Any]:
     count = sum(p.numel() for p in sketch(spec).parameters())
     if count > LIMIT:
         return {"too large": count}
-    # Only the blocks that stay are given values, unless a constructor needs some to look at.
+    # Only the blocks that stay are given values, unless a constructor has to read some.
     try:
         model = unfilled(spec)
         fill(model)
@@ -227,8 +227,8 @@ def train_step(vfm: str, vlm: str) -> dict[str, Any]:
 
 
 def fill(model: torch.nn.Module) -> None:
-    """Random values for parameters that have none: matrices and tables of deviation 0.02, scales
-    and norms one, biases zero."""
+    """Random values for parameters that have none: matrices and tables with standard deviation
+    0.02, scales and norms one, biases zero."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None or not parameter.is_meta:
@@ -242,7 +242,7 @@ def fill(model: torch.nn.Module) -> None:
 
 
 def steps(found: dict[str, dict[str, Any]], count: int, seed: int, path: Path) -> dict[str, Any]:
-    """Random pairs, each drawn from all that assemble; continues where it stopped."""
+    """Random pairs, drawn from those that assemble; resumes where it stopped."""
     draw = random.Random(seed)
     good = {
         library: sorted(n for n, entry in found[library].items() if "refused" not in entry)
@@ -281,9 +281,9 @@ def table(found: dict[str, dict[str, Any]], trained: dict[str, Any]) -> str:
         "",
         f"{n} timm and {m} open_clip architectures, {n * m:,} pairs: each of the {n + m} assembles "
         f"with a fixed partner (`{PARTNERS['timm']}`, `{PARTNERS['open_clip']}`) and the default "
-        f"fusion at {SIZE}x{SIZE} on the meta device, and its own stepping gives the shapes it "
-        "declares. Hugging Face text towers have their type's default configuration, not the "
-        "hub's, and are laid out but not run.",
+        f"fusion at {SIZE}x{SIZE} on the meta device, and stepping it yields the shapes that it "
+        "declares. Hugging Face text towers have the default configuration of their type, not "
+        "the hub's, and are laid out but not run.",
         "",
     ]
     done = {k: v for k, v in trained.items() if "too large" not in v}
@@ -291,9 +291,9 @@ def table(found: dict[str, dict[str, Any]], trained: dict[str, Any]) -> str:
         fine = [k for k, v in done.items() if "bad" in v and not v["bad"]]
         large = len(trained) - len(done)
         lines += [
-            f"Random pairs at two blocks and real width, one training step at 128x128: "
-            f"{len(fine)} of {len(done)} give a finite gradient in every trained tensor"
-            + (f"; {large} more were drawn and left out as too large." if large else "."),
+            f"Random pairs with two blocks at full width, one training step at 128x128: "
+            f"{len(fine)} of {len(done)} have a finite gradient in every trained tensor"
+            + (f"; {large} more were drawn but left out as too large." if large else "."),
             "",
         ]
         lines += [f"- {k}: {v.get('failed') or v.get('bad')}" for k, v in done.items()

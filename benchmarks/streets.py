@@ -1,6 +1,6 @@
 """The speed of the dataset `streets`, and its picture.
 
-python benchmarks/streets.py                            images a second, one and two processes
+python benchmarks/streets.py                            images per second, one and two processes
 python benchmarks/streets.py --json
 python benchmarks/streets.py --classes                  how often each class occurs
 python benchmarks/streets.py --picture docs/streets.png one row per domain, and the labels
@@ -25,7 +25,7 @@ COLORS[: len(CITYSCAPES.colors)] = CITYSCAPES.colors
 
 
 def draw(domain: str, start: int, count: int) -> float:
-    """Processor seconds an image."""
+    """CPU seconds per image."""
     dataset = StreetsSpec(domain=domain, count=start + count).build(None, "train")
     begin = time.process_time()
     for i in range(start, start + count):
@@ -34,7 +34,7 @@ def draw(domain: str, start: int, count: int) -> float:
 
 
 def speed(domain: str, processes: int, count: int) -> tuple[float, float]:
-    """Images a second at 256x512, start-up excluded, and processor seconds an image."""
+    """Images per second at 256x512, start-up excluded, and CPU seconds per image."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.starmap(draw, [(domain, 0, 2)] * processes, chunksize=1)
         start = time.perf_counter()
@@ -55,7 +55,7 @@ def classes(domain: str, count: int) -> dict[str, tuple[float, float]]:
 
 
 def picture(path: Path, indices: list[int], height: int = 128) -> None:
-    """Rows: game and its labels, the shifted domains and theirs; drawn twice as large as shown."""
+    """Rows: game and its labels, then the shifted domains and theirs; drawn at twice the size."""
     from PIL import Image
 
     size = (2 * height, 4 * height)
@@ -104,8 +104,8 @@ def main() -> None:
     if options.json:
         print(json.dumps({"size": [256, 512], "domains": figures}, indent=2))
         return
-    # On a busy machine the processor's own time is the figure to compare.
-    print("images a second at 256x512   1 process  2 processes  processor ms/image")
+    # On a busy machine, compare the CPU time.
+    print("images per second at 256x512 1 process  2 processes        CPU ms/image")
     for domain, by in figures.items():
         one, two, used = by.values()
         print(f"{domain:26} {one:11.1f} {two:12.1f} {used:19.1f}")

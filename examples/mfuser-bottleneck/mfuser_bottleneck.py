@@ -12,7 +12,7 @@ mfuser_requires = ">=0.1,<0.2"
 
 
 class Bottleneck(nn.Module):
-    """A few tokens through which two sequences exchange what they see (section 3.2, eq. 8-9).
+    """A few tokens through which two sequences exchange information (section 3.2, eq. 8-9).
 
     The bottleneck tokens read each sequence by itself and are averaged; then each sequence reads
     the average. The paper does both inside the layers of one transformer; here the encoders are
@@ -29,7 +29,7 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(up.bias)
 
     def forward(self, sequences: list[Tensor]) -> list[Tensor]:
-        """Sequences (B, N_i, D_i) -> what is added to each, of the same shapes."""
+        """Sequences (B, N_i, D_i) -> an offset to add to each, of the same shapes."""
         low = [down(x) for down, x in zip(self.down, sequences, strict=True)]  # (B, N_i, width)
         tokens = self.tokens.expand(len(sequences[0]), -1, -1)
         read = [F.scaled_dot_product_attention(tokens, x, x) for x in low]
@@ -56,7 +56,7 @@ class BottleneckAdapter(FusionAdapter):
 
 
 class BottleneckSpec(FusionSpec, name="bottleneck"):
-    """Attention bottlenecks: a few learned tokens carry what one encoder tells the other.
+    """Attention bottlenecks: the encoders exchange information through a few learned tokens.
 
     tokens: in the bottleneck (4 in the paper).
     width: of the bottleneck.

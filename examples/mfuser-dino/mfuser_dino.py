@@ -16,7 +16,7 @@ mfuser_requires = ">=0.1,<0.2"
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a norm; parameters are named as in the official files."""
+    """Pre-norm attention and MLP; parameters are named as in the official files."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -57,13 +57,15 @@ class Dino(VisionBackbone):
         """Positions are resampled in `embed`, always from the table as loaded."""
         patch = self.patch_size[0]
         if patch_size not in (None, patch) or min(image_size) < patch:
-            raise MFuserError(f"dino has patches of {patch} pixels; image {image_size}")
+            raise MFuserError(f"dino has patches of {patch} pixels; the image is {image_size}")
         self.image_size = (image_size[0], image_size[1])
         self.grid = (image_size[0] // patch, image_size[1] // patch)
 
     def embed(self, images: Tensor) -> Stream:
         if tuple(images.shape[-2:]) != self.image_size:
-            raise MFuserError(f"images of {tuple(images.shape[-2:])}, set to {self.image_size}")
+            raise MFuserError(
+                f"dino expects images of {self.image_size}, not {tuple(images.shape[-2:])}"
+            )
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         table = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         patches = self.patch_embed["proj"](images)  # (B, D, h, w)

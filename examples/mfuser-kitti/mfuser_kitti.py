@@ -27,7 +27,7 @@ class Kitti(Dataset):
         folder = root / "training" / "image_2"
         self.images = sorted(folder.glob("*.png"))
         if not self.images:
-            raise DataError(f"kitti: there is no *.png below {folder}")
+            raise DataError(f"kitti: there are no PNG files in {folder}")
         for image in self.images:
             if not self._label(image).is_file():
                 raise DataError(f"kitti: {image} has no label {self._label(image)}")
@@ -61,7 +61,7 @@ class Kitti(Dataset):
 
 
 class KittiSpec(DatasetSpec, name="kitti"):
-    """KITTI's semantic benchmark: 200 labeled frames; it ships without a split of its own."""
+    """KITTI's semantic benchmark: 200 labeled frames, without an official split."""
 
     def build(self, root: Path | None, split: str) -> Kitti:
         """Raises DataError that says what is missing."""

@@ -15,21 +15,21 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class UnreadableImage(DataError):
-    """An image or label file that is missing, damaged or of no known format."""
+    """An image or label file that is missing, damaged or in an unknown format."""
 
 
 def read_image(path: Path) -> np.ndarray:
     """The image as uint8 (H, W, 3) RGB, pixels as stored (an EXIF orientation is not applied).
 
     Gray images are repeated over the channels, 16-bit ones keep their high byte, transparency is
-    dropped. Raises UnreadableImage naming the file, also where it is cut short.
+    dropped. Raises UnreadableImage naming the file, truncated ones included.
     """
     image = _load(path)
     if image.mode.startswith("I;16"):
         gray = np.asarray(image)
         return np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
-        raise UnreadableImage(f"{path}: 32-bit pixels are no photograph (8 and 16 bits are)")
+        raise UnreadableImage(f"{path}: images have 8 or 16 bits per channel, not 32")
     # Pillow reads 16-bit color as its high byte, which is what a photograph needs.
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
@@ -38,7 +38,7 @@ def read_label(path: Path) -> np.ndarray:
     """The label as stored: (H, W), or (H, W, channels) in the order R, G, B.
 
     Palette images give the index, never the color; 16-bit files keep all 16 bits. Raises
-    UnreadableImage naming the file, also where it is cut short.
+    UnreadableImage naming the file, truncated ones included.
     """
     depth, color = _png_format(path)
     if depth == 16 and color in (2, 6):
@@ -49,7 +49,7 @@ def read_label(path: Path) -> np.ndarray:
     if array.dtype == bool:
         return array.astype(np.uint8)
     if color == 0 and depth in (2, 4):
-        # Pillow spreads gray levels of few bits over 0 to 255; ids must stay as they are.
+        # Pillow stretches gray levels of 2 and 4 bits to 0..255; ids must stay as they are.
         return array // np.uint8(255 // (2**depth - 1))
     return array
 
@@ -89,7 +89,9 @@ def _unreadable(path: Path, error: Exception) -> UnreadableImage:
     if isinstance(error, FileNotFoundError):
         return UnreadableImage(f"there is no file {path}")
     if isinstance(error, UnidentifiedImageError):
-        reason = "it is empty" if path.stat().st_size == 0 else "it is no image of a known format"
+        reason = (
+            "it is empty" if path.stat().st_size == 0 else "it is not an image in a known format"
+        )
     else:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return UnreadableImage(f"{path} cannot be read: {reason}; restore it from the dataset")
@@ -124,12 +126,12 @@ def _read_png16(path: Path) -> np.ndarray:
 
 
 def _check_chunks(path: Path, data: bytes) -> None:
-    """Walk the chunks to the last: OpenCV returns half an image without a word."""
+    """Walk the chunks to the last: OpenCV returns half an image without any error."""
     place, kind = len(PNG), b""
     while kind != b"IEND":
         if place + 12 > len(data):
             raise UnreadableImage(
-                f"{path} cannot be read: the file is cut short; restore it from the dataset"
+                f"{path} cannot be read: the file is truncated; restore it from the dataset"
             )
         (length,) = struct.unpack_from(">I", data, place)
         kind = data[place + 4 : place + 8]
@@ -143,5 +145,5 @@ def _check_chunks(path: Path, data: bytes) -> None:
         place = end + 4
         if place > len(data):
             raise UnreadableImage(
-                f"{path} cannot be read: the file is cut short; restore it from the dataset"
+                f"{path} cannot be read: the file is truncated; restore it from the dataset"
             )

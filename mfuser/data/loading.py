@@ -28,7 +28,7 @@ Crop = tuple[Tensor, Tensor, list[str]]
 """Image (3, H, W) uint8, label (H, W) int64, names of unreadable images before it."""
 
 TRIES = 20
-"""Draws after which a source whose images are unreadable is given up."""
+"""Unreadable images in a row after which a source is given up."""
 
 
 class ClassMap:
@@ -52,7 +52,7 @@ class ClassMap:
             self._table[theirs] = ours
 
     def __call__(self, label: np.ndarray, name: str = "a label") -> np.ndarray:
-        """Raises DataError naming the sample for values that are no train id."""
+        """Raises DataError naming the sample for values that are not train ids."""
         least, most = (int(label.min()), int(label.max())) if label.size else (0, 0)
         if least < 0 or most > IGNORE:
             raise _strange(name, least if least < 0 else most, self._known)
@@ -72,7 +72,7 @@ class ClassMap:
 
 def _strange(name: str, value: int, known: int) -> DataError:
     return DataError(
-        f"{name}: label {value} is none of the train ids 0 to {known - 1}, nor {IGNORE} (ignored)"
+        f"{name}: label {value} is neither a train id (0 to {known - 1}) nor {IGNORE} (ignored)"
     )
 
 
@@ -105,7 +105,7 @@ class _Crops(TorchDataset["Crop | MFuserError"]):
         self.skip_unreadable = skip_unreadable
 
     def __getitem__(self, slot: int) -> Crop | MFuserError:
-        # Raised in a worker process it would arrive with a traceback for a message.
+        # Raised in a worker process, it would arrive with a traceback as its message.
         try:
             return self._crop(slot)
         except MFuserError as error:
@@ -136,13 +136,13 @@ class _Crops(TorchDataset["Crop | MFuserError"]):
     def _draw(self, rng: np.random.Generator, slot: int, attempt: int) -> tuple[int, int | None]:
         if isinstance(self.sampler, RareClassSampler):
             return self.sampler.draw(rng)
-        if attempt:  # the place of an unreadable image goes to another one
+        if attempt:  # another image takes the place of an unreadable one
             return int(rng.integers(self.sampler.size)), None
         return self.sampler.index_at(self.seed, slot), None
 
 
 class TrainingStream:
-    """Batches from `start` to the last step; what batch a step gets depends on the seed alone.
+    """Batches from `start` to the last step; a step's batch depends on the seed alone.
 
     rank, world: this process takes its share of every step's crops.
     """
@@ -189,7 +189,7 @@ class TrainingStream:
 
 @dataclass
 class _Slots:
-    """Numbers of the crops of every step, this process's share."""
+    """The numbers of every step's crops that are this process's share."""
 
     steps: range
     batch_size: int

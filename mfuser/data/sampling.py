@@ -1,7 +1,7 @@
 """Which image comes next: rare-class sampling, or every image once per epoch.
 
-Nothing here keeps a history. What sample (seed, step, slot) is follows from these numbers alone,
-so that a resumed run, or one on another number of processes, sees the same images.
+Nothing here keeps a history. Sample (seed, step, slot) follows from these numbers alone, so that a
+resumed run, or one on another number of processes, sees the same images.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def class_statistics(
     workers: int = 1,
     skip_unreadable: bool = False,
 ) -> ClassStatistics:
-    """Count the classes in every label, or read the counts from an earlier time.
+    """Count the classes in every label, or read the counts from the cache.
 
-    cache_dir: folder for the cache, a JSON file named by the dataset's fingerprint, made if need
-    be. progress: called with (labels read, labels in all). workers: threads that read labels;
-    more than one only where `dataset.label` allows it. skip_unreadable: count nothing in a label
-    that cannot be read, instead of failing.
+    cache_dir: folder for the cache, a JSON file named by the dataset's fingerprint, created if
+    necessary. progress: called with (labels read, labels in all). workers: threads that read
+    labels; more than one only where `dataset.label` allows it. skip_unreadable: count nothing in a
+    label that cannot be read, instead of failing.
     Raises DataError for labels that cannot be used and a cache folder that cannot be written,
     the latter before any label is read.
     """
@@ -108,8 +108,8 @@ def _count(
         strange = strange[strange != IGNORE]
         if len(strange):
             raise DataError(
-                f"{dataset.name(index)}: label {int(strange[0])} is none of the train ids 0 to "
-                f"{num_classes - 1}, nor {IGNORE} (ignored)"
+                f"{dataset.name(index)}: label {int(strange[0])} is neither a train id (0 to "
+                f"{num_classes - 1}) nor {IGNORE} (ignored)"
             )
         return counts[:num_classes]
 
@@ -118,7 +118,7 @@ def _count(
             yield from map(read, range(size))
             return
         with ThreadPoolExecutor(workers) as pool:
-            # A few at a time: an error must not wait for labels that nobody needs.
+            # A few at a time: an error must not wait for labels that are no longer needed.
             indices = iter(range(size))
             while batch := list(islice(indices, 4 * workers)):
                 yield from pool.map(read, batch)
@@ -134,7 +134,7 @@ def _count(
 
 
 def _load(path: Path, fingerprint: str, size: int, num_classes: int) -> ClassStatistics | None:
-    """The cached counts; None if there are none or they are of something else, or damaged."""
+    """The cached counts; None if there are none, or they are damaged or of other labels."""
     try:
         data = json.loads(path.read_text("utf-8"))
         if data["format"] != FORMAT or data["fingerprint"] != fingerprint:
@@ -183,16 +183,18 @@ class RareClassSampler:
     """Images drawn by class, rare classes first (DAFormer, Hoyer et al. 2022, section 3.3).
 
     P(c) is proportional to exp((1 - f_c) / temperature), f_c the frequency of class c in [0, 1];
-    then an image is drawn uniformly from those that show c with at least `min_pixels` (a class
-    that no image shows so well: from those that show it at all). Classes that no image shows are
-    never drawn. At the released temperature of 100 P is nearly uniform; DAFormer uses 0.01.
+    then an image is drawn uniformly from those that show at least `min_pixels` of c (or, if no
+    image does, from those that show it at all). Classes that no image shows are never drawn. At the
+    released temperature of 100, P is nearly uniform; DAFormer uses 0.01.
     """
 
     def __init__(
         self, statistics: ClassStatistics, temperature: float = 100.0, min_pixels: int = 3000
     ) -> None:
         if not temperature > 0:
-            raise DataError(f"the temperature of rare-class sampling is above 0, not {temperature}")
+            raise DataError(
+                f"the temperature of rare-class sampling must be above 0, not {temperature}"
+            )
         images: dict[int, np.ndarray] = {}
         for c, pixels in enumerate(statistics.pixels.T):
             for least in (max(min_pixels, 1), 1):
@@ -202,7 +204,7 @@ class RareClassSampler:
                     break
         if not images:
             raise DataError(
-                "rare-class sampling has no class to draw: no label of the source holds a train id"
+                "rare-class sampling has no class to draw: no source label contains a train id"
             )
         self.images = images
         """Class id -> indices of the images it is drawn from."""

@@ -2,9 +2,9 @@
 
 Pure functions of (image, label, rng): the same generator state gives the same crop.
 
-A scaled image is never made as a whole. The crop's window is drawn in the scaled image's
-coordinates, and only its pixels are sampled from the original, so that another try at the crop
-costs about a millisecond whatever the image's size.
+The whole scaled image is never computed. The crop's window is drawn in the scaled image's
+coordinates, and only its pixels are sampled from the original, so that drawing a crop again
+costs about a millisecond, whatever the size of the image.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class AugmentationSpec(Options):
     photometric: whether brightness, contrast, saturation and hue are changed.
     min_pixels: where a class is wanted (rare-class sampling), crops are drawn again, up to ten
         times, until it covers this many pixels.
-    keep: which crop serves where none of the eleven does: "last", as released, or "best", the one
-        that shows most of the class.
+    keep: which crop is taken if none of the eleven qualifies: "last", as released, or "best", the
+        one that shows most of the class.
     """
 
     scale: tuple[Factor, Factor] = (0.5, 2.0)
@@ -55,7 +55,7 @@ class AugmentationSpec(Options):
     @classmethod
     def _ascending(cls, scale: tuple[float, float]) -> tuple[float, float]:
         if scale[0] > scale[1]:
-            raise ValueError(f"the range runs from low to high, {list(scale)} does not")
+            raise ValueError(f"the range runs from low to high; {list(scale)} does not")
         return scale
 
 
@@ -82,7 +82,7 @@ def draw_factor(scale: tuple[float, float], rng: np.random.Generator) -> float:
 def draw_view(
     shape: tuple[int, int], factor: float, crop: tuple[int, int], rng: np.random.Generator
 ) -> View:
-    """A window of size `crop` at a uniform place in an image of `shape` resized by `factor`."""
+    """A window of size `crop`, placed uniformly in an image of `shape` resized by `factor`."""
     height, width = (max(1, int(side * factor + 0.5)) for side in shape)
     top = int(rng.integers(max(height - crop[0], 0) + 1))
     left = int(rng.integers(max(width - crop[1], 0) + 1))
@@ -109,7 +109,7 @@ def view_image(image: np.ndarray, view: View) -> np.ndarray:
     if view.scaled == image.shape[:2]:
         rows = slice(view.top, view.top + view.size[0])
         return image[rows, view.left : view.left + view.size[1]].copy()
-    # Only the source pixels the window touches: OpenCV's remapping reads 16-bit coordinates.
+    # Only the source pixels that the window touches: OpenCV's remapping reads 16-bit coordinates.
     starts, stops, offsets, steps = [], [], [], []
     for start, size, scaled, full in zip(
         (view.top, view.left), view.size, view.scaled, image.shape[:2], strict=True
@@ -219,8 +219,8 @@ def pad(array: np.ndarray, size: tuple[int, int], fill: int | tuple[int, ...]) -
 class Augmentation:
     """Random scale, crop, flip and photometric distortion of an image with its label.
 
-    crop: (height, width) of what comes out; less where the scaled image is smaller, filled up
-    with `MEAN_COLOR` and the ignored label.
+    crop: (height, width) of the result. Where the scaled image is smaller, it is padded with
+    `MEAN_COLOR` and the ignored label.
     """
 
     def __init__(self, spec: AugmentationSpec, crop: tuple[int, int]) -> None:
@@ -238,8 +238,7 @@ class Augmentation:
         """uint8 (H, W, 3), int64 (H, W) -> the same of size `crop`, contiguous.
 
         wanted: a class id that the crop should show (`min_pixels`). `name` is for errors.
-        Raises DataError if image and label differ in size, or are smaller than the crop as they
-        are stored.
+        Raises DataError if image and label differ in size, or are stored smaller than the crop.
         """
         self._check(image, label, name)
         view, seen = self._crop(label, rng, wanted)

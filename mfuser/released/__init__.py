@@ -1,4 +1,4 @@
-"""Checkpoints of others -> our parameters: one table per format, and what reads the tables.
+"""Released checkpoints -> our parameters: one table per format, and the code that reads them.
 
 `eva`, `clip` and `siglip` are the three released MFuser models, `tqdm` their one-tower ancestor.
 The names on our side are those of the pairings in registry.toml: timm's DINOv2 as VFM, open_clip's
@@ -19,13 +19,13 @@ __all__ = ["FORMATS", "Format", "Translation", "recognize", "translate"]
 
 
 def recognize(keys: Iterable[str], source: str = "the state dict") -> Format:
-    """The format whose marks are all among the keys. Raises CheckpointError if there is none."""
+    """The format all of whose marks are among the keys. Raises CheckpointError if there is none."""
     given = set(keys)
     for form in FORMATS:
         if form.matches(given):
             return form
     shown = ", ".join(sorted(given)[:3])
     raise CheckpointError(
-        f"{source} is of no known kind: its {len(given)} tensors ({shown}, …) are not those of "
-        f"{'; '.join(f.title for f in FORMATS)}"
+        f"{source} is not in a known format: its {len(given)} tensors ({shown}, …) are not those "
+        f"of {'; '.join(f.title for f in FORMATS)}"
     )

@@ -1,4 +1,4 @@
-"""Reading a released checkpoint: tensors and metadata, nothing executed, nothing copied."""
+"""Reading a released checkpoint: tensors and metadata, nothing is executed or copied."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Released:
 def read_released(path: Path) -> Released:
     """A .pth of mmsegmentation ({state_dict, meta}), a state dict however wrapped, or .safetensors.
 
-    Raises CheckpointError if the file is missing, cut off, no checkpoint, or wants to run code.
+    Raises CheckpointError if the file is missing, truncated, not a checkpoint, or would run code.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
@@ -62,7 +62,7 @@ def read_released(path: Path) -> Released:
     except UndecidedError as error:
         raise CheckpointError(str(error)) from error
     except WeightsError:
-        # What it is not, the caller says who knows what is wanted.
+        # The caller, who knows what is wanted, says how it differs.
         prefix = common_prefix(state)
         state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
     meta = tree.get("meta")

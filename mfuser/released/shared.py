@@ -1,4 +1,4 @@
-"""What the released formats have in common: DINOv2, adapters, pyramid, prompt, decoder."""
+"""Rows that the released formats have in common: DINOv2, adapters, pyramid, prompt, decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reads a table: rows of names, every key accounted for."""
+"""Translating a state dict by a table of names, with every key accounted for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from mfuser.errors import CheckpointError
 
 SHOWN = 20
-"""Names of each sort that an error lists."""
+"""Names of each kind that an error lists."""
 
 
 def _split_q(parts: list[Tensor]) -> list[Tensor]:
@@ -27,7 +27,7 @@ CHANGES: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
     "stacked": lambda parts: [torch.cat(parts)],
     "first third, the rest": _split_q,
 }
-"""What a row may do besides renaming."""
+"""Changes that a row may make besides renaming."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def under(released: str, ours: str, *rows: Row) -> tuple[Row, ...]:
 class Format:
     """One foreign layout of a state dict.
 
-    marks: keys that tell it from others; unmarked: prefixes that it has not.
-    rows: its table; the first that fits counts. unused: names that have no place in our model,
-    and why. kept: our parameters that it does not hold: the value they get, and why.
+    marks: keys that distinguish it; unmarked: prefixes that it lacks.
+    rows: its table; the first that matches counts. unused: names without a place in our model,
+    and why. kept: our parameters that it lacks: the value they get, and why.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Format:
 @dataclass
 class Translation:
     """tensors: by our names. sources: our name -> the released names it came from. unused: released
-    name -> why. kept: our name -> why it has its start value."""
+    name -> why. kept: our name -> why it keeps its initial value."""
 
     form: Format
     tensors: dict[str, Tensor]
@@ -126,7 +126,7 @@ def translate(
             line, match = found
             names = [_fill(name, match) for name in line.released]
             if key != names[0]:
-                # Its first one brings it along; without that one the first is what is missing.
+                # Handled with the first of the row; without that one, the first is missing.
                 missing += [names[0]] if names[0] not in state else []
                 continue
             absent = [n for n in names if n not in state]
@@ -160,7 +160,7 @@ def _place(
     state: Mapping[str, Tensor],
     misshapen: list[str],
 ) -> None:
-    """Put what one row gives where it belongs, or note that it has another shape."""
+    """Put the tensors of one row where they belong, or note those of the wrong shape."""
     parts = [state[n] for n in names]
     for target in targets:
         result.sources[target] = tuple(names)
@@ -238,7 +238,7 @@ def _released_names(ours: str, rows: Iterable[Row]) -> list[str]:
         for template in line.ours:
             if (match := _match(template, ours)) is not None:
                 return [_fill(name, match) for name in line.released]
-    return [f"{ours} (ours; this kind has no such tensor)"]
+    return [f"{ours} (ours; this format has no such tensor)"]
 
 
 def _unused(key: str, form: Format) -> str | None:

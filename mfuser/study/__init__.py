@@ -1,6 +1,6 @@
-"""Studies: a base pairing, what is varied, and the table that comes of it.
+"""Studies: a base pairing, the axes that are varied, and the table of results.
 
-spec.py what a study is; grid.py its variants, resolved; runs.py training them one by one;
-report.py and plot.py the results; paper.py the published figures beside them; adapters.py the
-study that needs no data.
+grid.py resolves the variants, runs.py works through them one by one, worker.py is the process of
+one run; report.py and plot.py hold the results, paper.py the published figures beside them;
+adapters.py is the study that needs no data. `mfuser.config.study` defines the tables.
 """

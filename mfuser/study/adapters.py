@@ -1,4 +1,4 @@
-"""The study that needs no data: what each adapter costs by itself, and how its time grows."""
+"""The study that needs no data: the cost of each adapter by itself, and how its time grows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 class Measured(BaseModel):
-    """One adapter's file."""
+    """The file of one adapter."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,7 +42,7 @@ class Measured(BaseModel):
 
 
 def adapters(registry: Registry, name: str, study: AdapterStudySpec) -> dict[str, FusionSpec]:
-    """Label -> spec, each validated and laid out. Raises RegistryError naming what is refused."""
+    """Label -> spec, each validated and laid out. Raises RegistryError naming those refused."""
     place = f"{registry.place('study', name, 'adapters')} adapters"
     found: dict[str, FusionSpec] = {}
     shape = TokenShape(study.width, study.grid, study.prefix)
@@ -53,7 +53,7 @@ def adapters(registry: Registry, name: str, study: AdapterStudySpec) -> dict[str
         )
         spec = registry.component("fusion", table, f"{place}, {label}")
         if label in found:
-            raise RegistryError(f"{place}: two are called '{label}'; give one a label")
+            raise RegistryError(f"{place}: two adapters are called '{label}'; give one a label")
         assert isinstance(spec, FusionSpec)
         try:
             adapter_cost.layout(spec, shape, label)
@@ -155,8 +155,8 @@ class AdapterResults(BaseModel):
         lines = [f"{g.adapter}: {g.stopped}." for g in self.growth if g.stopped]
         lines += [f"{label}: {message}" for label, message in self.troubles.items()]
         lines.append(
-            "GFLOPs: 2 x multiply-adds of projections, convolutions and attention products and 1 "
-            "per activation, of the whole batch; operators that PyTorch lacks (the scan) in a "
+            "GFLOPs of the whole batch: 2 per multiply-add of projections, convolutions and "
+            "attention products, 1 per activation; operators outside PyTorch (the scan) have a "
             "column of their own. Times are medians; peak memory is that of a training pass."
         )
         if self.paper:
@@ -164,7 +164,7 @@ class AdapterResults(BaseModel):
         for facts in self.machines:
             lines.append("Measured on " + ", ".join(f"{k} {v}" for k, v in facts.items()) + ".")
         if len(self.machines) > 1:
-            lines.append("These are different machines: times do not compare across them.")
+            lines.append("These are different machines: times are not comparable across them.")
         return lines
 
     def markdown(self, plot: str | None) -> str:
@@ -179,7 +179,7 @@ class AdapterResults(BaseModel):
         return "\n".join(lines).rstrip() + "\n"
 
     def csv(self) -> str:
-        """A line per adapter and length; seconds of a pass."""
+        """A line per adapter and length; times in seconds per pass."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(

@@ -20,8 +20,8 @@ from mfuser.study import paper
 
 @dataclass(frozen=True)
 class Choice:
-    """One value of one axis. settings, recipe: what it lays over; pairing, recipe_name: other
-    bases."""
+    """One value of one axis. settings, recipe: tables laid over the base; pairing, recipe_name:
+    another base."""
 
     axis: str
     label: str
@@ -33,7 +33,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Variant:
-    """One point of the grid. slug: its folder. runs: seed -> what is trained."""
+    """One point of the grid. slug: its folder. runs: seed -> the run."""
 
     label: str
     slug: str
@@ -44,7 +44,7 @@ class Variant:
     """Parameters that training changes; None if the model cannot be laid out without weights."""
 
     def identity(self) -> dict[str, Any]:
-        """What a results folder must agree on to hold this variant."""
+        """Settings on which a results folder must agree to hold this variant."""
         run = next(iter(self.runs.values()))
         table = run.model_dump(mode="json", include={"pairing", "recipe", "source", "targets"})
         table["recipe"].pop("seed")
@@ -81,7 +81,7 @@ def _check_paper(registry: Registry, name: str, study: StudySpec, label: str) ->
 
 
 def check_data(registry: Registry, found: Sequence[Variant]) -> None:
-    """Raises DataError where a source or target is not there as it should be."""
+    """Raises DataError where a source or target is missing or incomplete."""
     checked: list[tuple[Domain, str]] = []
     for variant in found:
         run = next(iter(variant.runs.values()))
@@ -122,7 +122,7 @@ def _name(axis: str, value: Any) -> str:
 
 
 def value_label(axis: str, value: Any) -> str:
-    """What a table calls a value: components by name, numbers with their key."""
+    """The name of a value in tables: components by name, numbers with their key."""
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
@@ -182,12 +182,12 @@ def _place(registry: Registry, name: str) -> str:
 
 
 def _trained(pairing: PairingSpec) -> int | None:
-    """Lays the model out: parts refuse here what their options alone cannot tell."""
+    """Lays the model out: parts refuse here what validating their options cannot show."""
     try:
         model = sketch(pairing)
     except MFuserError:
         raise
     except Exception:
-        # A stranger's part that computes with values while it is built; training will tell.
+        # A plugin's part that computes with values while it is built; training will show.
         return None
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

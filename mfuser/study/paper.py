@@ -1,4 +1,4 @@
-"""The published figures, and whether they may stand beside ours."""
+"""The published figures, and whether they are comparable with ours."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INCIDENTAL = (
     *("seed", "workers", "save_every", "source", "targets"),
     *("on_bad_image", "tensorboard", "baselines", "checkpointing"),
 )
-"""Keys of a recipe that no result depends on, or that are compared elsewhere."""
+"""Keys of a recipe that do not affect results, or that are compared elsewhere."""
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def differences(registry: Registry, run: RunSpec, wanted: dict[str, Any]) -> lis
     """How a run's protocol and models differ from those of a row of the paper; [] if they do not.
 
     Where weights come from is not compared (a local file is as good as the hub), except that
-    "random" is never the same, and a row whose model only its weights tell names a part of theirs.
+    "random" never counts as equal, and a row that only its weights identify names a part of theirs.
     """
     protocol = figures()["protocol"]
     try:
@@ -98,9 +98,9 @@ def differences(registry: Registry, run: RunSpec, wanted: dict[str, Any]) -> lis
 
 
 def miou(wanted: dict[str, Any], images: dict[str, int]) -> dict[str, float]:
-    """A row's figures of those domains that were scored whole. images: scored of each domain.
+    """A row's figures for the domains that were scored in full. images: number scored, by domain.
 
-    "average" where all of the paper's domains, and no others, are among them.
+    "average" if these are exactly the paper's domains.
     """
     protocol = figures()["protocol"]
     values = dict(zip(protocol["columns"], wanted["miou"], strict=True))

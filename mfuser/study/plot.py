@@ -1,4 +1,4 @@
-"""Pictures of results, where matplotlib (the extra `plot`) is installed."""
+"""Plots of results, if matplotlib (the extra `plot`) is installed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ MISSING = 'no plot: matplotlib is not installed (pip install "mfuser[plot]")'
 
 
 def plot_results(results: Results, path: Path) -> str | None:
-    """A panel per domain: each seed a dot, mean and standard deviation. Returns why there is
-    none."""
+    """A panel per domain: each seed a dot, mean and standard deviation. Returns the reason if
+    there is no plot."""
     figure_type = _figure()
     if figure_type is None:
         return MISSING
@@ -52,7 +52,7 @@ def plot_results(results: Results, path: Path) -> str | None:
 
 
 def plot_growth(results: AdapterResults, path: Path) -> str | None:
-    """Forward time over length, both axes logarithmic. Returns why there is none."""
+    """Forward time over length, both axes logarithmic. Returns the reason if there is no plot."""
     figure_type = _figure()
     if figure_type is None:
         return MISSING

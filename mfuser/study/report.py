@@ -49,8 +49,8 @@ class Score(BaseModel):
 
 
 class Row(BaseModel):
-    """A variant. states: of each seed: finished, diverged, failed, interrupted, begun, open.
-    paper: the published mIoU in per cent, where protocol and models are the same."""
+    """A variant. states: by seed; finished, diverged, failed, interrupted, begun or open.
+    paper: the published mIoU in percent, where protocol and models are the same."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,7 +63,7 @@ class Row(BaseModel):
     paper: dict[str, float]
 
     def state(self) -> str:
-        """How many seeds are behind the figures, and what became of the others."""
+        """How many seeds the figures are based on, and the state of the others."""
         done = sum(s == "finished" for s in self.states.values())
         rest = [s for s in self.states.values() if s != "finished"]
         counts = [f"{rest.count(s)} {s}" for s in dict.fromkeys(rest)]
@@ -71,7 +71,7 @@ class Row(BaseModel):
 
 
 class Results(BaseModel):
-    """Everything that a study found. domains: unseen ones first to last, then the source."""
+    """All results of a study. domains: the unseen ones in order, then the source."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -121,7 +121,7 @@ class Results(BaseModel):
         return "\n".join(lines).rstrip() + "\n"
 
     def csv(self) -> str:
-        """A line per variant and domain, in per cent."""
+        """A line per variant and domain, in percent."""
         axes = list(self.rows[0].choices)
         seeds = list(self.rows[0].states)
         out = io.StringIO()
@@ -190,7 +190,7 @@ def collect(
     variants: Sequence[Variant],
     jobs: Sequence[Job],
 ) -> Results:
-    """What the finished runs found, and how the others stand."""
+    """The results of the finished runs, and the state of the others."""
     by_label = {job.label: job for job in jobs}
     rows: list[Row] = []
     notes: list[str] = []
@@ -243,7 +243,7 @@ def collect(
     for reason in dict.fromkeys(withheld.values()):
         labels = [label for label, r in withheld.items() if r == reason]
         beside = "any variant" if len(labels) == len(variants) else ", ".join(labels)
-        notes.append(f"The paper's figures do not stand beside {beside}: {reason}.")
+        notes.append(f"The paper's figures are not comparable with {beside}: {reason}.")
     return Results(
         study=name,
         base=study.base,

@@ -1,8 +1,8 @@
-"""Working through a study: what is done, what is left, one process per run.
+"""Working through a study, one process per run: what is finished, what is left.
 
-OUT/study.json                what the folder holds, resolved
+OUT/study.json                the contents of the folder, resolved
     VARIANT/seed0/            a run folder
-    VARIANT/seed0.json        how it ended, if it did not end well
+    VARIANT/seed0.json        how it ended, if it did not finish
     results.{json,md,csv,png}
 """
 
@@ -33,12 +33,12 @@ REPORT = "report.json"
 
 
 class StudyInterrupted(Exception):
-    """Ctrl-C: what ran has saved."""
+    """Ctrl-C: the current run has saved."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process's work. done: the file whose presence says that it is finished."""
+    """The work of one process. done: files whose presence means that it is finished."""
 
     label: str
     folder: Path
@@ -50,7 +50,7 @@ class Job:
         return self.folder.with_name(f"{self.folder.name}.json")
 
     def state(self) -> tuple[str, str]:
-        """finished, diverged, failed, interrupted, begun or open; and a word of explanation."""
+        """finished, diverged, failed, interrupted, begun or open; and an explanation, or ""."""
         if all(path.is_file() for path in self.done):
             return "finished", ""
         try:
@@ -62,7 +62,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the command was given and every run needs again."""
+    """Arguments of the command that every run needs as well."""
 
     registries: tuple[str, ...] = ()
     plugins: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ class Inputs:
 
 
 def training_jobs(variants: Sequence[Variant], out: Path, inputs: Inputs) -> list[Job]:
-    """Every run, seed by seed: a whole table stands after the first of each."""
+    """Every run, seed by seed: the table is complete once every variant has run once."""
     seeds = list(variants[0].runs)
     jobs = []
     for seed in seeds:
@@ -128,13 +128,13 @@ def check_study(out: Path, name: str, identities: dict[str, dict[str, Any]]) -> 
         if before is not None and before != identity:
             key, old, new = _difference(before, identity)
             raise CheckpointError(
-                f"{out} holds study '{name}' with other settings: of {slug}, {key} is {old!r}, not "
+                f"{out} holds study '{name}' with other settings: {key} of {slug} is {old!r}, not "
                 f"{new!r}; use the same settings or choose another --out"
             )
 
 
 def check_runs(registry: Registry, variants: Sequence[Variant], out: Path) -> None:
-    """Raises CheckpointError where a run's folder holds another run than the study's."""
+    """Raises CheckpointError where a folder holds a different run from the study's."""
     for variant in variants:
         for seed, run in variant.runs.items():
             folder = out / variant.slug / f"seed{seed}"
@@ -144,38 +144,38 @@ def check_runs(registry: Registry, variants: Sequence[Variant], out: Path) -> No
             for key in ("pairing", "recipe", "source", "targets", "seed"):
                 if getattr(begun, key) != getattr(run, key):
                     raise CheckpointError(
-                        f"{folder} holds another run than the study's (its {key} differs); remove "
-                        "it or choose another --out"
+                        f"{folder} holds a different run from the study's (its {key} differs); "
+                        "remove it or choose another --out"
                     )
 
 
 def share(jobs: Sequence[Job], index: int, of: int) -> list[Job]:
     """Every `of`-th run, from `index` (from 0): what one process or machine works through."""
     if not 0 <= index < of:
-        raise MFuserError(f"--index {index} --of {of}: the index goes from 0 to {of - 1}")
+        raise MFuserError(f"--index {index} --of {of}: the index must be from 0 to {of - 1}")
     return list(jobs[index::of])
 
 
 def work_through(jobs: Sequence[Job], console: Console) -> list[tuple[Job, str, str]]:
-    """Run what is not finished, one after another; returns those that failed, with the reason.
+    """Run the unfinished ones in turn; returns those that failed, with the reason.
 
-    A diverged run would diverge again and is left; a failed or interrupted one is tried again.
-    Raises StudyInterrupted after Ctrl-C, when the run at hand has saved.
+    A diverged run would diverge again and is skipped; failed and interrupted ones are run again.
+    Raises StudyInterrupted after Ctrl-C, once the current run has saved.
     """
     troubles: list[tuple[Job, str, str]] = []
     for number, job in enumerate(jobs, 1):
         status, message = job.state()
         head = f"[{number}/{len(jobs)}] {job.label}"
         if status == "finished":
-            console.say(f"{head}: finished before")
+            console.say(f"{head}: already finished")
             continue
         if status == "diverged":
-            console.say(f"{head}: diverged before (remove {job.outcome} to try again)")
+            console.say(f"{head}: diverged earlier (remove {job.outcome} to try again)")
             troubles.append((job, status, message))
             continue
         with _alone(job) as lock:
             if lock is None:
-                console.say(f"{head}: another process is at it")
+                console.say(f"{head}: running in another process")
                 continue
             console.say(head)
             code, stopped = _run(job, lock)
@@ -235,7 +235,7 @@ def _handling(handler: Any) -> Iterator[None]:
 
 @contextmanager
 def _alone(job: Job) -> Iterator[IO[str] | None]:
-    """A lock on one run, freed when its process ends however it ends; None if it is taken."""
+    """A lock on one run, released when its process ends for any reason; None if it is taken."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(job.folder.with_name(f".{job.folder.name}.lock"), "w", encoding="utf-8") as file:
         if sys.platform != "win32":
@@ -259,7 +259,7 @@ def _has_descriptor(stream: Any) -> bool:
 
 def _ended(code: int) -> str:
     if code == -signal.SIGKILL if hasattr(signal, "SIGKILL") else False:
-        return "the system killed it, as it does when memory runs out"
+        return "the system killed it, most likely because memory ran out"
     if code < 0:
         return f"it ended by signal {-code}"
     return f"it ended with exit code {code} and no report"
@@ -271,7 +271,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not the description of a study")
+        raise CheckpointError(f"{path} does not describe a study")
     return value
 
 

@@ -1,7 +1,7 @@
 """One run of a study in a process of its own: a job on standard input, the outcome in a file.
 
 A fresh process per run: memory, threads and Accelerate's state are clean, and a run that the
-system kills takes nothing else with it.
+system kills affects no other.
 """
 
 from __future__ import annotations

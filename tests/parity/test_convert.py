@@ -226,7 +226,7 @@ def test_other_files_are_refused(
         "evil.pth": "nothing in it is executed",
         "list.pth": "holds a list",
         "none.pth": "no tensors by name",
-        "other.pth": "of no known kind",
+        "other.pth": "not in a known format",
         "classes.pth": "was trained on 2 classes, the pairing has 5 (sky for road",
         "larger.pth": "give the image_size",
     }

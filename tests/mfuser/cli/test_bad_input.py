@@ -266,7 +266,7 @@ def spoil_image(root: Path) -> str:
 def spoil_kind(root: Path) -> str:
     for path in (root / "images").iterdir():
         path.write_text("no picture")
-    return r"images/0016E5_0000\d\.png cannot be read: it is no image"
+    return r"images/0016E5_0000\d\.png cannot be read: it is not an image"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -358,11 +358,11 @@ def test_no_gpu(refused: Any, train: Any) -> None:
     ("write", "message"),
     [
         (lambda p: p.write_bytes(b""), "photo.png cannot be read: it is empty"),
-        (lambda p: p.write_text("text"), "photo.png cannot be read: it is no image"),
+        (lambda p: p.write_text("text"), "photo.png cannot be read: it is not an image"),
         (lambda p: p.mkdir(), "the folder photo.png holds no images"),
         (lambda p: Image.new("RGB", (1, 1)).save(p), "photo.png: .*1x1 .*smaller .*--scale"),
         (lambda p: Image.new("L", (95, 64)).save(p), "photo.png: .*64x95 .*smaller than the wind"),
-        (lambda p: Image.new("F", (96, 64)).save(p, "TIFF"), "photo.png: 32-bit pixels"),
+        (lambda p: Image.new("F", (96, 64)).save(p, "TIFF"), "photo.png: images have 8 or 16 bits"),
         (lambda p: None, "there is no image or folder photo.png"),
     ],
 )

@@ -117,7 +117,7 @@ def test_unreadable_files_are_named(tmp_path: Path, read) -> None:
     with pytest.raises(UnreadableImage, match=r"empty.png cannot be read: it is empty"):
         read(tmp_path / "empty.png")
     (tmp_path / "text.png").write_text("no picture, but more than a header's worth of letters")
-    with pytest.raises(UnreadableImage, match=r"text.png cannot be read: it is no image"):
+    with pytest.raises(UnreadableImage, match=r"text.png cannot be read: it is not an image"):
         read(tmp_path / "text.png")
 
 

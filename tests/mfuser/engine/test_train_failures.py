@@ -116,9 +116,9 @@ def test_bad_images_are_skipped_and_named(
     [
         (
             lambda s: type(s)(s.image, s.label + 30, s.name),
-            r"game_train_0_\d+: label \d+ is none of",
+            r"game_train_0_\d+: label \d+ is neither",
         ),
-        (lambda s: type(s)(s.image, s.label - 300, s.name), r"label -\d+ is none of"),
+        (lambda s: type(s)(s.image, s.label - 300, s.name), r"label -\d+ is neither"),
         (lambda s: type(s)(s.image, s.label[:-1], s.name), r"the label is 96x63, the image 96x64"),
         (
             lambda s: type(s)(s.image[:40], s.label[:40], s.name),

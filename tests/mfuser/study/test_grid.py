@@ -288,7 +288,7 @@ def adapter_study(**changes):  # type: ignore[no-untyped-def]
         ({"adapters": ["mvfusr"]}, "did you mean 'mvfuser'"),
         ({"adapters": ["none"]}, "no adapter"),
         ({"adapters": [{"name": "mvfuser", "state_size": -1}]}, "state_size"),
-        ({"adapters": ["mvfuser", "mvfuser"]}, "two are called"),
+        ({"adapters": ["mvfuser", "mvfuser"]}, "two adapters are called"),
         ({"width": 33}, "33"),
     ],
 )

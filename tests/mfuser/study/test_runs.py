@@ -99,7 +99,7 @@ def test_failures_are_told_apart_and_a_strangers_part_joins(workplace: Path, mfu
     rows = {row["label"]: row for row in json.loads(outcome.out)["rows"]}
     assert rows["swap"]["states"]["0"] == rows["none"]["states"]["0"] == "finished"
     assert model.stat().st_mtime_ns == before
-    assert "none, seed 0: finished before" in outcome.err
+    assert "none, seed 0: already finished" in outcome.err
 
     # The same folder with another recipe is another study.
     outcome = mfuser("ablate", "s", *common, "--set-recipe", "lr=5e-4")
