@@ -185,7 +185,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
-def test_ten_thousand_calls_leak_nothing(threads):
+def test_thousands_of_calls_leak_nothing(threads):
     threads(1)
     inputs = scan_inputs(1, 8, 32, 2)
     kernel = {k: v for k, v in inputs.items() if k != "layout"}
@@ -200,9 +200,9 @@ def test_ten_thousand_calls_leak_nothing(threads):
 
     call(500)
     before = resident_bytes()
-    call(9_500)
-    # 100 bytes a call would be 1 MB; the allocator's own drift was under 0.5 MB
-    assert resident_bytes() - before < 2 << 20
+    call(4_000)
+    # 256 bytes per call would be 1 MB; the allocator's own drift was under 0.5 MB
+    assert resident_bytes() - before < 1 << 20
 
 
 SCRIPT = """
@@ -262,6 +262,7 @@ def test_import_needs_torch_alone():
 
 
 def test_no_warning_when_all_is_well():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         run_scan(scan_inputs(1, 8, 8, 3), "cpu")
+    assert [str(w.message) for w in caught] == []

@@ -50,13 +50,10 @@ def test_shapes(shape, backend):
     assert_close(scan_inputs(*shape), backend)
 
 
-def test_long_sequence():
-    inputs = scan_inputs(1, 20000, 2, 3, gate=False)
-    exact = run_scan(inputs, "reference", torch.float64)
-    for backend in BACKENDS:
-        found = run_scan(inputs, backend)
-        for name in exact:
-            assert relative_rms(found[name], exact[name]) < 1e-5, (backend, name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_sequence(long_scan, backend):
+    inputs, exact = long_scan
+    assert_close(inputs, backend, exact=exact)
 
 
 OPTIONS = [

@@ -257,10 +257,14 @@ def test_frozen_weights_may_differ_by_rounding(
     """Positions resampled on another machine differ in their last bits."""
     path = save(model, tmp_path / "c.safetensors")
     with torch.no_grad():
-        for parameter in model.encoder.parameters():
-            if not parameter.requires_grad:
-                parameter.mul_(1 + 1e-6)
-    checkpoints.restore(model, checkpoints.read(path), path)
+        for parameter in model.parameters():
+            parameter.mul_(2 if parameter.requires_grad else 1 + 1e-6)
+    moved = {n: p.clone() for n, p in model.named_parameters()}
+    checkpoint = checkpoints.read(path)
+    checkpoints.restore(model, checkpoint, path)
+    for name, parameter in model.named_parameters():
+        kept = checkpoint.model[name] if parameter.requires_grad else moved[name]
+        assert torch.equal(parameter, kept), name
 
 
 def test_settings_find_weights_that_moved(model: DGSSModel, tmp_path: Path) -> None:

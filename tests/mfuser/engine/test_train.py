@@ -126,6 +126,8 @@ def test_the_loss_scale_of_float16_comes_back(
             train(tiny, run, tmp_path / "skipped")
     assert not checkpoints.read(tmp_path / "skipped" / checkpoints.LAST).optimizer
     train(tiny, run, tmp_path / "skipped", resume=True)
+    resumed = checkpoints.read(tmp_path / "skipped" / checkpoints.LAST)
+    assert resumed.step == 5 and all(v.isfinite().all() for v in resumed.model.values())
 
 
 def test_killed_between_checkpoints_resumes_from_the_last_whole_one(
@@ -243,11 +245,16 @@ def test_a_folder_with_another_run_is_left_alone(
 
 
 def test_what_does_not_decide_the_weights_may_change(
-    tiny: Registry, begin: Any, tmp_path: Path
+    tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(tiny, begin(), tmp_path / "r")
+    train(tiny, begin(), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(tiny, begin(), tmp_path / "parts")
     changed = begin("plain", "workers=1", "on_bad_image=skip", "save_every=3")
-    train(tiny, changed, tmp_path / "r", resume=True)
+    train(tiny, changed, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
 def test_folders_that_are_no_runs(tiny: Registry, begin: Any, tmp_path: Path) -> None:
