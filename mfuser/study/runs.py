@@ -128,8 +128,8 @@ def check_study(out: Path, name: str, identities: dict[str, dict[str, Any]]) -> 
         if before is not None and before != identity:
             key, old, new = _difference(before, identity)
             raise CheckpointError(
-                f"{out} holds study '{name}' with other settings: {key} of {slug} is {old!r}, not "
-                f"{new!r}; use the same settings or choose another --out"
+                f"{out} holds study '{name}' with other settings: {key} is {old!r}, not {new!r} "
+                f"(variant {slug}); use the same settings or choose another --out"
             )
 
 

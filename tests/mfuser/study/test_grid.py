@@ -158,7 +158,7 @@ def test_a_folder_holds_one_study(tmp_path: Path) -> None:
     runs.check_study(out, "a", {"x": {"recipe": {"lr": 1}}, "z": {}})
     with pytest.raises(CheckpointError, match="another study, 'a', not 'b'"):
         runs.check_study(out, "b", {})
-    with pytest.raises(CheckpointError, match=r"recipe\.lr of x is 1, not 3"):
+    with pytest.raises(CheckpointError, match=r"recipe\.lr is 1, not 3 \(variant x\)"):
         runs.check_study(out, "a", {"x": {"recipe": {"lr": 3}}})
     other = tmp_path / "other"
     other.mkdir()
