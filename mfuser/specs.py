@@ -82,7 +82,10 @@ class Spec(Options):
     tiny: ClassVar[Mapping[str, Any]] = {}
     """Options at which the component is small and downloads nothing. `mfuser plugin check` builds
     it with them, as itself and as the partner of others."""
-    name: str
+    if TYPE_CHECKING:
+        name: str = ""  # a spec with a name has it as default; others are never made
+    else:
+        name: str
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,19 +11,20 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from mfuser import Decoder, DecoderOutput, DecoderSpec, MFuserError
+from mfuser import Decoder, DecoderOutput, MFuserError
 from mfuser_plugins.decoders._mask_losses import MaskLosses
-from mfuser_plugins.decoders._pixel_decoder import LEVELS, Init, PixelDecoder
+from mfuser_plugins.decoders._pixel_decoder import LEVELS, PixelDecoder, PixelSpec
 from mfuser_plugins.decoders._transformer import Attention, FeedForward, sine_positions
 
 
 class QueryLayer(nn.Module):
     """Masked attention to pixels, self-attention of queries, feed-forward."""
 
-    def __init__(self, width: int, heads: int, ffn: int) -> None:
+    def __init__(self, spec: MaskDecoderSpec) -> None:
         super().__init__()
+        width, heads = spec.width, spec.heads
         self.attentions = nn.ModuleList([Attention(width, heads), Attention(width, heads)])
-        self.ffns = nn.ModuleList([FeedForward(width, ffn)])
+        self.ffns = nn.ModuleList([FeedForward(width, spec.ffn)])
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
     def forward(
@@ -38,10 +40,10 @@ class QueryLayer(nn.Module):
 class QueryDecoder(nn.Module):
     """The layers, and the norm before every prediction."""
 
-    def __init__(self, layers: int, width: int, heads: int, ffn: int) -> None:
+    def __init__(self, spec: MaskDecoderSpec) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(QueryLayer(width, heads, ffn) for _ in range(layers))
-        self.post_norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(QueryLayer(spec) for _ in range(spec.layers))
+        self.post_norm = nn.LayerNorm(spec.width)
 
 
 class MaskDecoder(Decoder):
@@ -73,19 +75,8 @@ class MaskDecoder(Decoder):
         width = spec.width
         self.num_classes = num_classes
         self.losses = spec.losses()
-        self.pixel_decoder = PixelDecoder(
-            channels,
-            num_classes,
-            text_dim,
-            width,
-            spec.heads,
-            spec.points,
-            spec.pixel_layers,
-            spec.pixel_ffn,
-            spec.norm_groups,
-            spec.init,
-        )
-        self.transformer_decoder = QueryDecoder(spec.layers, width, spec.heads, spec.ffn)
+        self.pixel_decoder = PixelDecoder(spec, channels, num_classes, text_dim)
+        self.transformer_decoder = QueryDecoder(spec)
         if text_dim is not None:
             self.text_proj = nn.Sequential(
                 nn.Linear(text_dim, width), nn.ReLU(), nn.Linear(width, width)
@@ -153,7 +144,7 @@ def deep_names(each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-class MaskDecoderSpec(DecoderSpec):
+class MaskDecoderSpec(PixelSpec):
     """The options of these decoders (documented where they are named)."""
 
     tiny: ClassVar[Mapping[str, Any]] = {
@@ -165,22 +156,15 @@ class MaskDecoderSpec(DecoderSpec):
         "num_points": 64,
     }
 
-    width: PositiveInt = 256
-    heads: PositiveInt = 8
-    points: PositiveInt = 4
-    pixel_layers: PositiveInt = 6
-    pixel_ffn: PositiveInt = 2048
     layers: PositiveInt = 9
     ffn: PositiveInt = 2048
-    norm_groups: PositiveInt = 32
-    init: Init = "pytorch"
-    num_points: PositiveInt = 12_544
-    oversample: float = Field(default=3.0, ge=1)
-    importance: float = Field(default=0.75, ge=0, le=1)
-    cls_weight: NonNegativeFloat = 2.0
-    mask_weight: NonNegativeFloat = 5.0
-    dice_weight: NonNegativeFloat = 5.0
-    no_object: NonNegativeFloat = 0.1
+    num_points: PositiveInt = MaskLosses.num_points
+    oversample: float = Field(default=MaskLosses.oversample, ge=1)
+    importance: float = Field(default=MaskLosses.importance, ge=0, le=1)
+    cls_weight: NonNegativeFloat = MaskLosses.cls_weight
+    mask_weight: NonNegativeFloat = MaskLosses.mask_weight
+    dice_weight: NonNegativeFloat = MaskLosses.dice_weight
+    no_object: NonNegativeFloat = MaskLosses.no_object
 
     @model_validator(mode="after")
     def _divides(self) -> MaskDecoderSpec:
@@ -192,12 +176,4 @@ class MaskDecoderSpec(DecoderSpec):
         return self
 
     def losses(self) -> MaskLosses:
-        return MaskLosses(
-            self.num_points,
-            self.oversample,
-            self.importance,
-            self.cls_weight,
-            self.mask_weight,
-            self.dice_weight,
-            self.no_object,
-        )
+        return MaskLosses(**{f.name: getattr(self, f.name) for f in fields(MaskLosses)})

@@ -6,8 +6,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from mfuser import DecoderSpec
 from mfuser_plugins.decoders._msdeform import DeformableAttention, Shapes
 from mfuser_plugins.decoders._transformer import (
     Attention,
@@ -17,6 +19,19 @@ from mfuser_plugins.decoders._transformer import (
 )
 
 Init = Literal["released", "pytorch"]
+
+
+class PixelSpec(DecoderSpec):
+    """The options of the pixel decoder (documented where they are named)."""
+
+    width: PositiveInt = 256
+    heads: PositiveInt = 8
+    points: PositiveInt = 4
+    pixel_layers: PositiveInt = 6
+    pixel_ffn: PositiveInt = 2048
+    norm_groups: PositiveInt = 32
+    init: Init = "pytorch"
+
 
 LEVELS = 3
 """Of the four pyramid levels, the coarser ones (strides 32, 16, 8) go through attention."""
@@ -55,12 +70,13 @@ class PixelLayer(nn.Module):
     left out.
     """
 
-    def __init__(self, width: int, heads: int, points: int, ffn: int, text: bool = True) -> None:
+    def __init__(self, spec: PixelSpec, text: bool) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([DeformableAttention(width, heads, LEVELS, points)])
+        width, heads = spec.width, spec.heads
+        self.attentions = nn.ModuleList([DeformableAttention(width, heads, LEVELS, spec.points)])
         if text:
             self.attentions.append(Attention(width, heads))
-        self.ffns = nn.ModuleList([FeedForward(width, ffn)])
+        self.ffns = nn.ModuleList([FeedForward(width, spec.pixel_ffn)])
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3 if text else 2))
 
     def forward(
@@ -82,14 +98,10 @@ class PixelLayer(nn.Module):
 class PixelEncoder(nn.Module):
     """The layers, and a norm after the last."""
 
-    def __init__(
-        self, layers: int, width: int, heads: int, points: int, ffn: int, text: bool = True
-    ) -> None:
+    def __init__(self, spec: PixelSpec, text: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            PixelLayer(width, heads, points, ffn, text) for _ in range(layers)
-        )
-        self.post_norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(PixelLayer(spec, text) for _ in range(spec.pixel_layers))
+        self.post_norm = nn.LayerNorm(spec.width)
 
     def forward(self, x: Tensor, *context: Tensor | Shapes) -> Tensor:
         for layer in self.layers:
@@ -104,25 +116,20 @@ class PixelDecoder(nn.Module):
     (`text_dim` None) without any.
     Levels may have any sizes; none is derived from another.
 
-    init: how the convolutions before a norm start, "released" (`ConvNorm.reset`) or as PyTorch
+    spec.init: how the convolutions before a norm start, "released" (`ConvNorm.reset`) or as PyTorch
         makes them. Everything else starts alike: linear maps and the mask feature's convolution as
         PyTorch makes them, embeddings standard normal, deformable attention as published.
     """
 
     def __init__(
         self,
+        spec: PixelSpec,
         channels: tuple[int, ...],
         num_classes: int,
         text_dim: int | None,
-        width: int,
-        heads: int,
-        points: int,
-        layers: int,
-        ffn: int,
-        norm_groups: int,
-        init: Init = "pytorch",
     ) -> None:
         super().__init__()
+        width, norm_groups = spec.width, spec.norm_groups
         finest, *coarser = channels
         self.input_convs = nn.ModuleList(
             ConvNorm(level, width, 1, norm_groups, bias=True) for level in reversed(coarser)
@@ -131,11 +138,11 @@ class PixelDecoder(nn.Module):
         reads = text_dim is not None
         self.text_proj = nn.Linear(text_dim, width) if text_dim is not None else None
         self.text_pos_embed = nn.Embedding(num_classes, width) if reads else None
-        self.encoder = PixelEncoder(layers, width, heads, points, ffn, reads)
+        self.encoder = PixelEncoder(spec, reads)
         self.lateral_convs = nn.ModuleList([ConvNorm(finest, width, 1, norm_groups)])
         self.output_convs = nn.ModuleList([ConvNorm(width, width, 3, norm_groups)])
         self.mask_feature = nn.Conv2d(width, width, 1)
-        if init == "released":
+        if spec.init == "released":
             for module in self.modules():
                 if isinstance(module, ConvNorm):
                     module.reset()

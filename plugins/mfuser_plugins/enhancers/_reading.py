@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from mfuser import TextEnhancer
-
-Gamma = Literal["normal"] | float
+from mfuser import EnhancerSpec, TextEnhancer
 
 
 class Attention(nn.Module):
@@ -50,30 +49,23 @@ class ReadingEnhancer(TextEnhancer):
     """text + gamma * f(text, visual), with f at its own width (paper, section 4.2).
 
     layer: makes one layer of f, (text (B, K, D), visual (B, T, D)) -> (B, K, D).
-    gamma: "normal" draws it per channel with standard deviation 1, as released.
     """
 
-    def __init__(
-        self,
-        text_dim: int,
-        width: int,
-        layer: Callable[[], nn.Module],
-        layers: int = 1,
-        gamma_init: Gamma = "normal",
-    ) -> None:
+    def __init__(self, spec: ReadingSpec, text_dim: int, layer: Callable[[], nn.Module]) -> None:
         super().__init__()
+        width = spec.width
         self.memory_proj = nn.Sequential(
             nn.LayerNorm(text_dim), nn.Linear(text_dim, width), nn.LayerNorm(width)
         )
         self.text_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
-        self.decoder = nn.ModuleList(layer() for _ in range(layers))
+        self.decoder = nn.ModuleList(layer() for _ in range(spec.layers))
         self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, text_dim))
         self.apply(_reset)
         self.gamma = nn.Parameter(torch.empty(text_dim))
-        if gamma_init == "normal":
+        if spec.gamma_init == "normal":
             nn.init.trunc_normal_(self.gamma)
         else:
-            nn.init.constant_(self.gamma, gamma_init)
+            nn.init.constant_(self.gamma, spec.gamma_init)
 
     def difference(self, text: Tensor, visual: Tensor) -> Tensor:
         """f: text (B, K, C), visual (B, 1 + T, C) -> (B, K, C)."""
@@ -94,3 +86,14 @@ def _reset(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+class ReadingSpec(EnhancerSpec):
+    """The options of these enhancers (documented where they are named)."""
+
+    tiny: ClassVar[Mapping[str, Any]] = {"width": 32}
+
+    width: PositiveInt = 256
+    layers: PositiveInt = 1
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    gamma_init: Literal["normal"] | NonNegativeFloat = "normal"

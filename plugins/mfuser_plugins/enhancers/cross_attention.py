@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
-
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mfuser import EnhancerSpec, hookimpl
-from mfuser_plugins.enhancers._reading import MLP, Attention, Gamma, ReadingEnhancer
+from mfuser_plugins.enhancers._reading import MLP, Attention, ReadingEnhancer, ReadingSpec
 
 
 class CrossAttentionLayer(nn.Module):
@@ -19,15 +16,16 @@ class CrossAttentionLayer(nn.Module):
     section 3.3); MTEnhancer's layer with eq. 8-9 replaced.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, spec: CrossAttentionEnhancerSpec) -> None:
         super().__init__()
-        self.self_attn = Attention(width, heads, dropout)
-        self.cross_attn = Attention(width, heads, dropout)
+        width = spec.width
+        self.self_attn = Attention(width, spec.heads, spec.dropout)
+        self.cross_attn = Attention(width, spec.heads, spec.dropout)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
-        self.mlp = MLP(width, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.mlp = MLP(width, spec.dropout)
+        self.dropout = nn.Dropout(spec.dropout)
 
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
         """text (B, K, D), visual (B, T, D) -> (B, K, D)."""
@@ -39,21 +37,11 @@ class CrossAttentionLayer(nn.Module):
 class CrossAttentionEnhancer(ReadingEnhancer):
     """text + gamma * f(text, visual), f a transformer decoder."""
 
-    def __init__(
-        self,
-        text_dim: int,
-        width: int = 256,
-        heads: int = 4,
-        layers: int = 1,
-        dropout: float = 0.1,
-        gamma_init: Gamma = "normal",
-    ) -> None:
-        super().__init__(
-            text_dim, width, lambda: CrossAttentionLayer(width, heads, dropout), layers, gamma_init
-        )
+    def __init__(self, spec: CrossAttentionEnhancerSpec, text_dim: int) -> None:
+        super().__init__(spec, text_dim, lambda: CrossAttentionLayer(spec))
 
 
-class CrossAttentionEnhancerSpec(EnhancerSpec, name="cross_attention"):
+class CrossAttentionEnhancerSpec(ReadingSpec, name="cross_attention"):
     """Class embeddings that have read the image by cross-attention (paper, table 6).
 
     width: of the enhancer, between projections from and to the joint text-image width.
@@ -62,13 +50,7 @@ class CrossAttentionEnhancerSpec(EnhancerSpec, name="cross_attention"):
     gamma_init: as for mtenhancer.
     """
 
-    tiny: ClassVar[Mapping[str, Any]] = {"width": 32}
-
-    width: PositiveInt = 256
     heads: PositiveInt = 4
-    layers: PositiveInt = 1
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    gamma_init: Literal["normal"] | NonNegativeFloat = "normal"
 
     @model_validator(mode="after")
     def _divides(self) -> CrossAttentionEnhancerSpec:
@@ -77,9 +59,7 @@ class CrossAttentionEnhancerSpec(EnhancerSpec, name="cross_attention"):
         return self
 
     def build(self, text_dim: int, num_classes: int) -> CrossAttentionEnhancer:
-        return CrossAttentionEnhancer(
-            text_dim, self.width, self.heads, self.layers, self.dropout, self.gamma_init
-        )
+        return CrossAttentionEnhancer(self, text_dim)
 
 
 @hookimpl

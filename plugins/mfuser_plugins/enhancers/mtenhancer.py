@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mfuser import EnhancerSpec, hookimpl
-from mfuser_plugins.enhancers._reading import MLP, Attention, Gamma, ReadingEnhancer
-from mfuser_plugins.fusion.mvfuser import MVFuser
+from mfuser_plugins.enhancers._reading import MLP, Attention, ReadingEnhancer, ReadingSpec
+from mfuser_plugins.fusion.mvfuser import MVFuser, MVFuserSpec
 
 
 class Layer(nn.Module):
@@ -22,50 +22,36 @@ class Layer(nn.Module):
     outputs are added to the text.
     """
 
-    def __init__(self, width: int, heads: int, state_size: int, dropout: float) -> None:
+    def __init__(self, spec: MTEnhancerSpec) -> None:
         super().__init__()
-        self.self_attn = Attention(width, heads, dropout)
+        width = spec.width
+        self.self_attn = Attention(width, spec.heads, spec.dropout)
         # Released under this name; it is a scan, not an attention.
-        self.cross_attn = MVFuser(width, state_size)
+        self.cross_attn = MVFuser(width, MVFuserSpec(state_size=spec.state_size))
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
-        self.mlp = MLP(width, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.mlp = MLP(width, spec.dropout)
+        self.dropout = nn.Dropout(spec.dropout)
 
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
         """text (B, K, D), visual (B, T, D) -> (B, K, D)."""
         classes = text.shape[1]
-        text = text + self.self_attn(self.norm1(text))
+        text = text + self.self_attn(self.norm1(text))  # eq. 7
         copy = self.norm2(text)
-        scanned = self.cross_attn(torch.cat([copy, visual, copy], 1))
-        text = text + scanned[:, :classes] + scanned[:, -classes:]
-        return text + self.dropout(self.mlp(self.norm3(text)))
+        scanned = self.cross_attn(torch.cat([copy, visual, copy], 1))  # eq. 8
+        text = text + scanned[:, :classes] + scanned[:, -classes:]  # eq. 9
+        return text + self.dropout(self.mlp(self.norm3(text)))  # eq. 10
 
 
 class MTEnhancer(ReadingEnhancer):
     """text + gamma * f(text, visual), with f at its own width (paper, section 4.2)."""
 
-    def __init__(
-        self,
-        text_dim: int,
-        width: int = 256,
-        heads: int = 4,
-        layers: int = 1,
-        state_size: int = 16,
-        dropout: float = 0.1,
-        gamma_init: Gamma = "normal",
-    ) -> None:
-        super().__init__(
-            text_dim,
-            width,
-            lambda: Layer(width, heads, state_size, dropout),
-            layers,
-            gamma_init,
-        )
+    def __init__(self, spec: MTEnhancerSpec, text_dim: int) -> None:
+        super().__init__(spec, text_dim, lambda: Layer(spec))
 
 
-class MTEnhancerSpec(EnhancerSpec, name="mtenhancer"):
+class MTEnhancerSpec(ReadingSpec, name="mtenhancer"):
     """MTEnhancer: class embeddings that have read the image, by attention and a selective scan.
 
     width: of the enhancer, between projections from and to the joint text-image width.
@@ -78,12 +64,8 @@ class MTEnhancerSpec(EnhancerSpec, name="mtenhancer"):
 
     tiny: ClassVar[Mapping[str, Any]] = {"width": 32, "state_size": 2}
 
-    width: PositiveInt = 256
     heads: PositiveInt = 4
-    layers: PositiveInt = 1
     state_size: PositiveInt = 16
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    gamma_init: Literal["normal"] | NonNegativeFloat = "normal"
 
     @model_validator(mode="after")
     def _divides(self) -> MTEnhancerSpec:
@@ -94,15 +76,7 @@ class MTEnhancerSpec(EnhancerSpec, name="mtenhancer"):
         return self
 
     def build(self, text_dim: int, num_classes: int) -> MTEnhancer:
-        return MTEnhancer(
-            text_dim,
-            self.width,
-            self.heads,
-            self.layers,
-            self.state_size,
-            self.dropout,
-            self.gamma_init,
-        )
+        return MTEnhancer(self, text_dim)
 
 
 @hookimpl

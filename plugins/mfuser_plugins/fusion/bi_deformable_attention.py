@@ -36,19 +36,16 @@ class BiDeformableAttention(JointAdapter):
 
     def __init__(
         self,
+        spec: BiDeformableAttentionSpec,
         vfm: TokenShape | None,
         vlm: TokenShape | None,
-        heads: int | None = 8,
-        points: int = 4,
-        dropout: float = 0.1,
-        shared_width: int | None = None,
     ) -> None:
-        super().__init__(vfm, vlm, width_of(vfm, vlm, shared_width))
+        super().__init__(vfm, vlm, width_of(vfm, vlm, spec.shared_width))
         levels = (vfm is not None) + (vlm is not None)
-        heads = heads_for(self.width, heads, "bi_deformable_attention")
+        heads = heads_for(self.width, spec.heads, "bi_deformable_attention")
         self.query = nn.Linear(self.width, self.width)
-        self.attention = DeformableAttention(self.width, heads, levels, points)
-        self.gain = Gain(dropout)
+        self.attention = DeformableAttention(self.width, heads, levels, spec.points)
+        self.gain = Gain(spec.dropout)
 
     def mix(self, streams: list[Tensor], grids: list[Grid]) -> list[Tensor]:
         maps = [patches(tokens, grid) for tokens, grid in zip(streams, grids, strict=True)]
@@ -75,9 +72,7 @@ class BiDeformableAttentionSpec(JointSpec, name="bi_deformable_attention"):
     points: PositiveInt = 4
 
     def build(self, vfm: TokenShape | None, vlm: TokenShape | None) -> BiDeformableAttention:
-        return BiDeformableAttention(
-            vfm, vlm, self.heads, self.points, self.dropout, self.shared_width
-        )
+        return BiDeformableAttention(self, vfm, vlm)
 
 
 @hookimpl

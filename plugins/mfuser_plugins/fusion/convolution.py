@@ -29,12 +29,11 @@ class Convolution(JointAdapter):
 
     def __init__(
         self,
+        spec: ConvolutionSpec,
         vfm: TokenShape | None,
         vlm: TokenShape | None,
-        dropout: float = 0.1,
-        shared_width: int | None = None,
     ) -> None:
-        width = width_of(vfm, vlm, shared_width)
+        width = width_of(vfm, vlm, spec.shared_width)
         if width % 2:
             raise MFuserError(
                 f"convolution: a width of {width} cannot be halved; set shared_width to an even "
@@ -45,7 +44,7 @@ class Convolution(JointAdapter):
         self.in_proj = nn.Linear(width, half, bias=False)
         self.conv = nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False)
         self.out_proj = nn.Linear(half, width, bias=False)
-        self.gain = Gain(dropout)
+        self.gain = Gain(spec.dropout)
 
     def mix(self, streams: list[Tensor], grids: list[Grid]) -> list[Tensor]:
         return [
@@ -67,7 +66,7 @@ class ConvolutionSpec(JointSpec, name="convolution"):
     """
 
     def build(self, vfm: TokenShape | None, vlm: TokenShape | None) -> Convolution:
-        return Convolution(vfm, vlm, self.dropout, self.shared_width)
+        return Convolution(self, vfm, vlm)
 
 
 @hookimpl

@@ -30,20 +30,18 @@ class CrossAttention(JointAdapter):
 
     def __init__(
         self,
+        spec: CrossAttentionSpec,
         vfm: TokenShape | None,
         vlm: TokenShape | None,
-        tokens: int = 100,
-        rank: int = 16,
-        dropout: float = 0.1,
-        shared_width: int | None = None,
     ) -> None:
-        super().__init__(vfm, vlm, width_of(vfm, vlm, shared_width))
+        super().__init__(vfm, vlm, width_of(vfm, vlm, spec.shared_width))
+        tokens, rank = spec.tokens, spec.rank
         # Entries of A B with variance 1 / D, so that T has rows of length one.
         self.A = nn.Parameter(torch.randn(tokens, rank) * rank**-0.5)
         self.B = nn.Parameter(torch.randn(rank, self.width) * self.width**-0.5)
         self.map_tokens = nn.Linear(self.width, self.width)
         self.map_features = nn.Linear(self.width, self.width)
-        self.gain = Gain(dropout)
+        self.gain = Gain(spec.dropout)
 
     def mix(self, streams: list[Tensor], grids: list[Grid]) -> list[Tensor]:
         tokens = self.A @ self.B  # (m, D)
@@ -73,7 +71,7 @@ class CrossAttentionSpec(JointSpec, name="cross_attention"):
     rank: PositiveInt = 16
 
     def build(self, vfm: TokenShape | None, vlm: TokenShape | None) -> CrossAttention:
-        return CrossAttention(vfm, vlm, self.tokens, self.rank, self.dropout, self.shared_width)
+        return CrossAttention(self, vfm, vlm)
 
 
 @hookimpl

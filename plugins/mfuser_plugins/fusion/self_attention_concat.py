@@ -20,17 +20,15 @@ class SelfAttentionConcat(JointAdapter):
 
     def __init__(
         self,
+        spec: SelfAttentionConcatSpec,
         vfm: TokenShape | None,
         vlm: TokenShape | None,
-        heads: int | None = None,
-        dropout: float = 0.1,
-        shared_width: int | None = None,
     ) -> None:
-        super().__init__(vfm, vlm, width_of(vfm, vlm, shared_width))
+        super().__init__(vfm, vlm, width_of(vfm, vlm, spec.shared_width))
         self.attention = Attention(
-            self.width, heads_for(self.width, heads, "self_attention_concat")
+            self.width, heads_for(self.width, spec.heads, "self_attention_concat")
         )
-        self.gain = Gain(dropout)
+        self.gain = Gain(spec.dropout)
 
     def mix(self, streams: list[Tensor], grids: list[Grid]) -> list[Tensor]:
         joint = torch.cat(streams, 1)
@@ -49,7 +47,7 @@ class SelfAttentionConcatSpec(JointSpec, name="self_attention_concat"):
     heads: PositiveInt | None = None
 
     def build(self, vfm: TokenShape | None, vlm: TokenShape | None) -> SelfAttentionConcat:
-        return SelfAttentionConcat(vfm, vlm, self.heads, self.dropout, self.shared_width)
+        return SelfAttentionConcat(self, vfm, vlm)
 
 
 @hookimpl

@@ -21,18 +21,16 @@ class SelfAttentionSeparate(JointAdapter):
 
     def __init__(
         self,
+        spec: SelfAttentionSeparateSpec,
         vfm: TokenShape,
         vlm: TokenShape,
-        heads: int | None = None,
-        dropout: float = 0.1,
-        shared_width: int | None = None,
     ) -> None:
-        super().__init__(vfm, vlm, width_of(vfm, vlm, shared_width))
-        heads = heads_for(self.width, heads, "self_attention_separate")
+        super().__init__(vfm, vlm, width_of(vfm, vlm, spec.shared_width))
+        heads = heads_for(self.width, spec.heads, "self_attention_separate")
         self.vfm_reads = Attention(self.width, heads)
         self.vlm_reads = Attention(self.width, heads)
-        self.vfm_gain = Gain(dropout)
-        self.vlm_gain = Gain(dropout)
+        self.vfm_gain = Gain(spec.dropout)
+        self.vlm_gain = Gain(spec.dropout)
 
     def mix(self, streams: list[Tensor], grids: list[Grid]) -> list[Tensor]:
         vfm, vlm = streams
@@ -56,7 +54,7 @@ class SelfAttentionSeparateSpec(JointSpec, name="self_attention_separate"):
 
     def build(self, vfm: TokenShape | None, vlm: TokenShape | None) -> SelfAttentionSeparate:
         assert vfm is not None and vlm is not None, "a single tower is refused"
-        return SelfAttentionSeparate(vfm, vlm, self.heads, self.dropout, self.shared_width)
+        return SelfAttentionSeparate(self, vfm, vlm)
 
 
 @hookimpl

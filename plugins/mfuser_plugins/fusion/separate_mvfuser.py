@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
-from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from mfuser import FusionAdapter, FusionSpec, MFuserError, TokenShape, hookimpl
-from mfuser_plugins.fusion.mvfuser import Bidirectional, MVFuser
+from mfuser_plugins.fusion.mvfuser import MVFuser, ScanFusionSpec
 
 
 class SeparateMVFuser(FusionAdapter):
@@ -20,11 +16,9 @@ class SeparateMVFuser(FusionAdapter):
 
     def __init__(
         self,
+        spec: SeparateMVFuserSpec,
         vfm: TokenShape | None,
         vlm: TokenShape | None,
-        state_size: int = 16,
-        dropout: float = 0.1,
-        bidirectional: Bidirectional = False,
     ) -> None:
         super().__init__()
         for role, shape in (("VFM", vfm), ("VLM", vlm)):
@@ -33,9 +27,8 @@ class SeparateMVFuser(FusionAdapter):
                     f"separate_mvfuser: the {role}'s width of {shape.embed_dim} cannot be halved "
                     "for its two branches; use mvfuser with an even shared_width"
                 )
-        options = (state_size, dropout, bidirectional)
-        self.vfm = MVFuser(vfm.embed_dim, *options) if vfm else None
-        self.vlm = MVFuser(vlm.embed_dim, *options) if vlm else None
+        self.vfm = MVFuser(vfm.embed_dim, spec) if vfm else None
+        self.vlm = MVFuser(vlm.embed_dim, spec) if vlm else None
 
     def forward(
         self,
@@ -54,7 +47,7 @@ class SeparateMVFuser(FusionAdapter):
         return vfm_offset, vlm_offset
 
 
-class SeparateMVFuserSpec(FusionSpec, name="separate_mvfuser"):
+class SeparateMVFuserSpec(ScanFusionSpec, name="separate_mvfuser"):
     """A selective scan over each encoder's own tokens (paper, table 4, "Sep. MVFuser").
 
     state_size: N, states per channel of the scans.
@@ -62,15 +55,8 @@ class SeparateMVFuserSpec(FusionSpec, name="separate_mvfuser"):
     bidirectional: as for mvfuser.
     """
 
-    single_tower: ClassVar[bool] = True
-    tiny: ClassVar[Mapping[str, Any]] = {"state_size": 2}
-
-    state_size: PositiveInt = 16
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    bidirectional: Bidirectional = False
-
     def build(self, vfm: TokenShape | None, vlm: TokenShape | None) -> SeparateMVFuser:
-        return SeparateMVFuser(vfm, vlm, self.state_size, self.dropout, self.bidirectional)
+        return SeparateMVFuser(self, vfm, vlm)
 
 
 @hookimpl

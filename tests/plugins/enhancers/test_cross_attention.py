@@ -8,14 +8,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mfuser_plugins.enhancers.cross_attention import (
-    CrossAttentionEnhancer,
     CrossAttentionEnhancerSpec,
     CrossAttentionLayer,
 )
 
 
 def test_layer_equals_a_pre_norm_transformer_decoder() -> None:
-    ours = CrossAttentionLayer(16, 2, dropout=0.0).double()
+    ours = CrossAttentionLayer(CrossAttentionEnhancerSpec(width=16, heads=2, dropout=0.0)).double()
     theirs = torch.nn.TransformerDecoderLayer(
         16, 2, 64, dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True
     ).double()
@@ -46,7 +45,7 @@ def test_any_number_of_classes_and_tokens(batch: int, classes: int, visual: int)
 
 
 def test_every_class_reads_the_image_and_the_other_classes() -> None:
-    module = CrossAttentionEnhancer(8, width=8, heads=1, dropout=0.0).double()
+    module = CrossAttentionEnhancerSpec(width=8, heads=1, dropout=0.0).build(8, 5).double()
     text = torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True)
     visual = torch.randn(1, 4, 8, dtype=torch.float64, requires_grad=True)
     by_text, by_visual = torch.autograd.grad(

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mfuser_plugins.enhancers.mamba_only import MambaOnly, MambaOnlySpec
-from mfuser_plugins.enhancers.mtenhancer import MTEnhancer
+from mfuser_plugins.enhancers.mamba_only import MambaOnlySpec
+from mfuser_plugins.enhancers.mtenhancer import MTEnhancerSpec
 
 
 def test_is_mtenhancer_without_attention() -> None:
-    ours = MambaOnly(12, width=16, state_size=3, dropout=0.0).eval()
-    whole = MTEnhancer(12, width=16, heads=2, state_size=3, dropout=0.0).eval()
+    ours = MambaOnlySpec(width=16, state_size=3, dropout=0.0).build(12, 5).eval()
+    whole = MTEnhancerSpec(width=16, heads=2, state_size=3, dropout=0.0).build(12, 5).eval()
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     renamed = {"norm1": "norm2", "norm2": "norm3", "scan": "cross_attn"}

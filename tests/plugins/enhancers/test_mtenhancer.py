@@ -13,7 +13,7 @@ from mfuser_plugins.enhancers.mtenhancer import MTEnhancer, MTEnhancerSpec
 
 
 def randomized(text_dim: int, **options: int) -> MTEnhancer:
-    module = MTEnhancer(text_dim, **options, dropout=0.0).eval()
+    module = MTEnhancerSpec(**options, dropout=0.0).build(text_dim, 5).eval()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return module.double()
@@ -64,7 +64,7 @@ def test_equals_the_equations(layers: int) -> None:
 
 def test_equals_the_released_module() -> None:
     wanted = below(golden("mtenhancer"), "n1.")
-    module = MTEnhancer(48, width=32).eval()
+    module = MTEnhancerSpec(width=32).build(48, 5).eval()
     module.load_state_dict(below(wanted, "param.") | {"gamma": torch.full((48,), 0.5)})
     text, visual = wanted["text"].requires_grad_(), wanted["visual"].requires_grad_()
     out = module.difference(text, visual)

@@ -3,13 +3,13 @@ from __future__ import annotations
 import torch
 
 from mfuser import TokenShape
-from mfuser_plugins.fusion.bi_deformable_attention import BiDeformableAttention
+from mfuser_plugins.fusion.bi_deformable_attention import BiDeformableAttentionSpec
 
 VFM, VLM = TokenShape(8, (5, 5), 2), TokenShape(8, (4, 6), 1)
 
 
 def test_prefix_tokens_neither_ask_nor_answer() -> None:
-    adapter = BiDeformableAttention(VFM, VLM, heads=2, dropout=0.0)
+    adapter = BiDeformableAttentionSpec(heads=2, dropout=0.0).build(VFM, VLM)
     vfm, vlm = torch.randn(1, 27, 8), torch.randn(1, 25, 8)
     before = adapter(vfm, vlm)
     assert (before[0][:, :2] == 0).all() and (before[1][:, :1] == 0).all()
@@ -26,7 +26,7 @@ def seen(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def test_looks_around_its_own_place_in_both_grids() -> None:
-    adapter = BiDeformableAttention(VFM, VLM, heads=2, points=1, dropout=0.0)
+    adapter = BiDeformableAttentionSpec(heads=2, points=1, dropout=0.0).build(VFM, VLM)
     vfm, vlm = torch.randn(1, 27, 8, requires_grad=True), torch.randn(1, 25, 8, requires_grad=True)
     # One point a head, which starts one pixel to the left or right: (2, 2) reads (2, 1), (2, 3).
     adapter(vfm, vlm)[0][0, 2 + 2 * 5 + 2].square().sum().backward()

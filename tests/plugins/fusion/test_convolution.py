@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 
 from mfuser import TokenShape
-from mfuser_plugins.fusion.convolution import Convolution
+from mfuser_plugins.fusion.convolution import ConvolutionSpec
 
 SHAPE = TokenShape(6, (4, 5), 1)
 
 
 def test_equals_the_spatial_branch_on_the_grid() -> None:
-    adapter = Convolution(SHAPE, None, dropout=0.0).double()
+    adapter = ConvolutionSpec(dropout=0.0).build(SHAPE, None).double()
     x = torch.randn(1, 21, 6, dtype=torch.float64)
     halved = (x[0, 1:] @ adapter.in_proj.weight.T).view(4, 5, 3)
     padded = F.pad(halved, (0, 0, 1, 1, 1, 1))
@@ -26,7 +26,7 @@ def test_equals_the_spatial_branch_on_the_grid() -> None:
 
 
 def test_both_encoders_pass_through_the_same_weights() -> None:
-    adapter = Convolution(SHAPE, SHAPE, dropout=0.0)
+    adapter = ConvolutionSpec(dropout=0.0).build(SHAPE, SHAPE)
     x = torch.randn(2, 21, 6)
     vfm, vlm = adapter(x, x)
     assert torch.equal(vfm, vlm)

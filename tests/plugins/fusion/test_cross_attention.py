@@ -3,13 +3,13 @@ from __future__ import annotations
 import torch
 
 from mfuser import TokenShape
-from mfuser_plugins.fusion.cross_attention import CrossAttention
+from mfuser_plugins.fusion.cross_attention import CrossAttentionSpec
 
 SHAPE = TokenShape(8, (2, 3), 1)
 
 
 def test_equals_rein_s_equations() -> None:
-    adapter = CrossAttention(SHAPE, SHAPE, tokens=5, rank=2, dropout=0.0).double()
+    adapter = CrossAttentionSpec(tokens=5, rank=2, dropout=0.0).build(SHAPE, SHAPE).double()
     f = torch.randn(1, 7, 8, dtype=torch.float64)
     T = adapter.A @ adapter.B
     S = (f[0] @ T.T / 8**0.5).softmax(-1)
@@ -21,7 +21,7 @@ def test_equals_rein_s_equations() -> None:
 
 
 def test_tokens_are_of_low_rank_and_unit_length() -> None:
-    adapter = CrossAttention(TokenShape(512, (1, 1), 0), None)
+    adapter = CrossAttentionSpec().build(TokenShape(512, (1, 1), 0), None)
     tokens = adapter.A @ adapter.B
     assert tokens.shape == (100, 512)
     assert torch.linalg.matrix_rank(tokens.detach()) == 16

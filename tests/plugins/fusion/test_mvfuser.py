@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from golden import below, close, golden
@@ -9,18 +11,21 @@ from torch import Tensor
 
 from mfuser import MFuserError, TokenShape, load_registry
 from mfuser_kernels.testing import relative_rms
-from mfuser_plugins.fusion import mvfuser
+from mfuser_plugins.fusion import _blocks
 from mfuser_plugins.fusion.mvfuser import (
     MVFuser,
-    MVFuserAdapter,
     MVFuserSpec,
     reading_order,
 )
 
 
+def scan(width: int, **options: Any) -> MVFuser:
+    return MVFuser(width, MVFuserSpec(**options))
+
+
 def randomized(width: int, state_size: int) -> MVFuser:
     """A module in which every branch matters."""
-    module = MVFuser(width, state_size, dropout=0.0)
+    module = scan(width, state_size=state_size, dropout=0.0)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return module.double()
@@ -76,7 +81,7 @@ def test_gradients_are_those_of_the_outputs() -> None:
 @pytest.mark.parametrize("case", ["m64.L37", "m64.L130", "init64.L37"])
 def test_equals_the_released_module(case: str) -> None:
     file = golden("mvfuser")
-    module = MVFuser(64, 16).eval()
+    module = scan(64).eval()
     module.load_state_dict(below(file, f"{case.split('.')[0]}.param."))
     wanted = below(file, f"{case}.")
     tokens = wanted["x"].requires_grad_()
@@ -90,12 +95,12 @@ def test_equals_the_released_module(case: str) -> None:
 
 
 def test_parameters_at_the_paper_s_size() -> None:
-    assert sum(p.numel() for p in MVFuser(1024, 16).parameters()) == 1_667_585
+    assert sum(p.numel() for p in scan(1024).parameters()) == 1_667_585
 
 
 def test_starts_near_zero_with_mamba_s_steps() -> None:
     torch.manual_seed(0)
-    module = MVFuser(64)
+    module = scan(64)
     steps = torch.nn.functional.softplus(module.dt_proj.bias)
     assert 0.00099 < steps.min() < steps.max() < 0.101
     assert torch.equal(module.A_log.exp()[0].round(), torch.arange(1.0, 17.0))
@@ -105,7 +110,7 @@ def test_starts_near_zero_with_mamba_s_steps() -> None:
 
 def test_dropout_only_while_training() -> None:
     torch.manual_seed(0)
-    module = MVFuser(32, dropout=0.5)
+    module = scan(32, dropout=0.5)
     tokens = torch.randn(1, 20, 32)
     assert 0.3 < (module(tokens) == 0).float().mean() < 0.7
     module.eval()
@@ -156,7 +161,7 @@ def test_vfm_comes_first_and_one_way() -> None:
     # cannot depend on the VLM, while the VLM's do depend on the VFM.
     torch.manual_seed(0)
     shape = TokenShape(16, (3, 3), 1)
-    adapter = MVFuserAdapter(shape, shape).eval()
+    adapter = MVFuserSpec().build(shape, shape).eval()
     vfm, vlm = torch.randn(2, 1, 10, 16)
     first, second = adapter(vfm, vlm)
     other_vlm = adapter(vfm, torch.randn_like(vlm))
@@ -189,9 +194,9 @@ def test_impossible_widths_are_refused() -> None:
 
 def test_options_of_ours_leave_the_released_module_as_it_is() -> None:
     torch.manual_seed(3)
-    plain = MVFuser(16, 2)
+    plain = scan(16, state_size=2)
     torch.manual_seed(3)
-    both = MVFuser(16, 2, bidirectional="sum")
+    both = scan(16, state_size=2, bidirectional="sum")
     assert not any(name.startswith("reverse") for name in plain.state_dict())
     for name, value in plain.state_dict().items():
         assert torch.equal(value, both.state_dict()[name]), name
@@ -199,20 +204,20 @@ def test_options_of_ours_leave_the_released_module_as_it_is() -> None:
 
 @pytest.mark.parametrize("how", [True, "sum", "concat"])
 def test_bidirectional_reads_from_both_ends(how: bool | str) -> None:
-    module = MVFuser(16, 2, dropout=0.0, bidirectional=how).double()  # type: ignore[arg-type]
+    module = scan(16, state_size=2, dropout=0.0, bidirectional=how).double()  # type: ignore[arg-type]
     tokens = torch.randn(1, 9, 16, dtype=torch.float64, requires_grad=True)
     # Beyond the convolutions' reach (one token) only a scan carries anything.
     for asked, other in ((1, 7), (7, 1)):
         (gradient,) = torch.autograd.grad(module(tokens)[0, asked].sum(), tokens)
         assert gradient[0, other].abs().max() > 0
-    one_way = MVFuser(16, 2, dropout=0.0).double()
+    one_way = scan(16, state_size=2, dropout=0.0).double()
     (gradient,) = torch.autograd.grad(one_way(tokens)[0, 1].sum(), tokens)
     assert gradient[0, 7].abs().max() == 0
 
 
 def test_bidirectional_sum_of_equal_scans_is_symmetric() -> None:
     module = randomized(16, 2)
-    both = MVFuser(16, 2, dropout=0.0, bidirectional="sum").double()
+    both = scan(16, state_size=2, dropout=0.0, bidirectional="sum").double()
     both.load_state_dict(
         module.state_dict()
         | {f"reverse.{k}": v for k, v in module.state_dict().items() if k[:2] in ("x_", "dt", "A_")}
@@ -262,9 +267,9 @@ def test_inference_in_blocks_is_the_forward_of_training(
     monkeypatch: pytest.MonkeyPatch, batch: int, length: int
 ) -> None:
     """Blocks of at most 128 tokens, in which neighbors and state of the blocks before count."""
-    monkeypatch.setattr(mvfuser, "BLOCK", 128)
+    monkeypatch.setattr(_blocks, "BLOCK", 128)
     torch.manual_seed(0)
-    module = MVFuser(16, 4).eval()
+    module = scan(16, state_size=4).eval()
     tokens = torch.randn(batch, length, 16)
     whole = module(tokens)
     assert whole.requires_grad

@@ -3,13 +3,13 @@ from __future__ import annotations
 import torch
 
 from mfuser import TokenShape
-from mfuser_plugins.fusion.self_attention_concat import SelfAttentionConcat
+from mfuser_plugins.fusion.self_attention_concat import SelfAttentionConcatSpec
 
 SHAPE = TokenShape(16, (2, 3), 1)
 
 
 def test_equals_pytorch_s_attention_on_the_joint_sequence() -> None:
-    adapter = SelfAttentionConcat(SHAPE, SHAPE, heads=4, dropout=0.0).double()
+    adapter = SelfAttentionConcatSpec(heads=4, dropout=0.0).build(SHAPE, SHAPE).double()
     ours = adapter.attention
     theirs = torch.nn.MultiheadAttention(16, 4, batch_first=True).double()
     with torch.no_grad():
@@ -28,4 +28,4 @@ def test_equals_pytorch_s_attention_on_the_joint_sequence() -> None:
 def test_heads_follow_the_width() -> None:
     for width, heads in [(1024, 16), (384, 6), (192, 3), (48, 1), (200, 2)]:
         shape = TokenShape(width, (2, 2), 0)
-        assert SelfAttentionConcat(shape, shape).attention.heads == heads
+        assert SelfAttentionConcatSpec().build(shape, shape).attention.heads == heads

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from mfuser import MFuserError, TokenShape, build_model
-from mfuser_plugins.fusion.self_attention_separate import SelfAttentionSeparate
+from mfuser_plugins.fusion.self_attention_separate import SelfAttentionSeparateSpec
 
 SHAPE = TokenShape(8, (1, 2), 0)
 
 
 def test_each_encoder_asks_the_other() -> None:
-    adapter = SelfAttentionSeparate(SHAPE, SHAPE, heads=1, dropout=0.0).double()
+    adapter = SelfAttentionSeparateSpec(heads=1, dropout=0.0).build(SHAPE, SHAPE).double()
     vfm, vlm = torch.randn(2, 1, 2, 8, dtype=torch.float64)
 
     def reads(module: torch.nn.Module, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
