@@ -1,4 +1,4 @@
-"""Errors written for whoever can fix them.
+"""Errors that tell a user what to change.
 
 Every error a user can cause is an `MFuserError`: one sentence that says what was given, where,
 what is allowed and the nearest fix. The command line prints it and exits with 2.

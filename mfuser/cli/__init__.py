@@ -76,7 +76,7 @@ _results: TextIO | None = None
 
 
 def emit(value: Any) -> None:
-    """A result for machines, on standard output."""
+    """Print a result as JSON on standard output."""
     click.echo(json.dumps(value, indent=1), file=_results)
 
 

@@ -1,4 +1,4 @@
-"""The command that works through a study."""
+"""The command that runs a study."""
 
 from __future__ import annotations
 
@@ -48,16 +48,21 @@ OPTIONS = {
     metavar="NAME=A,B,…",
     help="Replace the values of an axis, e.g. fusion=mvfuser,none.",
 )
-@click.option("--base", default=None, metavar="PAIRING", help="The pairing that is varied.")
-@recipe_option("How every variant is trained.")
-@source_option("What every variant trains on.")
-@targets_option("Domains they are tested on.")
-@click.option("--seeds", default=None, metavar="0,1,…", help="One run of each variant with each.")
+@click.option("--base", default=None, metavar="PAIRING", help="The pairing to vary.")
+@recipe_option("The recipe that every variant is trained with.")
+@source_option("The dataset that every variant is trained on.")
+@targets_option("Domains that every variant is tested on.")
+@click.option(
+    "--seeds",
+    default=None,
+    metavar="0,1,…",
+    help="Train each variant once with each of these seeds.",
+)
 @set_option
 @set_recipe_option
-@click.option("--index", type=int, default=0, help="Which share of the runs, from 0.")
-@click.option("--of", type=click.IntRange(min=1), default=1, help="Number of shares.")
-@click.option("--dry-run", is_flag=True, help="List the runs and how they stand; run nothing.")
+@click.option("--index", type=int, default=0, help="Take this share of the runs, counted from 0.")
+@click.option("--of", type=click.IntRange(min=1), default=1, help="The number of shares.")
+@click.option("--dry-run", is_flag=True, help="List the runs and their state; run nothing.")
 @registry_options
 @data_options
 @device_option
@@ -82,12 +87,12 @@ def ablate(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Work through STUDY, a [study.STUDY] table of the registry: train each variant with each
-    seed, evaluate it, and write one table of all.
+    """Run STUDY, a [study.STUDY] table of the registry: train each variant with each seed,
+    evaluate it, and write one table of the results.
 
-    Nothing runs before the whole grid is validated. What is finished is skipped, so the same
-    command goes on after Ctrl-C. A run that fails does not stop the others. Several processes or
-    machines may share the work (--index, --of); each may use one GPU (CUDA_VISIBLE_DEVICES).
+    Nothing runs before the whole grid is validated. Finished runs are skipped, so the same command
+    continues after Ctrl-C. A run that fails does not stop the others. Several processes or
+    machines can share the work (--index, --of), each on one GPU (CUDA_VISIBLE_DEVICES).
     """
     registry = open_registry(registries, plugins, data_roots)
     overrides = _overrides(axes, base, recipe, source, targets, seeds, settings, recipe_settings)
@@ -117,7 +122,7 @@ class _Plan:
     identities: dict[str, dict[str, Any]]
 
     def check(self) -> None:
-        """What can only be wrong if something is to run."""
+        """Raises MFuserError for what matters only if something is to run."""
 
     def results(self) -> Any:
         raise NotImplementedError
@@ -168,7 +173,9 @@ def _work(
     plan: _Plan, study: str, folder: Path, index: int, of: int, dry_run: bool, as_json: bool
 ) -> None:
     from mfuser.engine.console import Console
+    from mfuser.reporting.tables import show
     from mfuser.study import runs
+    from mfuser.study.results import save
 
     share = runs.share(plan.jobs, index, of)
     runs.check_study(folder, study, plan.identities)
@@ -187,15 +194,15 @@ def _work(
         )
         raise click.exceptions.Exit(INTERRUPTED) from stop
     results = plan.results()
-    without_plot = results.save(folder)
+    without_plot = save(results, folder)
     if without_plot:
         console.say(without_plot)
     if as_json:
         emit(results.model_dump(mode="json"))
     else:
-        _show(results, folder)
+        show(*results.tables(), *results.summary(), f"results: {folder / 'results.md'}")
     if troubles:
-        console.say(f"{len(troubles)} of {len(share)} runs did not come to an end:")
+        console.say(f"{len(troubles)} of {len(share)} runs did not finish:")
         for job, status, message in troubles:
             console.say(f"  {job.label} {status}: {message}")
         raise click.exceptions.Exit(1)
@@ -205,24 +212,12 @@ def _list(jobs: list[Job], folder: Path, as_json: bool) -> None:
     if as_json:
         emit([{"run": j.label, "folder": str(j.folder), "state": j.state()[0]} for j in jobs])
         return
-    width = max((len(job.label) for job in jobs), default=0)
-    for job in jobs:
-        click.echo(f"{job.label:<{width}}  {job.state()[0]:<11}  {job.folder}")
+    from mfuser.reporting.tables import Table
+
+    rows = [(job.label, job.state()[0], str(job.folder)) for job in jobs]
+    click.echo("\n".join(Table(("run", "state", "folder"), rows, left=3).lines()))
     left = sum(job.state()[0] not in ("finished", "diverged") for job in jobs)
     click.echo(f"{len(jobs)} runs in {folder}, {left} to do")
-
-
-def _show(results: Any, folder: Path) -> None:
-    from rich.console import Console
-
-    out = Console()
-    if not out.is_terminal:
-        out = Console(width=200)
-    for table in results.tables():
-        out.print(table)
-    for line in results.summary():
-        out.print(line, highlight=False, soft_wrap=True, markup=False)
-    click.echo(f"results: {folder / 'results.md'}")
 
 
 def _overrides(

@@ -10,6 +10,7 @@ import click
 
 from mfuser.cli import emit
 from mfuser.config.registry import Registry
+from mfuser.reporting.tables import Table
 from mfuser.specs import BackboneInfo, BackboneSpec
 
 COLUMNS = ("width", "depth", "patch", "tokens")
@@ -23,20 +24,19 @@ def show_all(registry: Registry, pattern: str | None, as_json: bool) -> None:
     if not found:
         click.echo(f"no model's name matches '{pattern}'")
         return
-    width = max(len(e["name"]) for e in found)
-    library = max(len(e["component"]) for e in found)
-    header = " ".join(f"{c:>6}" for c in COLUMNS)
-    click.secho(f"{'':<{library}}  {'model':<{width}} {header}  tried  license", bold=True)
-    for e in found:
-        row = f"{e['component']:<{library}}  {e['name']:<{width}} "
-        if e["refused"]:
-            click.echo(f"{row} refused: {e['refused']}")
-            continue
-        numbers = " ".join(f"{'?' if e[c] is None else e[c]:>6}" for c in COLUMNS)
-        tried = "yes" if e["tried"] else "no"
-        click.echo(f"{row}{numbers}  {tried:<5}  {e['license'] or '?'}")
+    heads = ("component", "model", *COLUMNS, "tried", "license")
+    for line in Table(heads, [_row(e) for e in found], left=2, tail=2).lines():
+        click.echo(line)
     usable = sum(not e["refused"] for e in found)
     click.echo(f"{usable} models, {len(found) - usable} refused; tokens of a 448x448 image")
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
+    row = [entry["component"], entry["name"]]
+    if entry["refused"]:
+        return [*row, *("" for _ in COLUMNS), "no", f"refused: {entry['refused']}"]
+    numbers = ["?" if entry[column] is None else str(entry[column]) for column in COLUMNS]
+    return [*row, *numbers, "yes" if entry["tried"] else "no", entry["license"] or "?"]
 
 
 def models(registry: Registry, pattern: str | None) -> list[dict[str, Any]]:

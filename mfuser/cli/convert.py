@@ -1,4 +1,4 @@
-"""The command that takes released checkpoints."""
+"""The command that converts released checkpoints."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mfuser.cli.options import (
 
 @cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--pairing", required=True, metavar="NAME", help="What it is a checkpoint of.")
+@click.option("--pairing", required=True, metavar="NAME", help="The pairing it is a checkpoint of.")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="A .safetensors file to write."
 )
-@source_option("What it was trained on, for reports.")
+@source_option("The dataset it was trained on, for reports.")
 @set_option
 @registry_options
 @json_option
@@ -36,10 +36,10 @@ def convert(
     plugins: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Turn a released CHECKPOINT (.pth of MFuser or tqdm) into one that evaluate and predict take.
+    """Convert a released CHECKPOINT (.pth of MFuser or tqdm) for evaluate and predict.
 
-    The file brings its frozen encoders along: nothing else need be downloaded. Which of the
-    released kinds it is, its keys say; every key is accounted for.
+    The file contains its frozen encoders, so nothing else has to be downloaded. The kind of
+    release is recognized from the keys, and every key is accounted for.
     """
     registry = open_registry(registries, plugins)
     from mfuser.engine.convert import convert as convert_file

@@ -183,7 +183,7 @@ def check(
     data_roots: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """What of DATASETS (default: all) is on disk, what is missing, and what looks wrong."""
+    """Check which of DATASETS (default: all) are on disk, what is missing and what looks wrong."""
     registry = open_registry(registries, plugins, data_roots)
     from mfuser.engine.console import Console
 

@@ -1,4 +1,4 @@
-"""What is installed here, and what is missing for what."""
+"""What is installed here, and what each optional part is missing."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def registry_options(command: Command) -> Command:
             "registries",
             multiple=True,
             metavar="FILE",
-            help="A registry file on top of what ships, instead of ./registry.toml.",
+            help="A registry file on top of the shipped one, instead of ./registry.toml.",
         ),
     ):
         command = option(command)
@@ -43,24 +43,24 @@ def data_options(command: Command) -> Command:
         "data_roots",
         multiple=True,
         metavar="[NAME=]FOLDER",
-        help="Where a dataset lies, or the folder that holds them all by name.",
+        help="The folder of a dataset, or the one that holds them all by name.",
     )(command)
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 device_option = click.option(
     "--device",
     metavar="cpu|cuda",
     type=click.Choice(["cpu", "cuda"]),
     default=None,
-    help="Default: a GPU where there is one.",
+    help="Default: cuda where there is a GPU.",
 )
 set_option = click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change an option, e.g. fusion.state_size=8.",
+    help="Change an option of the pairing, e.g. fusion.state_size=8.",
 )
 set_recipe_option = click.option(
     "--set-recipe",

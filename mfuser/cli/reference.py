@@ -32,7 +32,7 @@ RETURNED = (
     interfaces.Sample,
     TokenShape,
 )
-"""What specs build and what these give each other."""
+"""The objects that specs build and that these pass to each other."""
 
 
 def reference() -> str:
@@ -233,7 +233,7 @@ def _rows(model: type[BaseModel], only: set[str] | None, prefix: str = "") -> li
 
 
 def _options(annotation: Any) -> bool:
-    """Whether a field's type is a table of options that is no component."""
+    """Whether a field's type is a table of options, but not a component."""
     return (
         inspect.isclass(annotation)
         and issubclass(annotation, BaseModel)

@@ -1,4 +1,4 @@
-"""Commands that show what there is: list, describe, data, doctor."""
+"""Commands that show what there is: list, describe, doctor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SLOW = 2.0
 @cli.command("list")
 @click.argument("kind", required=False)
 @click.argument("pattern", required=False)
-@click.option("--all", "everything", is_flag=True, help="With backbones: every model, one by one.")
+@click.option("--all", "everything", is_flag=True, help="With backbones: list every model.")
 @registry_options
 @json_option
 def list_(
@@ -36,7 +36,7 @@ def list_(
     plugins: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """What is installed and declared: pairings, recipes and the components of each kind.
+    """List what is declared and installed: pairings, recipes, and the components of each kind.
 
     `list backbones` shows the backbone components, `list backbones --all [PATTERN]` the models
     they can build, PATTERN being part of a name or a wildcard pattern.
@@ -50,6 +50,7 @@ def list_(
 
         show_all(registry, pattern, as_json)
         return
+    from mfuser.reporting.tables import Table
     from mfuser.specs import KINDS
 
     tables = {"pairings": "pairing", "recipes": "recipe", "datasets": "dataset", "studies": "study"}
@@ -83,22 +84,11 @@ def list_(
         if title == "plugins" and not entries and kind is None:
             continue
         click.secho(title.replace("_", "-"), bold=True)
-        width = max((len(e["name"]) for e in entries), default=0)
-        for entry in entries:
-            if "broken" in entry:
-                click.echo(f"  {entry['name']} failed to load: {entry['broken']}")
-            elif "seconds" in entry:
-                changed = ", ".join(entry["changed"])
-                click.echo(
-                    f"  {entry['name']:<{width}}  {entry['seconds']:6.2f} s"
-                    + (f"  changed {changed}; it was put back" if changed else "")
-                )
-            elif "plugin" in entry:
-                click.echo(f"  {entry['name']:<{width}}  {entry['help']}  [{entry['plugin']}]")
-            else:
-                click.echo(f"  {entry['name']:<{width}}  {entry['where']}")
-        if not entries:
-            click.echo("  none")
+        rows = [_row(entry) for entry in entries]
+        if not rows:
+            rows = [("none",)]
+        for line in Table([""] * len(rows[0]), rows, left=len(rows[0])).lines():
+            click.echo(f"  {line}")
 
 
 def _plugins(components: Components, everything: bool) -> list[dict[str, Any]]:
@@ -109,6 +99,18 @@ def _plugins(components: Components, everything: bool) -> list[dict[str, Any]]:
         if everything or p.changed or p.seconds > SLOW
     ]
     return entries + [{"name": b.plugin, "broken": b.cause} for b in components.broken]
+
+
+def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+    """A name, and what there is to say of it."""
+    if "broken" in entry:
+        return entry["name"], f"failed to load: {entry['broken']}"
+    if "seconds" in entry:
+        changed = f"  changed {', '.join(entry['changed'])}; it was put back"
+        return entry["name"], f"{entry['seconds']:6.2f} s{changed if entry['changed'] else ''}"
+    if "plugin" in entry:
+        return entry["name"], entry["help"], f"[{entry['plugin']}]"
+    return entry["name"], entry["where"]
 
 
 @cli.command()
@@ -123,32 +125,27 @@ def describe(
     settings: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """The assembled model of PAIRING: parameters, FLOPs and token grids, part by part.
+    """Describe the assembled model of PAIRING: parameters, FLOPs and token grids, part by part.
 
-    Nothing is downloaded and no memory is taken: the model is laid out without its weights.
+    Nothing is downloaded and no memory is allocated: the model is laid out without its weights.
     """
     registry = open_registry(registries, plugins)
     spec = registry.pairing(pairing, settings)
     from mfuser.reporting.describe import describe as describe_model
     from mfuser.reporting.describe import render
+    from mfuser.reporting.tables import show
 
     facts = describe_model(spec)
     if as_json:
         emit({"pairing": pairing, **facts})
     else:
-        from rich.console import Console
-
-        out = Console()
-        if not out.is_terminal:
-            out = Console(width=160)
-        for part in render(pairing, facts):
-            out.print(part, highlight=False, markup=False)
+        show(*render(pairing, facts))
 
 
 @cli.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Versions, devices, plugins, and what each optional part would need."""
+    """Show versions, devices, plugins, and what each optional part needs."""
     from mfuser.cli.doctor import examine
 
     report = examine()

@@ -241,13 +241,7 @@ def _show(report: Report, folder: Path, as_json: bool, pictures: Sequence[str]) 
     if as_json:
         emit(report.as_json())
         return
-    from rich.console import Console
+    from mfuser.reporting.tables import show
 
-    out = Console()
-    if not out.is_terminal:
-        out = Console(width=160)
-    out.print(report.table())
-    for line in report.summary():
-        out.print(line, highlight=False, soft_wrap=True)
     drawn = f", pictures: {folder / 'pictures'}" if pictures else ""
-    click.echo(f"report: {folder / 'report.md'}{drawn}")
+    show(report.table(), *report.summary(), f"report: {folder / 'report.md'}{drawn}")

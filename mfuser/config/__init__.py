@@ -1,1 +1,1 @@
-"""Registries and what they hold: pairings, recipes, studies, runs."""
+"""Registries and what they hold: pairings, recipes, datasets, studies, runs."""

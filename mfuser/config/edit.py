@@ -1,4 +1,4 @@
-"""Adding tables to a registry file without touching what somebody has written there."""
+"""Adding tables to a registry file without touching what is written there."""
 
 from __future__ import annotations
 

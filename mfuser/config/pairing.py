@@ -1,4 +1,4 @@
-"""What a pairing is: two encoders, what fuses them, and what turns them into masks."""
+"""A pairing: two encoders, the parts that fuse them, and the parts that turn them into masks."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class PromptSpec(Options):
     context: learned tokens after the first one; 0 turns them off.
     slots: tokens a bare class name may take, start and end included. Encoders that pool the last
         position (SigLIP) give another embedding for another number.
-    ids: the token ids of the class names, `slots` for each, where the tokenizer is not to be
-        asked. Converted checkpoints bring them, so that no tokenizer need be downloaded.
+    ids: the token ids of the class names, `slots` for each, used instead of the tokenizer.
+        Converted checkpoints contain them, so that no tokenizer has to be downloaded.
     """
 
     context: NonNegativeInt = 8

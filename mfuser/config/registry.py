@@ -206,7 +206,7 @@ class Registry:
     # ---- data
 
     def root(self, dataset: str) -> Path | None:
-        """Where a dataset lies: --data-root, then MFUSER_DATA, then [data]."""
+        """The folder of a dataset: from --data-root, then MFUSER_DATA, then [data]."""
         return self._roots.find(dataset)
 
     def unknown_root(self, dataset: str) -> DataError:
@@ -297,7 +297,7 @@ def _refused(error: ValidationError, table: Any, place: Place) -> RegistryError:
 
 
 def _asked(file: str, given: Any) -> list[str]:
-    """The plugins of a [plugins] table; paths are meant from where the file lies."""
+    """The plugins of a [plugins] table; paths are relative to the file."""
     place = f"{tables.located(file, ('plugins',))} [plugins]"
     if isinstance(given, dict):
         unknown = [k for k in given if k != "load"]
@@ -314,7 +314,7 @@ def _asked(file: str, given: Any) -> list[str]:
 
 
 def _declared_roots(file: str, roots: Any) -> dict[str, Path]:
-    """The folders of a [data] table; paths are meant from where the file lies."""
+    """The folders of a [data] table; paths are relative to the file."""
     if not isinstance(roots, dict):
         line = tables.located(file, ("data",))
         raise RegistryError(f'{line}: [data] is a table of folders: NAME = "FOLDER"')

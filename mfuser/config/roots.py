@@ -1,4 +1,4 @@
-"""Where datasets lie: the one place that knows."""
+"""The folders of datasets, looked up in one place."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def _stated(value: Any) -> Any:
 
 
 class Domain(Options):
-    """A dataset under the name a report calls it by. spec: None where nobody stated it, as for the
+    """A dataset under the name a report calls it by. spec: None where it is unknown, as for the
     source of a released checkpoint; written as an empty table."""
 
     name: str
@@ -40,7 +40,7 @@ class Domain(Options):
         """
         spec = self.spec
         if spec is None:
-            raise DataError(f"nobody stated which dataset '{self.name}' is")
+            raise DataError(f"the dataset of '{self.name}' is unknown")
         root = registry.root(spec.component()) or registry.root(self.name)
         if spec.needs_root and root is None:
             raise registry.unknown_root(spec.component())

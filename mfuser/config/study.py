@@ -1,4 +1,4 @@
-"""What a study is: `[study.NAME]` tables of a registry."""
+"""Studies: the `[study.NAME]` tables of a registry."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class StudySpec(Options):
             if not is_key(axis) and not all(is_alternative(v) for v in values):
                 near = suggest(head, [*PairingSpec.model_fields, "pairing", "recipe"])
                 raise ValueError(
-                    f"axis '{axis}' is no key of a pairing nor recipe.KEY{near} (an axis of "
+                    f"axis '{axis}' is neither a key of a pairing nor recipe.KEY{near} (an axis of "
                     "another name takes values of the form {label = …, set = {…}})"
                 )
         return axes

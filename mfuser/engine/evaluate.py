@@ -153,8 +153,8 @@ def assess(
                 panels[name] = measured.pictures
                 shown[name] = measured.gallery.shown
             result = _result(model.classes, measured, name in seen, run)
-            result.unlabeled = _unlabeled(model.classes, dataset, scored[name])
-            results[row][name] = result
+            unlabeled = _unlabeled(model.classes, dataset, scored[name])
+            results[row][name] = result.model_copy(update={"unlabeled": unlabeled})
     if pictures is not None:
         group.from_main(lambda: save_pictures(pictures, model.classes, panels))
     return Report.of(

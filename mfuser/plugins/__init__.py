@@ -1,1 +1,1 @@
-"""Finding plugins and holding them to what they promise."""
+"""Discovery of plugins, and the contracts their components are held to."""

@@ -1,1 +1,1 @@
-"""What people look at: reports, pictures, descriptions, costs."""
+"""What people read: reports, tables, pictures, descriptions, costs."""

@@ -1,6 +1,6 @@
-"""What a fusion adapter costs by itself: parameters, operations, time, memory, and how time grows.
+"""The cost of a fusion adapter by itself: parameters, FLOPs, time, memory, growth with length.
 
-Any fusion component can be measured, a stranger's too; no encoder, weights or data are needed.
+Any fusion component can be measured, third-party ones too; no encoder, weights or data are needed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from mfuser.errors import MFuserError
 from mfuser.interfaces import FusionAdapter
-from mfuser.specs import FusionSpec, TokenShape
-
-ACTIVATIONS = (torch.ops.aten.silu, torch.ops.aten.gelu, torch.ops.aten.relu)
+from mfuser.reporting.flops import count_flops
+from mfuser.specs import FusionSpec, Options, TokenShape
 
 REPEATS = 5
 """Passes that are timed, at least."""
@@ -36,27 +33,22 @@ ENOUGH = 10.0
 """Seconds of timing after which fewer passes will do."""
 
 
-class Seconds(BaseModel):
+class Seconds(Options):
     """The 20th, 50th and 80th percentile of repeated passes."""
-
-    model_config = ConfigDict(extra="forbid")
 
     p20: float
     p50: float
     p80: float
 
 
-class AdapterCost(BaseModel):
+class AdapterCost(Options):
     """One adapter at one length.
 
-    tokens: of both encoders together. flops: of a forward pass, the whole batch: 2 x multiply-adds
-    of projections, convolutions and attention products, and 1 per activation, as the paper's
-    profiler (DeepSpeed's) counts; scan_flops: those of operators that PyTorch lacks. forward: in
-    evaluation, without gradients. backward: the backward pass alone. peak_bytes: what a training
+    tokens: of both encoders together. flops: of a forward pass, the whole batch, as `flops` counts
+    them; scan_flops: those of operators that PyTorch lacks. forward: in evaluation, without
+    gradients. backward: the backward pass alone. peak_bytes: what a training
     pass holds beyond the adapter and its input; None where the platform does not tell.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     adapter: str
     batch: int
@@ -73,11 +65,9 @@ class AdapterCost(BaseModel):
         return self.forward.p50 / (self.batch * self.tokens)
 
 
-class Growth(BaseModel):
+class Growth(Options):
     """Forward time over length. exponent: of time ~ tokens ** exponent, fitted to `fitted` points.
     stopped: why the longer ones were not measured."""
-
-    model_config = ConfigDict(extra="forbid")
 
     adapter: str
     points: list[AdapterCost]
@@ -200,7 +190,7 @@ def square(tokens: int) -> tuple[int, int]:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Where figures were taken: without it a time means nothing."""
+    """The machine that figures were taken on: without it a time means nothing."""
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
@@ -242,23 +232,8 @@ def _flops(
     vfm, vlm = (
         torch.empty(batch, shape.num_tokens, shape.embed_dim, device="meta") for _ in range(2)
     )
-    try:
-        with (
-            torch.no_grad(),
-            FlopCounterMode(
-                display=False, custom_mapping=dict.fromkeys(ACTIVATIONS, _one_each)
-            ) as counter,
-        ):
-            adapter(vfm, vlm, shape.grid, shape.grid)
-    except (NotImplementedError, RuntimeError):
-        return None, None
-    by_operator = counter.get_flop_counts().get("Global", {})
-    added = sum(n for op, n in by_operator.items() if not str(op).startswith("aten."))
-    return sum(by_operator.values()) - added, added
-
-
-def _one_each(shape: Any, *_: Any, **__: Any) -> int:
-    return math.prod(shape)
+    counted = count_flops(lambda: adapter(vfm, vlm, shape.grid, shape.grid))
+    return (None, None) if counted is None else (counted.total - counted.added, counted.added)
 
 
 def _timed(work: Callable[[], Any], repeats: int, device: str) -> Seconds:

@@ -1,17 +1,17 @@
-"""What a pairing comes to: parameters, operations, memory; laid out without weights."""
+"""The size of a pairing: parameters, FLOPs, memory; laid out without weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mfuser.config.pairing import PairingSpec
 from mfuser.model.assembly import sketch
 from mfuser.reporting import compatibility
+from mfuser.reporting.flops import count_flops
+from mfuser.reporting.tables import Table
 
 PARTS = {
     "vfm": "encoder.vfm",
@@ -30,14 +30,7 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
     fit: schedule, resampling, projections, memory, time, warnings."""
     model = sketch(spec)
     images = torch.empty(1, 3, *spec.image_size, device="meta")
-    flops: dict[str, dict[Any, int]] = {}
-    try:
-        # Operations whose size depends on values cannot be laid out.
-        with torch.no_grad(), FlopCounterMode(display=False, depth=4) as counter:
-            model(images)
-        flops = counter.get_flop_counts()
-    except (NotImplementedError, RuntimeError, AssertionError):  # the counter's own, too
-        counter = None
+    flops = count_flops(lambda: model(images))
     parts = []
     for part, path in PARTS.items():
         module = _submodule(model, path)
@@ -53,11 +46,11 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
                 "component": getattr(getattr(spec, part, None), "name", ""),
                 "trained": trained,
                 "frozen": frozen,
-                "gflops": _flops_below(flops, path) / 1e9 if counter else None,
+                "gflops": flops.below(f"DGSSModel.{path}") / 1e9 if flops else None,
             }
         )
     encoder = model.encoder
-    gflops = counter.get_total_flops() / 1e9 if counter else None
+    gflops = flops.total / 1e9 if flops else None
     speed = compatibility.speed()
     return {
         "image_size": list(spec.image_size),
@@ -96,32 +89,39 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
 def render(name: str, facts: dict[str, Any]) -> list[Table | str]:
     """Tables and lines for a terminal."""
     encoders = Table(
-        title=f"{name}, {facts['image_size'][0]}x{facts['image_size'][1]}", title_justify="left"
+        ("", "model", "depth", "width", "patch", "grid", "prefix", "tokens", "license"),
+        [
+            (
+                role,
+                str(e["model"]),
+                str(e["depth"]),
+                str(e["width"]),
+                "x".join(map(str, e["patch"])),
+                "x".join(map(str, e["grid"])),
+                str(e["prefix tokens"]),
+                str(e["tokens"]),
+                e["license"] or "?",
+            )
+            for role, e in facts["encoders"].items()
+        ],
+        title=f"{name}, {facts['image_size'][0]}x{facts['image_size'][1]}",
+        left=9,
     )
-    for column in ("", "model", "depth", "width", "patch", "grid", "prefix", "tokens", "license"):
-        encoders.add_column(column)
-    for role, e in facts["encoders"].items():
-        encoders.add_row(
-            role,
-            str(e["model"]),
-            str(e["depth"]),
-            str(e["width"]),
-            "x".join(map(str, e["patch"])),
-            "x".join(map(str, e["grid"])),
-            str(e["prefix tokens"]),
-            str(e["tokens"]),
-            e["license"] or "?",
-        )
-    parts = Table()
-    for column in ("part", "component", "trained", "frozen", "GFLOPs"):
-        parts.add_column(column, justify="left" if column in ("part", "component") else "right")
-    for p in facts["parts"]:
-        parts.add_row(
-            p["part"], p["component"], f"{p['trained']:,}", f"{p['frozen']:,}", _number(p["gflops"])
-        )
-    parts.add_section()
-    parts.add_row(
-        "all", "", f"{facts['trained']:,}", f"{facts['frozen']:,}", _number(facts["gflops"])
+    whole = {"part": "all", "component": "", **facts}
+    parts = Table(
+        ("part", "component", "trained", "frozen", "GFLOPs"),
+        [
+            (
+                p["part"],
+                p["component"],
+                f"{p['trained']:,}",
+                f"{p['frozen']:,}",
+                _number(p["gflops"]),
+            )
+            for p in (*facts["parts"], whole)
+        ],
+        left=2,
+        strong="all",
     )
     positions = len(facts["schedule"])
     lines = [f"blocks of a position: {_schedule(facts)}"]
@@ -133,8 +133,8 @@ def render(name: str, facts: dict[str, Any]) -> list[Table | str]:
         f"{positions} positions; adapters after {_ranges(facts['adapters after'])}; "
         f"taps after {', '.join(map(str, facts['taps']))} (from 0); pyramid on a "
         f"{facts['common grid'][0]}x{facts['common grid'][1]} grid",
-        "GFLOPs: 2 x multiply-adds of one image, forward; the scan's own are counted with fusion "
-        "and enhancer"
+        "GFLOPs of one image, forward: 2 x multiply-adds, 1 per activation; the scan's own are "
+        "counted with fusion and enhancer"
         if facts["gflops"] is not None
         else "GFLOPs: not available, some operation here cannot be laid out without values",
     ]
@@ -156,16 +156,6 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
     for name in path.split("."):
         module = getattr(module, name, None)
     return module
-
-
-def _flops_below(flops: dict[str, dict[Any, int]], path: str) -> int:
-    """FLOPs of a part. Encoders are stepped, so their blocks are counted, not they themselves."""
-    own = flops.get(f"DGSSModel.{path}")
-    if own:
-        return sum(own.values())
-    below = [n for n in flops if n.startswith(f"DGSSModel.{path}.")]
-    outer = [n for n in below if not any(n != m and n.startswith(m + ".") for m in below)]
-    return sum(sum(flops[n].values()) for n in outer)
 
 
 def _schedule(facts: dict[str, Any]) -> str:

@@ -1,21 +1,21 @@
-"""The report of an evaluation: a table for people, JSON, Markdown and CSV for the rest."""
+"""The report of an evaluation, as a table, JSON, Markdown and CSV."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, PrivateAttr
-from rich.table import Table
+from pydantic import ConfigDict, PrivateAttr
 
 from mfuser.config.run import RunSpec
 from mfuser.files import write_json, write_text
 from mfuser.model.dgss import DGSSModel
+from mfuser.reporting.tables import Table, csv_text, document
+from mfuser.specs import Options
 from mfuser.version import __version__
 
 SCORED = {
@@ -26,32 +26,32 @@ SCORED = {
 """The classes that count, by `RecipeSpec.scored`, as a report's protocol says it."""
 
 
-class ImageScore(BaseModel):
+class ImageScore(Options):
     """Of one image, in [0, 1]: mIoU over the classes that it shows or is given."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(allow_inf_nan=True)
 
     name: str
     miou: float
     accuracy: float
 
 
-class CalibrationResult(BaseModel):
+class CalibrationResult(Options):
     """bins: pixels, sum of confidence and hits of each of the equal bins of confidence.
     ece: expected calibration error, in [0, 1]."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(allow_inf_nan=True)
 
     bins: list[list[float]]
     ece: float
 
 
-class DomainResult(BaseModel):
+class DomainResult(Options):
     """Scores of one domain, in [0, 1]. seen: it is the source. scored: classes that count;
     unlabeled: those of them that the domain never shows, 0 where they are predicted.
     most_frequent: mIoU of predicting the source's most frequent class everywhere."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(allow_inf_nan=True)
 
     miou: float
     accuracy: float
@@ -82,10 +82,10 @@ class Picture(Protocol):
     def prediction(self) -> str: ...
 
 
-class Report(BaseModel):
-    """What was measured, and how: a figure without its protocol means nothing."""
+class Report(Options):
+    """Measured figures and their protocol, without which they mean nothing."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(allow_inf_nan=True)
 
     pairing: str
     recipe: str
@@ -178,16 +178,10 @@ class Report(BaseModel):
         return [*values, float(np.mean(unseen)) if unseen else None]
 
     def table(self) -> Table:
-        """For the terminal."""
-        table = Table(title=f"{self.pairing}, IoU in %", title_justify="left")
-        table.add_column("")
-        for column in self.columns():
-            table.add_column(column, justify="right")
-        for name, values in self.rows():
-            if name == "mIoU":
-                table.add_section()
-            table.add_row(name, *map(_percent, values), style="bold" if name == "mIoU" else None)
-        return table
+        """IoU in per cent of each class and domain, mIoU below."""
+        rows = [(name, *map(_percent, values)) for name, values in self.rows()]
+        title = f"{self.pairing}, IoU in %"
+        return Table(("", *self.columns()), rows, title=title, strong="mIoU")
 
     def summary(self) -> list[str]:
         lines = [self._protocol_line(), *self.notes]
@@ -197,28 +191,19 @@ class Report(BaseModel):
             )
         return lines
 
-    def markdown(self, pictures: list[str] | None = None) -> str:
-        heads = ["", *self.columns()]
-        lines = [f"# {self.pairing}, recipe {self.recipe}", "", "IoU in %.", ""]
-        lines += ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
-        for name, values in self.rows():
-            cells = [_percent(v) for v in values]
-            if name == "mIoU":
-                name, cells = "**mIoU**", [f"**{c}**" for c in cells]
-            lines.append("| " + " | ".join([name, *cells]) + " |")
-        lines += ["", *(f"{line}\n" for line in self.summary())]
-        lines += [f"![{p}]({p})" for p in pictures or []]
-        return "\n".join(lines).rstrip() + "\n"
+    def markdown(self, pictures: Sequence[str] = ()) -> str:
+        table = replace(self.table(), title="")
+        title = f"{self.pairing}, recipe {self.recipe}"
+        return document(title, ["IoU in %.", table, *self.summary()], pictures)
 
     def csv(self) -> str:
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["class", *self.columns()])
-        for name, values in self.rows():
-            writer.writerow([name, *("" if v is None else f"{100 * v:.4f}" for v in values)])
-        return out.getvalue()
+        rows = (
+            [name, *(None if v is None else f"{100 * v:.4f}" for v in values)]
+            for name, values in self.rows()
+        )
+        return csv_text(["class", *self.columns()], rows)
 
-    def save(self, folder: Path, pictures: list[str] | None = None) -> None:
+    def save(self, folder: Path, pictures: Sequence[str] = ()) -> None:
         """report.json, report.md and report.csv."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "report.json", self.as_json())

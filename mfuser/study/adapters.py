@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-from rich.table import Table
-
 from mfuser.config.registry import Registry
 from mfuser.config.study import AdapterStudySpec
 from mfuser.engine.console import Console
 from mfuser.errors import MFuserError, RegistryError
-from mfuser.files import write_json, write_text
+from mfuser.files import write_json
 from mfuser.reporting import adapter_cost
 from mfuser.reporting.adapter_cost import AdapterCost, Growth
-from mfuser.specs import FusionSpec, TokenShape
+from mfuser.reporting.tables import Table, csv_text, document
+from mfuser.specs import FusionSpec, Options, TokenShape
 from mfuser.study import paper
 from mfuser.study.grid import value_label
 from mfuser.study.runs import Inputs, Job
@@ -31,10 +27,8 @@ COLUMNS = (
 )
 
 
-class Measured(BaseModel):
+class Measured(Options):
     """The file of one adapter."""
-
-    model_config = ConfigDict(extra="forbid")
 
     machine: dict[str, Any]
     cost: AdapterCost
@@ -126,10 +120,8 @@ def work(job: dict[str, Any], registry: Registry) -> None:
     write_json(folder / FILE, measured.model_dump(mode="json"))
 
 
-class AdapterResults(BaseModel):
+class AdapterResults(Options):
     """paper: parameters (M) and GFLOPs of table 3, by adapter, where sizes and options are its."""
-
-    model_config = ConfigDict(extra="forbid")
 
     study: str
     width: int
@@ -141,15 +133,8 @@ class AdapterResults(BaseModel):
     troubles: dict[str, str]
 
     def tables(self) -> list[Table]:
-        tables = []
-        for title, heads, lines in self._parts():
-            table = Table(title=title, title_justify="left")
-            for k, head in enumerate(heads):
-                table.add_column(head, justify="right" if k else "left")
-            for line in lines:
-                table.add_row(*line)
-            tables.append(table)
-        return tables
+        """Costs at one length, and time over length where it was measured."""
+        return [self._costs(), *self._growth()]
 
     def summary(self) -> list[str]:
         lines = [f"{g.adapter}: {g.stopped}." for g in self.growth if g.stopped]
@@ -167,58 +152,25 @@ class AdapterResults(BaseModel):
             lines.append("These are different machines: times are not comparable across them.")
         return lines
 
-    def markdown(self, plot: str | None) -> str:
-        lines = [f"# Study {self.study}", ""]
-        for title, heads, rows in self._parts():
-            lines += [f"## {title}", "", "| " + " | ".join(heads) + " |"]
-            lines += ["|---" + "|--:" * (len(heads) - 1) + "|"]
-            lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
-        lines += [f"{line}\n" for line in self.summary()]
-        if plot is not None:
-            lines.append(f"![{plot}]({plot})")
-        return "\n".join(lines).rstrip() + "\n"
+    def markdown(self, pictures: Sequence[str] = ()) -> str:
+        return document(f"Study {self.study}", [*self.tables(), *self.summary()], pictures)
 
     def csv(self) -> str:
         """A line per adapter and length; times in seconds per pass."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(
-            [
-                "adapter",
-                "batch",
-                "tokens",
-                "params",
-                "flops",
-                "scan_flops",
-                "forward_s",
-                "forward_p20_s",
-                "forward_p80_s",
-                "backward_s",
-                "peak_bytes",
-                "us_per_token",
-            ]
+        return csv_text(
+            COLUMNS,
+            (
+                [
+                    *(p.adapter, p.batch, p.tokens, p.params, p.flops, p.scan_flops),
+                    *(p.forward.p50, p.forward.p20, p.forward.p80),
+                    *(p.backward.p50 if p.backward else None, p.peak_bytes),
+                    1e6 * p.seconds_a_token,
+                ]
+                for p in [*self.costs, *(point for g in self.growth for point in g.points)]
+            ),
         )
-        for p in [*self.costs, *(point for g in self.growth for point in g.points)]:
-            values = [p.params, p.flops, p.scan_flops, p.forward.p50, p.forward.p20, p.forward.p80]
-            values += [p.backward.p50 if p.backward else None, p.peak_bytes]
-            writer.writerow(
-                [p.adapter, p.batch, p.tokens]
-                + ["" if v is None else v for v in values]
-                + [1e6 * p.seconds_a_token]
-            )
-        return out.getvalue()
 
-    def save(self, out: Path) -> str | None:
-        """results.json, .md, .csv, and .png where matplotlib is; returns why there is no plot."""
-        from mfuser.study.plot import plot_growth
-
-        missing = plot_growth(self, out / "results.png")
-        write_json(out / "results.json", self.model_dump(mode="json"))
-        write_text(out / "results.md", self.markdown(None if missing else "results.png"))
-        write_text(out / "results.csv", self.csv())
-        return missing
-
-    def _parts(self) -> list[tuple[str, list[str], list[list[str]]]]:
+    def _costs(self) -> Table:
         published = bool(self.paper)
         heads = ["adapter", "params M", "GFLOPs", "scan GFLOPs", "forward s", "backward s"]
         heads.append("peak MB")
@@ -235,18 +187,21 @@ class AdapterResults(BaseModel):
                 line[4:4] = [_paper(row.get("gflops"))]
             lines.append(line)
         tokens = f"{self.costs[0].tokens:,} tokens" if self.costs else ""
-        parts = [(f"One adapter: width {self.width}, batch {self.batch}, {tokens}", heads, lines)]
+        title = f"One adapter: width {self.width}, batch {self.batch}, {tokens}"
+        return Table(heads, lines, title=title)
+
+    def _growth(self) -> list[Table]:
         lengths = sorted({p.tokens for g in self.growth for p in g.points})
-        if lengths:
-            heads = ["adapter", *(f"{n:,}" for n in lengths), "time ~ length^"]
-            lines = []
-            for g in self.growth:
-                at = {p.tokens: p for p in g.points}
-                line = [f"{1e6 * at[n].seconds_a_token:.1f}" if n in at else "" for n in lengths]
-                last = "" if g.exponent is None else f"{g.exponent:.2f}"
-                lines.append([g.adapter, *line, last])
-            parts.append(("Forward µs per token, by tokens of both encoders", heads, lines))
-        return parts
+        if not lengths:
+            return []
+        lines = []
+        for g in self.growth:
+            at = {p.tokens: p for p in g.points}
+            line = [f"{1e6 * at[n].seconds_a_token:.1f}" if n in at else "" for n in lengths]
+            last = "" if g.exponent is None else f"{g.exponent:.2f}"
+            lines.append([g.adapter, *line, last])
+        heads = ["adapter", *(f"{n:,}" for n in lengths), "time ~ length^"]
+        return [Table(heads, lines, title="Forward µs per token, by tokens of both encoders")]
 
 
 def collect(

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict
-from rich.table import Table
 
 from mfuser.config.registry import Registry
 from mfuser.config.study import StudySpec
-from mfuser.files import write_json, write_text
+from mfuser.reporting.tables import Table, csv_text, document
+from mfuser.specs import Options
 from mfuser.study import paper
 from mfuser.study.grid import Variant
 from mfuser.study.runs import REPORT, Job
@@ -23,10 +19,8 @@ from mfuser.study.runs import REPORT, Job
 AVERAGE = "unseen average"
 
 
-class Score(BaseModel):
+class Score(Options):
     """mIoU in [0, 1] of each seed that has one. std: of the sample; None for one seed."""
-
-    model_config = ConfigDict(extra="forbid")
 
     values: dict[int, float]
     mean: float | None
@@ -48,11 +42,9 @@ class Score(BaseModel):
         return f"{100 * self.mean:.1f}{spread}"
 
 
-class Row(BaseModel):
+class Row(Options):
     """A variant. states: by seed; finished, diverged, failed, interrupted, begun or open.
     paper: the published mIoU in percent, where protocol and models are the same."""
-
-    model_config = ConfigDict(extra="forbid")
 
     label: str
     choices: dict[str, str]
@@ -70,10 +62,8 @@ class Row(BaseModel):
         return ", ".join([f"{done} of {len(self.states)}", *counts])
 
 
-class Results(BaseModel):
+class Results(Options):
     """All results of a study. domains: the unseen ones in order, then the source."""
-
-    model_config = ConfigDict(extra="forbid")
 
     study: str
     base: str
@@ -92,13 +82,9 @@ class Results(BaseModel):
         return any(row.paper for row in self.rows)
 
     def tables(self) -> list[Table]:
-        """For the terminal."""
-        table = Table(title=f"Study {self.study}, mIoU in %", title_justify="left")
-        for k, head in enumerate(self._heads()):
-            table.add_column(head, justify="right" if k > 1 else "left")
-        for cells in self._cells():
-            table.add_row(*cells)
-        return [table]
+        """mIoU in per cent of each variant and domain."""
+        title = f"Study {self.study}, mIoU in %"
+        return [Table(self._heads(), self._cells(), title=title, left=2)]
 
     def summary(self) -> list[str]:
         lines = [self._protocol_line()] if self.protocol else []
@@ -109,48 +95,24 @@ class Results(BaseModel):
             lines.append(f"Paper: {paper.source()}, one run each.")
         return [*lines, *self.notes]
 
-    def markdown(self, plot: str | None) -> str:
-        heads = self._heads()
-        lines = [f"# Study {self.study}", "", f"Base: {self.base}. mIoU in %, mean ± standard"]
-        lines[-1] += " deviation over seeds.\n"
-        lines += ["| " + " | ".join(heads) + " |", "|---|---" + "|--:" * (len(heads) - 2) + "|"]
-        lines += ["| " + " | ".join(cells) + " |" for cells in self._cells()]
-        lines += ["", *(f"{line}\n" for line in self.summary())]
-        if plot is not None:
-            lines.append(f"![{plot}]({plot})")
-        return "\n".join(lines).rstrip() + "\n"
+    def markdown(self, pictures: Sequence[str] = ()) -> str:
+        about = f"Base: {self.base}. mIoU in %, mean ± standard deviation over seeds."
+        tables = [replace(table, title="") for table in self.tables()]
+        return document(f"Study {self.study}", [about, *tables, *self.summary()], pictures)
 
     def csv(self) -> str:
         """A line per variant and domain, in percent."""
-        axes = list(self.rows[0].choices)
         seeds = list(self.rows[0].states)
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(
-            ["variant", *axes, "domain", "seeds", "mean", "std"]
-            + [f"seed {s}" for s in seeds]
-            + (["paper"] if self.with_paper else [])
-        )
-        for row in self.rows:
-            for domain in self.columns:
-                score = row.scores.get(domain, Score.of({}))
-                values = [score.mean, score.std, *(score.values.get(s) for s in seeds)]
-                line = [row.label, *row.choices.values(), domain, str(len(score.values))]
-                line += ["" if v is None else f"{100 * v:.4f}" for v in values]
-                if self.with_paper:
-                    line.append(_two(row.paper.get(domain)))
-                writer.writerow(line)
-        return out.getvalue()
+        heads = ["variant", *self.rows[0].choices, "domain", "seeds", "mean", "std"]
+        heads += [f"seed {s}" for s in seeds] + (["paper"] if self.with_paper else [])
+        return csv_text(heads, (self._line(r, d, seeds) for r in self.rows for d in self.columns))
 
-    def save(self, out: Path) -> str | None:
-        """results.json, .md, .csv, and .png where matplotlib is; returns why there is no plot."""
-        from mfuser.study.plot import plot_results
-
-        missing = plot_results(self, out / "results.png")
-        write_json(out / "results.json", self.model_dump(mode="json"))
-        write_text(out / "results.md", self.markdown(None if missing else "results.png"))
-        write_text(out / "results.csv", self.csv())
-        return missing
+    def _line(self, row: Row, domain: str, seeds: Sequence[int]) -> list[str | None]:
+        score = row.scores.get(domain, Score.of({}))
+        values = [score.mean, score.std, *(score.values.get(s) for s in seeds)]
+        line: list[str | None] = [row.label, *row.choices.values(), domain, str(len(score.values))]
+        line += [None if v is None else f"{100 * v:.4f}" for v in values]
+        return [*line, _two(row.paper.get(domain))] if self.with_paper else line
 
     def _heads(self) -> list[str]:
         heads = ["variant", "seeds", "trained"]
@@ -256,7 +218,7 @@ def collect(
 
 
 def _common(protocols: list[dict[str, Any]]) -> dict[str, Any]:
-    """What all runs share; "varied" where they do not."""
+    """The settings that all runs share; "varied" where they differ."""
     if not protocols:
         return {}
     first = {k: v for k, v in protocols[0].items() if k != "seed"}

@@ -14,6 +14,7 @@ from mfuser import load_registry
 from mfuser.reporting import adapter_cost
 from mfuser.study import adapters, plot
 from mfuser.study.report import AVERAGE, Results, Row, Score
+from mfuser.study.results import save
 from mfuser.study.runs import Inputs
 
 
@@ -67,15 +68,15 @@ def test_a_seed_that_diverged_is_counted_and_not_averaged() -> None:
             messages={1: "the loss is nan at step 3"},
         )
     )
-    markdown = found.markdown(None)
+    markdown = found.markdown()
     assert "| a | 2 of 3, 1 diverged | 1.50 M | 51.0 ± 1.4 | 51.0 ± 1.4 |" in markdown
     assert "a, seed 1 diverged: the loss is nan at step 3" in markdown
 
 
 def test_the_papers_column_only_where_a_row_has_it() -> None:
-    assert "paper" not in results(row("a", {0: 0.5})).markdown(None).lower()
+    assert "paper" not in results(row("a", {0: 0.5})).markdown().lower()
     found = results(row("a", {0: 0.5}, paper={"night": 57.94}), row("b", {0: 0.4}))
-    lines = found.markdown(None).splitlines()
+    lines = found.markdown().splitlines()
     assert "| variant | seeds | trained | night | paper | unseen average |" in lines
     assert "| a | 1 of 1 | 1.50 M | 50.0 | 57.94 | 50.0 |" in lines
     assert "| b | 1 of 1 | 1.50 M | 40.0 |  | 40.0 |" in lines
@@ -90,7 +91,7 @@ def test_the_papers_column_only_where_a_row_has_it() -> None:
 
 def test_files_and_plot(tmp_path: Path) -> None:
     found = results(row("a", {0: 0.5, 1: 0.6}), row("b", {}, {0: "diverged", 1: "open"}))
-    missing = found.save(tmp_path)
+    missing = save(found, tmp_path)
     assert Results.model_validate(json.loads((tmp_path / "results.json").read_text())) == found
     pytest.importorskip("matplotlib")
     assert missing is None
@@ -102,7 +103,7 @@ def test_without_matplotlib_the_plot_is_named_as_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    missing = results(row("a", {0: 0.5})).save(tmp_path)
+    missing = save(results(row("a", {0: 0.5})), tmp_path)
     assert missing == plot.MISSING and "mfuser[plot]" in missing
     assert not (tmp_path / "results.png").exists()
     assert "results.png" not in (tmp_path / "results.md").read_text("utf-8")
