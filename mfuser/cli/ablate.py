@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,14 +71,6 @@ OPTIONS = {
 def ablate(
     study: str,
     out: Path | None,
-    axes: tuple[str, ...],
-    base: str | None,
-    recipe: str | None,
-    source: str | None,
-    targets: str | None,
-    seeds: str | None,
-    settings: tuple[str, ...],
-    recipe_settings: tuple[str, ...],
     index: int,
     of: int,
     dry_run: bool,
@@ -86,6 +79,7 @@ def ablate(
     data_roots: tuple[str, ...],
     device: str | None,
     as_json: bool,
+    **changes: Any,
 ) -> None:
     """Run STUDY, a [study.STUDY] table of the registry: train each variant with each seed,
     evaluate it, and write one table of the results.
@@ -95,8 +89,7 @@ def ablate(
     machines can share the work (--index, --of), each on one GPU (CUDA_VISIBLE_DEVICES).
     """
     registry = open_registry(registries, plugins, data_roots)
-    overrides = _overrides(axes, base, recipe, source, targets, seeds, settings, recipe_settings)
-    spec = registry.study(study, overrides, by=OPTIONS)
+    spec = registry.study(study, _overrides(changes), by=OPTIONS)
     if not dry_run:
         check_device(device)
     from mfuser.config.study import AdapterStudySpec, StudySpec
@@ -220,33 +213,23 @@ def _list(jobs: list[Job], folder: Path, as_json: bool) -> None:
     click.echo(f"{len(jobs)} runs in {folder}, {left} to do")
 
 
-def _overrides(
-    axes: tuple[str, ...],
-    base: str | None,
-    recipe: str | None,
-    source: str | None,
-    targets: str | None,
-    seeds: str | None,
-    settings: tuple[str, ...],
-    recipe_settings: tuple[str, ...],
-) -> dict[str, Any]:
+def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options given change of the study's table."""
     from mfuser.config.tables import parse_settings
 
-    given: dict[str, Any] = {"base": base, "recipe": recipe, "source": source}
-    given["targets"] = targets
-    given = {k: v for k, v in given.items() if v is not None}
-    if seeds is not None:
-        given["seeds"] = _list_of(seeds)
-    if settings:
-        given["settings"] = parse_settings(settings)
-    if recipe_settings:
-        given["recipe_settings"] = parse_settings(recipe_settings)
-    for axis in axes:
+    named = ("base", "recipe", "source", "targets")
+    changes: dict[str, Any] = {key: given[key] for key in named if given[key] is not None}
+    if given["seeds"] is not None:
+        changes["seeds"] = _list_of(given["seeds"])
+    for key in ("settings", "recipe_settings"):
+        if given[key]:
+            changes[key] = parse_settings(given[key])
+    for axis in given["axes"]:
         name, sep, values = axis.partition("=")
         if not sep or not name.strip() or not values.strip():
             raise click.UsageError(f"--axis {axis}: write NAME=A,B,…, e.g. fusion=mvfuser,none")
-        given.setdefault("axes", {})[name.strip()] = _list_of(values)
-    return given
+        changes.setdefault("axes", {})[name.strip()] = _list_of(values)
+    return changes
 
 
 def _list_of(text: str) -> list[Any]:

@@ -66,15 +66,16 @@ def check(module: str, pairings: int | None, data_roots: tuple[str, ...], as_jso
     downloaded: components are built at the options that their specs declare as `tiny`. Exit code 1
     if a check fails.
     """
+    from mfuser.config.roots import DataRoots
     from mfuser.testing import check_component, plugin_components
 
     # What lies in the working directory can be checked before it is installed.
     sys.path.insert(0, str(Path.cwd()))
     start = time.perf_counter()
     components, offered = plugin_components(module)
-    reports = []
+    reports, roots = [], DataRoots(data_roots)
     for component in offered:
-        root = _root(component.name, data_roots) if component.kind == "dataset" else None
+        root = roots.given(component.name) if component.kind == "dataset" else None
         report = check_component(
             component.spec, root=root, components=components, pairings=pairings
         )
@@ -105,14 +106,3 @@ def check(module: str, pairings: int | None, data_roots: tuple[str, ...], as_jso
         click.echo(f"{module}: {tried} checks in {seconds:.0f} s, {verdict}{left}")
     if not passed:
         raise click.exceptions.Exit(FAILED)
-
-
-def _root(dataset: str, given: tuple[str, ...]) -> Path | None:
-    """Where a dataset lies, if the command line says so: NAME=FOLDER, or a folder of folders."""
-    for text in given:
-        name, sep, path = text.partition("=")
-        if sep and name == dataset:
-            return Path(path).expanduser()
-        if not sep:
-            return Path(text).expanduser() / dataset
-    return None

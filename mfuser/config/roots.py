@@ -25,16 +25,22 @@ class DataRoots:
 
     def find(self, dataset: str) -> Path | None:
         """The folder of a dataset, whether it exists or not; None where none is stated."""
+        if (given := self.given(dataset)) is not None:
+            return given
+        base = os.environ.get(VARIABLE)
+        if base and ((Path(base) / dataset).is_dir() or dataset not in self._declared):
+            return Path(base).expanduser() / dataset
+        return self._declared.get(dataset)
+
+    def given(self, dataset: str) -> Path | None:
+        """The folder of a dataset as --data-root states it."""
         for given in self._given:
             name, sep, path = given.partition("=")
             if sep and name == dataset:
                 return Path(path).expanduser()
             if not sep:
                 return Path(given).expanduser() / dataset
-        base = os.environ.get(VARIABLE)
-        if base and ((Path(base) / dataset).is_dir() or dataset not in self._declared):
-            return Path(base).expanduser() / dataset
-        return self._declared.get(dataset)
+        return None
 
     def unknown(self, dataset: str) -> DataError:
         """The error for a dataset whose folder is not stated."""

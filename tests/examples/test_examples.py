@@ -45,7 +45,7 @@ def test_installed_packages_are_found(installed: Path) -> None:
     listed = json.loads(ran.stdout)
     for kind, name in EXAMPLES.values():
         assert name in [c["name"] for c in listed[kind]]
-    assert not listed["plugins"]
+    assert not any("broken" in p for p in listed["plugins"])
 
 
 def test_a_check_takes_less_than_a_minute(installed: Path) -> None:

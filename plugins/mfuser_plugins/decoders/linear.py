@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfuser import IGNORE, Decoder, DecoderOutput, DecoderSpec, hookimpl
+from mfuser import DecoderOutput, DecoderSpec, hookimpl
+from mfuser_plugins.decoders._per_pixel import PerPixelDecoder
 
 
-class Linear(Decoder):
+class Linear(PerPixelDecoder):
     """Batch norm and one linear map on the concatenated levels, at the resolution of the finest.
 
     The probe of DINOv2's segmentation study (Oquab et al. 2023, section 7.4): what it cannot
@@ -27,15 +28,6 @@ class Linear(Decoder):
             F.interpolate(level, size, mode="bilinear", align_corners=False) for level in pyramid
         ]
         return DecoderOutput([self.classify(self.norm(torch.cat(levels, 1)))])
-
-    def loss(self, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.semantic_logits(output, (labels.shape[-2], labels.shape[-1]))
-        valid = (labels != IGNORE).sum().clamp(min=1)
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        return {"loss_ce": loss / valid}
-
-    def semantic_logits(self, output: DecoderOutput, size: tuple[int, int]) -> Tensor:
-        return F.interpolate(output.masks[-1], size, mode="bilinear", align_corners=False)
 
 
 class LinearSpec(DecoderSpec, name="linear"):

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from mfuser import IGNORE, Decoder, DecoderOutput, DecoderSpec, MFuserError, hookimpl
+from mfuser import DecoderOutput, DecoderSpec, MFuserError, hookimpl
+from mfuser_plugins.decoders._per_pixel import PerPixelDecoder
 
 
-class TextSimilarity(Decoder):
+class TextSimilarity(PerPixelDecoder):
     """The alignment map, cosine similarities of the dense visual embedding and the class texts,
     over a temperature.
 
     As MaskCLIP (Zhou et al., ECCV 2022, arXiv 2112.01071, section 3.2) reads a vision-language
-    model's own dense embedding. It has no parameters and reads no pyramid: what learns are the
-    parts before it.
+    model's own dense embedding. It has no parameters and reads no pyramid: only the parts before it
+    learn, from its cross-entropy beside the model's own alignment loss.
     """
 
     reads_alignment: ClassVar[bool] = True
@@ -36,16 +36,6 @@ class TextSimilarity(Decoder):
         if alignment is None:
             raise MFuserError("text_similarity reads the alignment map, and got none")
         return DecoderOutput([alignment / self.temperature])
-
-    def loss(self, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy, mean over labeled pixels; beside it the model's own alignment loss."""
-        logits = self.semantic_logits(output, (labels.shape[-2], labels.shape[-1]))
-        valid = (labels != IGNORE).sum().clamp(min=1)
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        return {"loss_ce": loss / valid}
-
-    def semantic_logits(self, output: DecoderOutput, size: tuple[int, int]) -> Tensor:
-        return F.interpolate(output.masks[-1], size, mode="bilinear", align_corners=False)
 
 
 class TextSimilaritySpec(DecoderSpec, name="text_similarity"):

@@ -79,6 +79,16 @@ class ReadingEnhancer(TextEnhancer):
         return text + self.gamma * self.difference(text, visual)
 
 
+def read_image(scan: nn.Module, text: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+    """What a scan over [text ; image ; text] adds to either copy of the text (paper, eq. 8).
+
+    text (B, K, D), visual (B, T, D) -> (B, K, D) twice. The scan reads one way: the second copy has
+    seen the whole image, the first tells the image tokens what to be read for.
+    """
+    scanned = scan(torch.cat([text, visual, text], 1))
+    return scanned[:, : text.shape[1]], scanned[:, -text.shape[1] :]
+
+
 def _reset(module: nn.Module) -> None:
     # As released: this includes a scan's dt_proj, whose bias is thereby zero and no longer gives
     # step sizes of 0.001 to 0.1.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mfuser import EnhancerSpec, hookimpl
-from mfuser_plugins.enhancers._reading import MLP, ReadingEnhancer, ReadingSpec
+from mfuser_plugins.enhancers._reading import MLP, ReadingEnhancer, ReadingSpec, read_image
 from mfuser_plugins.fusion.mvfuser import MVFuser, MVFuserSpec
 
 
@@ -28,10 +27,8 @@ class ScanLayer(nn.Module):
 
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
         """text (B, K, D), visual (B, T, D) -> (B, K, D)."""
-        classes = text.shape[1]
-        copy = self.norm1(text)
-        scanned = self.scan(torch.cat([copy, visual, copy], 1))  # eq. 8
-        text = text + scanned[:, :classes] + scanned[:, -classes:]  # eq. 9
+        first, second = read_image(self.scan, self.norm1(text), visual)  # eq. 8
+        text = text + first + second  # eq. 9
         return text + self.dropout(self.mlp(self.norm2(text)))  # eq. 10
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mfuser import EnhancerSpec, hookimpl
-from mfuser_plugins.enhancers._reading import MLP, Attention, ReadingEnhancer, ReadingSpec
+from mfuser_plugins.enhancers._reading import (
+    MLP,
+    Attention,
+    ReadingEnhancer,
+    ReadingSpec,
+    read_image,
+)
 from mfuser_plugins.fusion.mvfuser import MVFuser, MVFuserSpec
 
 
 class Layer(nn.Module):
     """Self-attention among classes, a scan over [text ; image ; text], an MLP (eq. 7-10).
 
-    The scan reads one way: the second copy of the text has seen the whole image, the first tells
-    the image tokens what to be read for. The normalized text enters both, and both copies'
-    outputs are added to the text.
+    The normalized text enters both copies, and the outputs of both are added to the text.
     """
 
     def __init__(self, spec: MTEnhancerSpec) -> None:
@@ -36,11 +39,9 @@ class Layer(nn.Module):
 
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
         """text (B, K, D), visual (B, T, D) -> (B, K, D)."""
-        classes = text.shape[1]
         text = text + self.self_attn(self.norm1(text))  # eq. 7
-        copy = self.norm2(text)
-        scanned = self.cross_attn(torch.cat([copy, visual, copy], 1))  # eq. 8
-        text = text + scanned[:, :classes] + scanned[:, -classes:]  # eq. 9
+        first, second = read_image(self.cross_attn, self.norm2(text), visual)  # eq. 8
+        text = text + first + second  # eq. 9
         return text + self.dropout(self.mlp(self.norm3(text)))  # eq. 10
 
 
