@@ -41,7 +41,7 @@ OPTIONS = {
 
 @cli.command()
 @click.argument("study")
-@out_option("Default: studies/STUDY.")
+@out_option("Folder of runs and results. Default: studies/STUDY.")
 @click.option(
     "--axis",
     "axes",

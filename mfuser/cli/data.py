@@ -27,8 +27,10 @@ def data() -> None:
 
 @data.command("new")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--name", default=None, help="Of the dataset. Default: the folder's name.")
-@click.option("--classes", default=None, metavar="A,B,…", help="Names in the order of their ids.")
+@click.option("--name", default=None, help="Name of the dataset. Default: the folder's name.")
+@click.option(
+    "--classes", default=None, metavar="A,B,…", help="Class names in the order of their ids."
+)
 @click.option(
     "--pairing",
     default="demo",
@@ -58,7 +60,7 @@ def new(
     plugins: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Look at FOLDER and write the tables that train on it.
+    """Inspect FOLDER and write the registry tables to train on it.
 
     Finds images and masks, their classes with the share of each, and how train and val are told
     apart; writes [dataset.NAME], a pairing with its classes and a recipe into ./registry.toml.

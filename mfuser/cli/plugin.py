@@ -22,9 +22,7 @@ def plugin() -> None:
 
 @plugin.command()
 @click.argument("name")
-@click.option(
-    "--kind", type=click.Choice(KINDS), required=True, help="What the plugin's component is."
-)
+@click.option("--kind", type=click.Choice(KINDS), required=True, help="Kind of the component.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),

@@ -34,18 +34,18 @@ stride_option = click.option(
     "--stride",
     type=click.IntRange(min=1),
     default=None,
-    help="Of the sliding window, in pixels. Default: the recipe's, or two thirds of the window.",
+    help="Stride of the sliding window, in pixels. Default: the recipe's, or 2/3 of the window.",
 )
 
 
 @cli.command()
 @click.argument("pairing")
-@recipe_option("Default: the recipe of the pairing's name, else 'paper'.")
-@source_option("What it trains on.")
-@targets_option("Domains it is tested on.")
-@out_option("Default: runs/PAIRING.")
-@click.option("--steps", type=int, default=None, help="Short for --set-recipe steps=N.")
-@click.option("--seed", type=int, default=None, help="Short for --set-recipe seed=N.")
+@recipe_option("Recipe to train with. Default: the one named like the pairing, else 'paper'.")
+@source_option("Dataset to train on. Default: the recipe's.")
+@targets_option("Domains to test on. Default: the recipe's.")
+@out_option("Run folder. Default: runs/PAIRING.")
+@click.option("--steps", type=int, default=None, help="Same as --set-recipe steps=N.")
+@click.option("--seed", type=int, default=None, help="Same as --set-recipe seed=N.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out.")
 @set_option
 @set_recipe_option
@@ -108,9 +108,14 @@ def train(
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@targets_option("Default: the run's own.")
-@out_option("Default: the run.")
-@click.option("--limit", type=click.IntRange(min=1), default=None, help="Images of each domain.")
+@targets_option("Domains to test on. Default: the run's.")
+@out_option("Folder of the report. Default: the run's.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Score only the first so many images of each domain.",
+)
 @click.option("--baselines", is_flag=True, help="Also score the untrained model.")
 @stride_option
 @set_option
@@ -158,7 +163,11 @@ def evaluate(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("predictions"), show_default=True
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("predictions"),
+    show_default=True,
+    help="Folder of masks and overlays.",
 )
 @click.option(
     "--scale",
@@ -167,7 +176,7 @@ def evaluate(
     show_default=True,
     help="Resize images by this factor before they are segmented.",
 )
-@click.option("--skip-bad", is_flag=True, help="Go on after an image that cannot be read.")
+@click.option("--skip-bad", is_flag=True, help="Skip images that cannot be read.")
 @stride_option
 @set_option
 @registry_options
@@ -186,7 +195,7 @@ def predict(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Color masks and overlays of IMAGES (files or folders) from RUN."""
+    """Write masks and overlays of IMAGES (files or folders), predicted by RUN."""
     registry = open_registry(registries, plugins)
     check_device(device)
     from mfuser.engine.console import Console
