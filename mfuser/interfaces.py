@@ -188,6 +188,8 @@ class Decoder(nn.Module, ABC):
     scores: ClassVar[Literal["logits", "shares"]] = "logits"
     """What `semantic_logits` gives: logits, whose softmax is a probability, or non-negative numbers
     whose share of their sum is one."""
+    open_vocabulary: ClassVar[bool] = False
+    """Whether it answers for any class texts, not for the classes alone that it was trained on."""
 
     @abstractmethod
     def forward(self, pyramid: list[Tensor], queries: Tensor | None = None) -> DecoderOutput:

@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mfuser.errors import DataError
 
@@ -18,20 +18,45 @@ class UnreadableImage(DataError):
     """An image or label file that is missing, damaged or in an unknown format."""
 
 
-def read_image(path: Path) -> np.ndarray:
-    """The image as uint8 (H, W, 3) RGB, pixels as stored (an EXIF orientation is not applied).
+def read_image(path: Path, upright: bool = False) -> np.ndarray:
+    """The image as uint8 (H, W, 3) RGB, the first one of several.
 
-    Gray images are repeated over the channels, 16-bit ones keep their high byte, transparency is
-    dropped. Raises UnreadableImage naming the file, truncated ones included.
+    upright: turned as its EXIF orientation says, as viewers show it; else pixels as stored.
+    Gray images are repeated over the channels; 9 to 16 bits are brought to 8 by the bits that are
+    used (12 of a camera's 16, say); floats are taken from [0, 1]; transparency is dropped. Raises
+    UnreadableImage naming the file, also where it is cut short or holds anything else.
     """
     image = _load(path)
-    if image.mode.startswith("I;16"):
-        gray = np.asarray(image)
-        return np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        raise UnreadableImage(f"{path}: images have 8 or 16 bits per channel, not 32")
-    # Pillow reads 16-bit color as its high byte, which is what a photograph needs.
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    try:
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+            return np.repeat(_eight_bits(np.asarray(image), path)[..., None], 3, axis=2)
+        # Pillow reads 16-bit color as its high byte, which is what a photograph needs.
+        if image.mode in ("La", "RGBa"):
+            image = image.convert("LA" if image.mode == "La" else "RGBA")
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except _BROKEN as error:
+        raise UnreadableImage(
+            f"{path}: its pixels ({image.mode}) cannot be turned into RGB: {error}; save it as PNG "
+            "or JPEG"
+        ) from error
+
+
+def _eight_bits(gray: np.ndarray, path: Path) -> np.ndarray:
+    """Gray of 16 or 32 bits, or floats in [0, 1] -> uint8."""
+    least, most = (gray.min(), gray.max()) if gray.size else (0, 0)
+    if gray.dtype.kind == "f" and least >= 0 and most <= 1:
+        return np.rint(gray * 255).astype(np.uint8)
+    if gray.dtype.kind != "f" and least >= 0 and most < 65536:
+        bits = max(8, int(most).bit_length())
+        high: np.ndarray = gray.astype(np.uint16) >> (bits - 8)
+        return high.astype(np.uint8)
+    kind = "float" if gray.dtype.kind == "f" else "32-bit"
+    raise UnreadableImage(
+        f"{path}: {kind} pixels from {least:g} to {most:g} are not a photograph's: floats lie in "
+        "[0, 1], integers in 0 to 65535; save it with 8 or 16 bits"
+    )
 
 
 def read_label(path: Path) -> np.ndarray:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mfuser.config.recipe import RecipeSpec
@@ -20,6 +18,7 @@ from mfuser.data.images import UnreadableImage
 from mfuser.data.loading import ClassMap
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console, Task
+from mfuser.engine.decision import decide
 from mfuser.engine.gallery import Gallery, Shown, panel, save_pictures
 from mfuser.engine.metrics import Calibration, Confusion, scores
 from mfuser.engine.processes import Processes, processes
@@ -223,6 +222,7 @@ class _Share:
         self.confusion = Confusion(len(model.classes))
         self.calibration = Calibration()
         self.gallery = Gallery()
+        self.text: Tensor | None = None
         self.skipped: list[tuple[int, str]] = []
         self.pictures: list[tuple[int, list[np.ndarray]]] = []
 
@@ -230,6 +230,8 @@ class _Share:
         self, mine: Sequence[int], protocol: Protocol, device: torch.device, task: Task
     ) -> None:
         table = draw.palette(self.model.classes)
+        with torch.no_grad():  # once for all images: nothing changes it here
+            self.text = self.model.text() if self.model.encoder.vlm is not None else None
         for batch in _same_size(self.dataset, mine, protocol.skip_unreadable, self.skipped):
             for (index, sample), one in zip(
                 batch, self._scores(batch, protocol.stride, device), strict=True
@@ -269,41 +271,9 @@ class _Share:
         images = [test_scale(s.image, self.dataset.test_size) for _, s in batch]
         stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
         try:
-            return self.model.segment(stack, stride=stride)
+            return self.model.segment(stack, stride=stride, text=self.text)
         except MFuserError as error:
             raise placed(error, f"{self.label}, {batch[0][1].name}") from error
-
-
-def predict_ids(
-    class_scores: Tensor, size: tuple[int, ...], scored: Sequence[int] | None = None
-) -> np.ndarray:
-    """Scores (K, H, W) -> class ids (size), the best among `scored`."""
-    return decide(class_scores, size, scored)[0]
-
-
-def decide(
-    class_scores: Tensor,
-    size: tuple[int, ...],
-    scored: Sequence[int] | None = None,
-    kind: Literal["logits", "shares"] = "logits",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (K, H, W) -> class ids, the best among `scored`, and their confidence in [0, 1]; both
-    of `size`, int64 and float32. kind: what the scores are (`Decoder.scores`)."""
-    if class_scores.shape[-2:] != torch.Size(size):
-        class_scores = F.interpolate(
-            class_scores[None], (size[0], size[1]), mode="bilinear", align_corners=False
-        )[0]
-    chosen = None
-    if scored is not None and len(scored) != len(class_scores):
-        chosen = torch.as_tensor(scored, device=class_scores.device)
-        class_scores = class_scores[chosen]
-    ids, best = class_scores.argmax(0), class_scores.amax(0)
-    if kind == "shares":
-        confidence = best / class_scores.sum(0).clamp_min(1e-12)
-    else:
-        confidence = (best - class_scores.logsumexp(0)).exp()
-    ids = ids if chosen is None else chosen[ids]
-    return ids.cpu().numpy(), confidence.float().cpu().numpy()
 
 
 def test_scale(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:

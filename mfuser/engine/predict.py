@@ -17,7 +17,7 @@ from mfuser.config.registry import Registry
 from mfuser.data.images import UnreadableImage, read_image
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console
-from mfuser.engine.evaluate import predict_ids
+from mfuser.engine.decision import predict_ids
 from mfuser.errors import DataError, MFuserError, placed
 from mfuser.files import check_writable
 from mfuser.model.sliding_window import check_window

@@ -151,6 +151,25 @@ def _assemble(spec: PairingSpec, tokens: Literal["all", "if there", "none"] = "a
     return model
 
 
+def with_classes(model: DGSSModel, classes: tuple[str, ...]) -> DGSSModel:
+    """The model, changed in place, answering for other classes: their names become its texts.
+
+    Raises MFuserError where its decoder answers for its own classes alone (`open_vocabulary`) or it
+    has no vision-language model.
+    """
+    vlm = model.encoder.vlm
+    if vlm is None or not model.decoder.open_vocabulary:
+        raise MFuserError(
+            f"decoder '{model.spec.decoder.name}' answers for the classes that it was trained on, "
+            "not for others"
+        )
+    prompt = model.spec.prompt.model_copy(update={"ids": None})
+    model.spec = model.spec.model_copy(update={"classes": classes, "prompt": prompt})
+    ids = _ids(model.spec, vlm, True)
+    model.ids = ids.to(model.ids.device) if isinstance(model.ids, Tensor) else ids
+    return model
+
+
 def _ids(spec: PairingSpec, vlm: VisionLanguageBackbone, tokens: bool) -> Tensor:
     """Token ids of the class names (K, slots): given, or tokenized; zeros without tokens."""
     slots = spec.prompt.slots

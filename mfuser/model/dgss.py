@@ -126,6 +126,7 @@ class DGSSModel(nn.Module):
         *,
         stride: int | tuple[int, int] | None = None,
         window_batch: int = 1,
+        text: Tensor | None = None,
     ) -> Tensor:
         """Class scores (B, K, H, W) of images of any size from the image size up.
 
@@ -136,6 +137,7 @@ class DGSSModel(nn.Module):
         stride: of the window in pixels, one number or (height, width); None: two thirds of the
             window, as released.
         window_batch: windows that go through the model at once.
+        text: what `text()` returned, for calls in a row between which nothing changes it.
 
         Raises MFuserError for smaller images and for a stride or window_batch that makes no sense.
         """
@@ -149,7 +151,8 @@ class DGSSModel(nn.Module):
         self.eval()
         try:
             with torch.no_grad():
-                text = self.text() if self.encoder.vlm is not None else None
+                if text is None and self.encoder.vlm is not None:
+                    text = self.text()
                 return sliding_window(
                     lambda windows: self.scores(windows, text),
                     as_unit_range(images),

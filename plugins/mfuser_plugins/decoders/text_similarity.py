@@ -21,6 +21,7 @@ class TextSimilarity(PerPixelDecoder):
     """
 
     reads_alignment: ClassVar[bool] = True
+    open_vocabulary: ClassVar[bool] = True
 
     def __init__(self, temperature: float) -> None:
         super().__init__()

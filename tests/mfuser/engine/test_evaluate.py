@@ -20,7 +20,8 @@ from PIL import Image
 from mfuser import Registry
 from mfuser.config.run import Domain, domains
 from mfuser.engine.checkpoints import load_model
-from mfuser.engine.evaluate import decide, evaluate, predict_ids, test_scale
+from mfuser.engine.decision import decide, predict_ids
+from mfuser.engine.evaluate import evaluate, test_scale
 from mfuser.engine.gallery import picture
 from mfuser.engine.metrics import Calibration, Confusion, scores
 from mfuser.errors import DataError, MFuserError
