@@ -86,7 +86,10 @@ def train(
     from mfuser.engine.run import train as train_run
     from mfuser.engine.train import Interrupted
 
-    run = resolve(registry, pairing, recipe, source, _split(targets), settings, changes)
+    console = Console(quiet=not first())
+    run = resolve(
+        registry, pairing, recipe, source, _split(targets), settings, changes, console=console
+    )
     check_device(device)
     folder = out or Path("runs") / pairing
     try:
@@ -95,7 +98,7 @@ def train(
         )
     except Interrupted as stop:
         arguments = sys.argv[1:] if resume else [*sys.argv[1:], "--resume"]
-        Console(quiet=not first()).say(
+        console.say(
             f"interrupted after step {stop.step}; all is saved in {folder}. To go on:\n"
             f"  {_program()} {shlex.join(arguments)}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ class TrainingStream:
         world: int = 1,
         workers: int = 0,
     ) -> None:
+        self.crops = crops
         slots = _Slots(range(start, steps), batch_size, rank, world)
         self.loader: DataLoader[Crop | MFuserError] = DataLoader(
             crops,
@@ -169,22 +171,41 @@ class TrainingStream:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises DataError for the first image that cannot be used, when its turn comes."""
-        for batch in self._started():
+        """Raises DataError for the first image that cannot be used, when its turn comes, and for a
+        worker that was killed."""
+        batches = self._started()
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(
+                    "a data-loader worker was killed, as the system does when memory (or shared "
+                    "memory) runs out; lower workers (--set-recipe workers=1) or batch_size"
+                ) from error
+            if batch is None:
+                return
             if isinstance(batch, MFuserError):
                 raise batch
             yield batch
 
     def _started(self) -> Iterator[Batch | MFuserError]:
+        if not self.loader.num_workers:
+            return iter(self.loader)
         # OpenCV's threads do not outlive the fork of a worker, which would wait for them for ever.
         threads = cv2.getNumThreads()
-        if self.loader.num_workers:
-            cv2.setNumThreads(1)
+        cv2.setNumThreads(1)
+        handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         try:
             return iter(self.loader)
         finally:
-            if self.loader.num_workers:
-                cv2.setNumThreads(threads)
+            cv2.setNumThreads(threads)
+            # torch's handler would throw in the middle of a step, whose weights are then neither
+            # the old nor the new ones; the loader itself notices within seconds.
+            if handler is not None:
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    signal.signal(signal.SIGCHLD, handler)
 
 
 @dataclass

@@ -7,8 +7,6 @@ resumed run, or one on another number of processes, sees the same images.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import numpy as np
 
 from mfuser.data.images import UnreadableImage
 from mfuser.errors import DataError
+from mfuser.files import unwritable, write_text
 from mfuser.interfaces import IGNORE, Dataset
 
 FORMAT = 1
@@ -79,7 +78,9 @@ def class_statistics(
         known = _load(path, fingerprint, len(dataset), len(dataset.classes))
         if known is not None and (skip_unreadable or not known.unreadable):
             return known
-        _writable(cache_dir)
+        if reason := unwritable(cache_dir):
+            raise DataError(f"{reason}; name another for the class counts")
+        cache_dir.mkdir(parents=True, exist_ok=True)
     statistics = _count(dataset, progress, max(workers, 1), skip_unreadable)
     if path is not None:
         _save(path, fingerprint, statistics)
@@ -155,28 +156,7 @@ def _save(path: Path, fingerprint: str, statistics: ClassStatistics) -> None:
         "unreadable": statistics.unreadable,
         "pixels": statistics.pixels.tolist(),
     }
-    handle, name = tempfile.mkstemp(".tmp", path.stem, path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise DataError(
-            f"the folder {folder} for the class statistics cannot be written: {error.strerror}; "
-            "name another"
-        ) from error
+    write_text(path, json.dumps(data, separators=(",", ":")))
 
 
 class RareClassSampler:

@@ -2,9 +2,10 @@
 
 A checkpoint holds the tensors that training changes (adapters, prompt, enhancer, pyramid,
 decoder, encoders that are not frozen) and, for resuming, the optimizer's; its metadata holds the
-resolved pairing and run. A complete one (converted from a released model) holds the frozen
-encoders' tensors too, and nothing else is needed to run it. It is written under a temporary name,
-flushed and renamed: the file of that name is always a whole one. Nothing in it is code.
+resolved pairing and run, and a checksum of all. A complete one (converted from a released model)
+holds the frozen encoders' tensors too, and nothing else is needed to run it. It is written under a
+temporary name, flushed and renamed: the file of that name is always a whole one, and the one before
+it is kept beside it. Nothing in it is code.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import contextlib
 import json
 import math
 import os
-import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from mfuser.config.pairing import PairingSpec
 from mfuser.config.registry import Registry, load_registry
 from mfuser.config.run import needed_plugins
 from mfuser.errors import CheckpointError, MFuserError
-from mfuser.files import lives
+from mfuser.files import clear_leftovers, replacing
 from mfuser.model.assembly import build_model, unfilled
 from mfuser.model.dgss import DGSSModel
 from mfuser.released import recognize, translate
@@ -36,8 +38,15 @@ from mfuser.released import recognize, translate
 FORMAT = "mfuser-1"
 MODEL, OPTIMIZER = "model.", "optimizer."
 
+CHECKSUM = "checksum"
+
 LAST = "last.safetensors"
+PREVIOUS = "previous.safetensors"
 FINAL = "model.safetensors"
+
+
+class DamagedError(CheckpointError):
+    """A file that is cut off or not what its checksum says."""
 
 
 @dataclass
@@ -105,31 +114,67 @@ def _same_weights(one: list[float], other: list[float]) -> bool:
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
-    """Write whole or not at all. Raises CheckpointError if the folder takes no files."""
+    """Write whole or not at all, with a checksum. Raises CheckpointError if the folder takes no
+    files."""
     tensors = {MODEL + k: v for k, v in checkpoint.model.items()}
     tensors |= {OPTIMIZER + k: v for k, v in checkpoint.optimizer.items()}
     tensors = _apart({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     meta = {"format": FORMAT, **{k: json.dumps(v) for k, v in checkpoint.meta.items()}}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _clear_leftovers(path)  # first: they take the space that this one needs
+    meta[CHECKSUM] = _checksum(tensors, meta)
+    clear_leftovers(path.parent, path.name)  # first: they take the space that this one needs
     try:
-        save_file(tensors, temporary, metadata=meta)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=meta)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
-def _clear_leftovers(path: Path) -> None:
-    """Remove what processes that are no more, killed while they wrote `path`, have left behind."""
-    named = re.compile(rf"\.{re.escape(path.name)}\.([1-9][0-9]*)\.tmp")
-    with contextlib.suppress(OSError):  # a folder that cannot be read is the writer's to report
-        for file in path.parent.iterdir():
-            match = named.fullmatch(file.name)
-            if match and file.is_file() and not file.is_symlink() and not lives(int(match[1])):
-                file.unlink(missing_ok=True)
+def write_last(folder: Path, checkpoint: Checkpoint) -> None:
+    """The checkpoint to resume from; the one before it is kept as PREVIOUS.
+
+    Both names stand for whole files at any moment: a second name first, then the new file.
+    """
+    last, previous = folder / LAST, folder / PREVIOUS
+    if last.is_file():
+        with contextlib.suppress(OSError), replacing(previous) as temporary:
+            temporary.unlink()
+            try:
+                os.link(last, temporary)
+            except OSError:  # a file system without second names
+                shutil.copyfile(last, temporary)
+    write(last, checkpoint)
+
+
+def read_last(folder: Path) -> tuple[Path, Checkpoint | None, str]:
+    """What to resume from and its file, and a sentence where it is not the last that was written.
+
+    A damaged one is renamed, lest it becomes the one before. None where there is none to be had.
+    Raises CheckpointError for what is whole and no checkpoint of this project.
+    """
+    said: list[str] = []
+    for name in (LAST, PREVIOUS):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            return path, read(path), "; ".join(said)
+        except DamagedError as error:
+            with contextlib.suppress(OSError):
+                os.replace(path, path.with_name(f"damaged-{name}"))
+            said.append(f"{error} (kept as damaged-{name})")
+    return folder / LAST, None, "; ".join(said)
+
+
+def _checksum(tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:
+    """SHA-256 of every name, type, shape, value and piece of metadata."""
+    digest = sha256()
+    for key in sorted(meta):
+        digest.update(f"{key}={meta[key]}\n".encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,13 +198,19 @@ def read(path: Path) -> Checkpoint:
             meta = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
+        raise DamagedError(
             f"{path} is not a whole safetensors file ({error}); copy or download it again"
         ) from error
     if meta.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} holds tensors but is not a checkpoint of this project (format "
             f"{meta.get('format', 'none')!r}, expected {FORMAT!r})"
+        )
+    checksum = meta.pop(CHECKSUM, None)  # files from before have none
+    if checksum is not None and checksum != _checksum(tensors, meta):
+        raise DamagedError(
+            f"{path} is damaged: its content is not what its checksum says; copy it again, or "
+            "train --resume from the checkpoint before it"
         )
     try:
         decoded = {k: json.loads(v) for k, v in meta.items() if k != "format"}
@@ -269,7 +320,7 @@ def load_released(state_dict: Mapping[str, Tensor], spec: PairingSpec) -> DGSSMo
 def find(path: Path) -> Path:
     """The checkpoint in a run folder: the finished model, else the last one saved."""
     if path.is_dir():
-        for name in (FINAL, LAST):
+        for name in (FINAL, LAST, PREVIOUS):
             if (path / name).is_file():
                 return path / name
         raise CheckpointError(f"{path} holds no run: neither {FINAL} nor {LAST} is there")

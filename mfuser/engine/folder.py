@@ -1,7 +1,7 @@
 """The folder of a run: what it holds, and who may begin or go on in it.
 
 runs/NAME/run.json            pairing, recipe, domains and seed, resolved
-          last.safetensors    to resume from
+          last.safetensors    to resume from, previous.safetensors the one before it
           model.safetensors   the finished model
           log.jsonl           loss and rate, a line per logged step
           report.{json,md,csv}, pictures/
@@ -19,7 +19,7 @@ from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
 from mfuser.engine.lock import locked
 from mfuser.errors import CheckpointError
-from mfuser.files import check_writable, write_json
+from mfuser.files import check_writable, clear_leftovers, write_json
 
 RUN = "run.json"
 LOCK = ".lock"
@@ -83,6 +83,7 @@ def open_folder(
         check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
     held.enter_context(lock_folder(folder))
+    clear_leftovers(folder)
     run = check_folder(registry, folder, run, resume)  # again: nobody else changes it any more
     if not (folder / RUN).is_file():
         write_json(folder / RUN, run.model_dump(mode="json"))

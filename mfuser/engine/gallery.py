@@ -137,4 +137,5 @@ def save_panels(
     names = [name for name, domain in drawn.items() for _ in domain]
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = draw.panels(rows, COLUMNS, names=names)
-    draw.stacked(sheet, draw.legend(classes, draw.palette(classes), sheet.width)).save(path)
+    with_legend = draw.stacked(sheet, draw.legend(classes, draw.palette(classes), sheet.width))
+    draw.save(with_legend, path)

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from mfuser.errors import CheckpointError, MissingExtraError
+from mfuser.files import write_text
 
 EVERY = 10
 """Steps between lines."""
@@ -24,24 +25,46 @@ def summary_writer() -> Any:
     return SummaryWriter
 
 
-class Log:
-    """`log.jsonl` in the run's folder, appended to; with `tensorboard`, also its event files.
+def _until(file: Path, step: int) -> list[str]:
+    """The whole lines of steps up to `step`."""
+    kept = []
+    for line in file.read_text("utf-8", "replace").splitlines():
+        try:
+            if int(json.loads(line)["step"]) <= step:
+                kept.append(f"{line}\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
 
-    active: False writes nothing (processes other than the first).
+
+class Log:
+    """`log.jsonl` in the run's folder; with `tensorboard`, also its event files.
+
+    start: the step to go on from: what was logged of later ones, and a line that a killed process
+    left half-written, are taken back. active: False writes nothing (processes other than the
+    first).
     """
 
-    def __init__(self, folder: Path, *, active: bool = True, tensorboard: bool = False) -> None:
+    def __init__(
+        self, folder: Path, start: int = 0, *, active: bool = True, tensorboard: bool = False
+    ) -> None:
         self.folder = folder
+        self.start = start
         self.active = active
         self._events: Any = None
         self._file: TextIO | None = None
         if active and tensorboard:
-            self._events = summary_writer()(str(folder / "tensorboard"))
+            # TensorBoard forgets the events of these steps that are in earlier files.
+            again = start + 1 if (folder / "tensorboard").is_dir() else None
+            self._events = summary_writer()(str(folder / "tensorboard"), purge_step=again)
 
     def __enter__(self) -> Log:
         if self.active:
             try:
-                self._file = open(self.folder / "log.jsonl", "a", encoding="utf-8")
+                file = self.folder / "log.jsonl"
+                if file.is_file():
+                    write_text(file, "".join(_until(file, self.start)))
+                self._file = open(file, "a", encoding="utf-8")
             except OSError as error:
                 raise CheckpointError(f"{self.folder} cannot be written: {error}") from error
         return self

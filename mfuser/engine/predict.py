@@ -19,7 +19,7 @@ from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console
 from mfuser.engine.decision import predict_ids
 from mfuser.errors import DataError, MFuserError, placed
-from mfuser.files import check_writable
+from mfuser.files import check_writable, clear_leftovers, replacing
 from mfuser.model.sliding_window import check_window
 from mfuser.reporting import draw
 
@@ -74,6 +74,7 @@ def predict(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(where)
     out.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(out)
     table = draw.palette(model.classes)
     written: list[dict[str, Any]] = []
     with console.task("segmenting", len(images)) as task:
@@ -89,8 +90,10 @@ def predict(
             label = _segment(model, path, image, where, scale, stride)
             mask, over = out / f"{name}.mask.png", out / f"{name}.overlay.png"
             try:
-                draw.indexed(label, table).save(mask)
-                Image.fromarray(draw.overlay(image, label, table)).save(over)
+                # First the overlay: a mask never stands without its own.
+                with replacing(mask) as unnamed:
+                    draw.indexed(label, table).save(unnamed, "PNG")
+                    draw.save(Image.fromarray(draw.overlay(image, label, table)), over)
             except OSError as error:
                 raise DataError(f"{out} cannot be written: {error}") from error
             shares = np.bincount(label.ravel(), minlength=len(model.classes)) / label.size
@@ -108,7 +111,7 @@ def predict(
             )
             task.advance()
     if written:
-        draw.legend(model.classes, table, 640).save(out / "legend.png")
+        draw.save(draw.legend(model.classes, table, 640), out / "legend.png")
     return written
 
 

@@ -80,7 +80,9 @@ def train(
     if isinstance(pairing, RunSpec):
         run = pairing
     else:
-        run = resolve(registry, pairing, recipe, source, targets, settings, recipe_settings)
+        run = resolve(
+            registry, pairing, recipe, source, targets, settings, recipe_settings, console=console
+        )
     options = run.recipe
     with processes(options.precision, device) as group:
         done = training.train(registry, run, folder, resume=resume, console=console, joined=group)
@@ -107,9 +109,13 @@ def resolve(
     targets: Sequence[str] = (),
     settings: Sequence[str] = (),
     recipe_settings: Sequence[str] = (),
+    *,
+    console: Console | None = None,
 ) -> RunSpec:
-    """What `train` is asked for by names. Raises MFuserError for what is not known or refused."""
+    """What `train` is asked for by names; fewer steps shorten the recipe's warm-up, which
+    `console` says. Raises MFuserError for what is not known or refused."""
     name = recipe or (pairing if pairing in registry.names("recipe") else "paper")
+    recipe_settings = _warmed_up(registry, name, recipe_settings, console or Console())
     return RunSpec.of(
         registry,
         pairing,
@@ -119,6 +125,26 @@ def resolve(
         source=source,
         targets=tuple(targets),
     )
+
+
+def _warmed_up(
+    registry: Registry, name: str, changes: Sequence[str], console: Console
+) -> Sequence[str]:
+    """`changes`, and where they leave fewer steps than the recipe warms up for, a warm-up of the
+    same share of the steps as before."""
+    given = {key.strip(): value for key, _, value in (c.partition("=") for c in changes)}
+    if "warmup" in given or not given.get("steps", "").strip().isdecimal():
+        return changes
+    others = [c for c in changes if c.partition("=")[0].strip() != "steps"]
+    before, steps = registry.recipe(name, others), int(given["steps"])
+    if not 1 < steps <= before.warmup:
+        return changes
+    warmup = before.warmup * steps // before.steps
+    console.say(
+        f"recipe '{name}' warms up for {before.warmup} of {before.steps} steps; with {steps} steps "
+        f"it warms up for {warmup}"
+    )
+    return [*changes, f"warmup={warmup}"]
 
 
 def evaluate(

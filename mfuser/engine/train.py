@@ -31,7 +31,7 @@ from mfuser.engine.log import EVERY, Log, summary_writer
 from mfuser.engine.optimizer import parameter_groups
 from mfuser.engine.processes import Processes, processes
 from mfuser.engine.signals import interruptible
-from mfuser.engine.source import check_crop, count_classes, sampler
+from mfuser.engine.source import check_crop, check_crops, count_classes, sampler
 from mfuser.errors import CheckpointError, MFuserError, placed
 from mfuser.interfaces import Dataset
 from mfuser.model.assembly import build_model
@@ -85,7 +85,9 @@ def train(
         try:
             # Everything that can be wrong with what was given is found before the folder is made.
             parts = group.together(lambda: _parts(registry, run, folder, resume, group.main))
-            counted = group.from_main(lambda: count_classes(parts.source, recipe, console))
+            counted = group.from_main(
+                lambda: count_classes(parts.source, parts.class_map, run, console)
+            )
             # As JSON, since a class of a plugin's file does not travel between processes.
             table = group.from_main(
                 lambda: open_folder(registry, folder, run, resume, held).model_dump(mode="json")
@@ -100,7 +102,7 @@ def train(
                 }
             )
             trainer = Trainer(group, parts.model, recipe, run, folder, console)
-            start = group.together(trainer.resume) if resume else 0
+            start = trainer.resume() if resume else 0
             stream = training_stream(
                 parts.source,
                 parts.class_map,
@@ -115,10 +117,13 @@ def train(
                 workers=recipe.workers,
                 skip_unreadable=recipe.on_bad_image == "skip",
             )
+            group.from_main(lambda: check_crops(stream, start, run))
             trainer.fit(stream, start)
             return Finished(trainer.finished(), run)
-        except Exception:
-            if opened and not resume and not (folder / checkpoints.LAST).is_file():
+        except Exception as error:
+            explained = isinstance(error, Diverged)  # by the run's record and log, which stay
+            saved = (folder / checkpoints.LAST).is_file()
+            if opened and not (resume or saved or explained):
                 clear_folder(folder)
             raise
 
@@ -184,11 +189,25 @@ class Trainer:
         self.frozen = checkpoints.frozen_fingerprint(model)
 
     def resume(self) -> int:
-        """Continue from the last checkpoint; returns its step (0 if none was written yet)."""
-        path = self.folder / checkpoints.LAST
-        if not path.is_file():
-            return 0
-        checkpoint = checkpoints.read(path)
+        """Continue from the last whole checkpoint; returns its step (0 if there is none)."""
+        found: list[tuple[Path, Checkpoint | None, str]] = []
+
+        def look() -> str:
+            found.append(checkpoints.read_last(self.folder))
+            return found[0][2]
+
+        def restore() -> int:
+            path, checkpoint, _ = found[0] if found else checkpoints.read_last(self.folder)
+            return self._restore(path, checkpoint) if checkpoint is not None else 0
+
+        damage = self.group.from_main(look)  # sets aside what is damaged, before others look
+        step = self.group.together(restore)
+        if damage:
+            self.console.say(damage)
+        self.console.say(f"resuming {self.folder} at step {step}")
+        return step
+
+    def _restore(self, path: Path, checkpoint: Checkpoint) -> int:
         if checkpoint.meta["pairing"] != self.run.pairing.model_dump(mode="json"):
             raise CheckpointError(f"{path} is of another pairing than the run in {self.folder}")
         checkpoints.restore(self.model, checkpoint, path)
@@ -198,7 +217,6 @@ class Trainer:
         checkpoints.from_optimizer_state(self.optimizer, self.names, checkpoint.optimizer)
         if self.accelerator.scaler is not None and scale is not None:
             self.accelerator.scaler.load_state_dict(scale)
-        self.console.say(f"resuming {self.folder} at step {checkpoint.step}")
         return checkpoint.step
 
     def fit(self, stream: TrainingStream, start: int) -> None:
@@ -208,7 +226,7 @@ class Trainer:
         with (
             interruptible() as asked,
             self.console.task("training", recipe.steps, start) as task,
-            Log(self.folder, active=group.main, tensorboard=recipe.tensorboard) as log,
+            Log(self.folder, start, active=group.main, tensorboard=recipe.tensorboard) as log,
         ):
             for step in range(start, recipe.steps):
                 begun = time.perf_counter()
@@ -233,8 +251,8 @@ class Trainer:
                     self._save(done)
                 if stop and done < recipe.steps:
                     raise Interrupted(done)
-            if start == recipe.steps and not (self.folder / checkpoints.FINAL).is_file():
-                self._save(start)  # it was stopped between the last two files
+            if start == recipe.steps:  # it may have been stopped between the last two files
+                self.group.from_main(self._complete)
 
     def finished(self) -> DGSSModel:
         """The trained model as its file gives it back, in every process."""
@@ -292,6 +310,17 @@ class Trainer:
         """By the first process; the others wait, and fail if it cannot."""
         self.group.from_main(lambda: self._write(step))
 
+    def _complete(self) -> None:
+        """Write the finished model where its file is missing or damaged."""
+        final = self.folder / checkpoints.FINAL
+        try:
+            if final.is_file():
+                checkpoints.read(final)
+                return
+        except CheckpointError as error:
+            self.console.say(f"{error}; it is written again")
+        self._write(self.recipe.steps)
+
     def _write(self, step: int) -> None:
         meta = {
             "pairing": self.run.pairing.model_dump(mode="json"),
@@ -309,6 +338,6 @@ class Trainer:
         optimizer = checkpoints.to_optimizer_state(self.optimizer, self.names)
         scaler = self.accelerator.scaler  # None but in float16
         last = meta if scaler is None else meta | {"scaler": scaler.state_dict()}
-        checkpoints.write(self.folder / checkpoints.LAST, Checkpoint(state, optimizer, last))
+        checkpoints.write_last(self.folder, Checkpoint(state, optimizer, last))
         if step == self.recipe.steps:
             checkpoints.write(self.folder / checkpoints.FINAL, Checkpoint(state, {}, meta))

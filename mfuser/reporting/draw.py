@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from mfuser.config.classes import CITYSCAPES
+from mfuser.files import replacing
 from mfuser.interfaces import IGNORE
 
 
@@ -103,3 +105,9 @@ def legend(classes: Sequence[str], table: np.ndarray, width: int) -> Image.Image
         pen.rectangle((x, y, x + 12, y + 12), fill=tuple(int(c) for c in table[k]))
         pen.text((x + 17, y + 1), name, fill="black")
     return sheet
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """As PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        picture.save(temporary, "PNG")

@@ -71,7 +71,7 @@ def jobs(
             adapter=spec.model_dump(mode="json"),
             study=study.model_dump(mode="json"),
         )
-        made.append(Job(label, folder, (folder / FILE,), request))
+        made.append(Job(label, folder, (folder / FILE,), request, Measured.model_validate_json))
     return made
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mfuser.files import replacing
+
 if TYPE_CHECKING:
     from mfuser.study.adapters import AdapterResults
     from mfuser.study.report import Results
@@ -95,4 +97,5 @@ def _figure() -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     figure.set_layout_engine("tight")
-    figure.savefig(path, dpi=150)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

@@ -13,23 +13,26 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from mfuser.config.registry import Registry
 from mfuser.engine.checkpoints import FINAL, LAST
 from mfuser.engine.console import Console
 from mfuser.engine.folder import RUN, read_run
+from mfuser.engine.lock import InUse, locked
+from mfuser.engine.signals import handling
 from mfuser.errors import CheckpointError, MFuserError
 from mfuser.files import write_json
 from mfuser.study.grid import Variant
 
 STUDY = "study.json"
 REPORT = "report.json"
+BUSY = 75
+"""A worker's exit code where another process is at its job (EX_TEMPFAIL)."""
 
 
 class StudyInterrupted(Exception):
@@ -38,20 +41,36 @@ class StudyInterrupted(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """The work of one process. done: files whose presence means that it is finished."""
+    """One process's work. done: the files that are there once it is finished, its record last.
+    read: raises for the text of a record that is damaged."""
 
     label: str
     folder: Path
     done: tuple[Path, ...]
     request: dict[str, Any] = field(repr=False)
+    read: Callable[[str], object] = field(repr=False)
 
     @property
     def outcome(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.json")
 
+    @property
+    def lock(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.lock")
+
+    def _finished(self) -> bool:
+        """Whether all its files are there, and its record is whole."""
+        try:
+            if all(path.is_file() for path in self.done):
+                self.read(self.done[-1].read_text("utf-8"))
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return False
+
     def state(self) -> tuple[str, str]:
-        """finished, diverged, failed, interrupted, begun or open; and an explanation, or ""."""
-        if all(path.is_file() for path in self.done):
+        """finished, diverged, failed, interrupted, begun or open; and a word of explanation."""
+        if self._finished():
             return "finished", ""
         try:
             ended = json.loads(self.outcome.read_text("utf-8"))
@@ -89,7 +108,7 @@ def training_jobs(variants: Sequence[Variant], out: Path, inputs: Inputs) -> lis
             folder = out / variant.slug / f"seed{seed}"
             request = inputs.request("train", run=variant.runs[seed].model_dump(mode="json"))
             done = (folder / FINAL, folder / REPORT)
-            jobs.append(Job(f"{variant.label}, seed {seed}", folder, done, request))
+            jobs.append(Job(f"{variant.label}, seed {seed}", folder, done, request, _read_report))
     return jobs
 
 
@@ -173,12 +192,17 @@ def work_through(jobs: Sequence[Job], console: Console) -> list[tuple[Job, str, 
             console.say(f"{head}: diverged earlier (remove {job.outcome} to try again)")
             troubles.append((job, status, message))
             continue
-        with _alone(job) as lock:
-            if lock is None:
-                console.say(f"{head}: running in another process")
-                continue
+        try:
+            job.folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(job.lock, job.label):
+                pass
             console.say(head)
-            code, stopped = _run(job, lock)
+            code, stopped = _run(job)
+            if code == BUSY:
+                raise InUse(f"{job.label} is in use by another process")
+        except InUse as error:
+            console.say(f"[{number}/{len(jobs)}] {error}")
+            continue
         status, message = job.state()
         if stopped:
             raise StudyInterrupted(f"{job.label}: {status} {message}".rstrip())
@@ -192,10 +216,18 @@ def work_through(jobs: Sequence[Job], console: Console) -> list[tuple[Job, str, 
     return troubles
 
 
-def _run(job: Job, lock: IO[str]) -> tuple[int, bool]:
-    """The job in its own process -> its exit code, and whether Ctrl-C or SIGTERM was passed on."""
-    job.outcome.unlink(missing_ok=True)
-    request = {**job.request, "folder": str(job.folder), "outcome": str(job.outcome)}
+def _run(job: Job) -> tuple[int, bool]:
+    """The job in its own process -> its exit code, and whether Ctrl-C or SIGTERM was passed on.
+
+    That process holds the job's lock, which lasts as long as it, even if this one is killed.
+    """
+    request = {
+        **job.request,
+        "label": job.label,
+        "folder": str(job.folder),
+        "outcome": str(job.outcome),
+        "lock": str(job.lock),
+    }
     process = subprocess.Popen(
         [sys.executable, "-m", "mfuser.study.worker"],
         stdin=subprocess.PIPE,
@@ -203,8 +235,6 @@ def _run(job: Job, lock: IO[str]) -> tuple[int, bool]:
         text=True,
         # Its own group: a terminal's Ctrl-C reaches it once, through us.
         start_new_session=True,
-        # The lock lasts as long as the run, even if this process is killed.
-        pass_fds=(lock.fileno(),) if os.name == "posix" else (),
     )
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -213,40 +243,19 @@ def _run(job: Job, lock: IO[str]) -> tuple[int, bool]:
             process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
 
     asked: list[int] = []
-    with _handling(pass_on):
+    with handling(pass_on):
         process.communicate(json.dumps(request))
     return process.returncode, bool(asked)
 
 
-@contextmanager
-def _handling(handler: Any) -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(n, handler) for n in numbers]
-    except ValueError:  # not in the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, previous in zip(numbers, before, strict=True):
-            signal.signal(number, previous)
-
-
-@contextmanager
-def _alone(job: Job) -> Iterator[IO[str] | None]:
-    """A lock on one run, released when its process ends for any reason; None if it is taken."""
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(job.folder.with_name(f".{job.folder.name}.lock"), "w", encoding="utf-8") as file:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield None
-                return
-        yield file
+def _read_report(text: str) -> None:
+    """Raises where a part is missing that the study's table is made of."""
+    report = json.loads(text)
+    for key in ("protocol", "notes", "average"):
+        report[key]
+    for domain in report["domains"].values():
+        for key in ("miou", "seen", "images"):
+            domain[key]
 
 
 def _has_descriptor(stream: Any) -> bool:

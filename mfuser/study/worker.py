@@ -15,9 +15,11 @@ from typing import Any
 from mfuser.config.registry import Registry, load_registry
 from mfuser.config.run import RunSpec
 from mfuser.engine.folder import RUN
+from mfuser.engine.lock import InUse, locked
 from mfuser.errors import MFuserError
 from mfuser.files import write_json
 from mfuser.study.adapters import work as measure_adapter
+from mfuser.study.runs import BUSY
 
 INTERRUPTED = 130
 
@@ -33,7 +35,16 @@ def train(job: dict[str, Any], registry: Registry) -> None:
 
 def main() -> int:
     job = json.load(sys.stdin)
-    outcome = Path(job["outcome"])
+    try:
+        with locked(Path(job["lock"]), job["label"]):
+            return work(job, Path(job["outcome"]))
+    except InUse:
+        return BUSY
+
+
+def work(job: dict[str, Any], outcome: Path) -> int:
+    """Returns the exit code."""
+    outcome.unlink(missing_ok=True)
     from mfuser.engine.train import Diverged, Interrupted
 
     try:

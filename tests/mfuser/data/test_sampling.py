@@ -125,7 +125,7 @@ def test_strange_labels_and_folders_are_refused(tmp_path: Path) -> None:
         class_statistics(Labels([np.array([[3]])]))
     (tmp_path / "file").write_text("")
     dataset = three()
-    with pytest.raises(DataError, match="file for the class statistics cannot be written"):
+    with pytest.raises(DataError, match="file cannot be written: a file of that name is there"):
         class_statistics(dataset, tmp_path / "file")
     assert dataset.reads == 0
 

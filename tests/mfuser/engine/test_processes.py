@@ -17,11 +17,12 @@ import pytest
 import torch
 from launching import Ended, launch
 
-from mfuser import Registry
+from mfuser import Registry, cli
 from mfuser.data.images import UnreadableImage
 from mfuser.engine import checkpoints, processes
 from mfuser.engine.lock import InUse, locked
 from mfuser.engine.run import evaluate, resolve, train
+from mfuser.engine.train import Trainer
 from mfuser.errors import MFuserError
 
 TINY = ("--recipe", "tiny", "--device", "cpu")
@@ -265,19 +266,34 @@ def test_torchrun(write_registry: Any, tmp_path: Path) -> None:
 def test_two_starts_in_one_folder(two: Any, tmp_path: Path) -> None:
     """Unconnected, at the same time: one is refused in one sentence, the other ends whole."""
 
+    refused = tmp_path / "refused"
+
     def alone(rank: int) -> None:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
+        fail, fit = cli._fail, Trainer.fit
+
+        def failing(message: str, arguments: list[str], code: int = 2) -> None:
+            refused.touch()
+            fail(message, arguments, code)
+
+        def waiting(self: Trainer, *arguments: Any) -> None:
+            until = time.monotonic() + 30
+            while not refused.exists() and time.monotonic() < until:
+                time.sleep(0.01)
+            fit(self, *arguments)
+
+        cli._fail, Trainer.fit = failing, waiting  # type: ignore[assignment, method-assign]
 
     command = ("train", "plain", *TINY, "--out", tmp_path / "r", "--json")
     for resume in ((), ("--resume",)):
         ended = two(*command, *resume, prepare=alone)
         assert sorted(e.code or 0 for e in ended) == [0, 2], ended
-        good, refused = sorted(ended, key=lambda e: e.code or 0)
+        good, other = sorted(ended, key=lambda e: e.code or 0)
         assert json.loads(good.out)["protocol"]["steps"] == 4
-        assert refused.err.startswith("mfuser: the run folder") and refused.err.count("\n") == 1
-        assert "is in use by process" in refused.err or "already holds a run" in refused.err
-        (tmp_path / "r" / checkpoints.FINAL).unlink()
+        assert other.err.startswith("mfuser: ") and other.err.count("\n") == 1
+        assert "is in use by process" in other.err or "already holds a run" in other.err
+        refused.unlink()
 
 
 def test_a_lock_names_its_owner_and_ends_with_it(tmp_path: Path) -> None:

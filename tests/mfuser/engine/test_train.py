@@ -72,7 +72,7 @@ def test_stopped_and_resumed_equals_never_stopped(
     monkeypatch: pytest.MonkeyPatch,
     recipe: tuple[str, ...],
 ) -> None:
-    monkeypatch.setenv("MFUSER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MFUSER_CACHE_DIR", str(tmp_path / "cache"))
     run = begin("plain", "steps=5", "save_every=2", *recipe)
     train(tiny, run, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -211,6 +211,7 @@ def test_what_a_run_leaves(tiny: Registry, begin: Any, tmp_path: Path) -> None:
     assert set(os.listdir(folder)) == {
         ".lock",
         checkpoints.LAST,
+        checkpoints.PREVIOUS,
         "log.jsonl",
         checkpoints.FINAL,
         RUN,
@@ -293,17 +294,12 @@ def test_a_checkpoint_of_another_run_is_not_resumed(
     train(tiny, begin(), tmp_path / "r")
     train(tiny, begin("lone"), tmp_path / "other")
     last = tmp_path / "r" / checkpoints.LAST
-    mine = last.read_bytes()
     last.write_bytes((tmp_path / "other" / checkpoints.LAST).read_bytes())
     with pytest.raises(CheckpointError, match="is of another pairing than the run in"):
         train(tiny, begin(), tmp_path / "r", resume=True)
     last.write_bytes((tmp_path / "r" / checkpoints.FINAL).read_bytes())
     with pytest.raises(CheckpointError, match="holds no state of the optimizer"):
         train(tiny, begin(), tmp_path / "r", resume=True)
-    last.write_bytes(mine[: len(mine) // 2])
-    with pytest.raises(CheckpointError, match=r"last\.safetensors is not a whole safetensors file"):
-        train(tiny, begin(), tmp_path / "r", resume=True)
-    assert last.read_bytes() == mine[: len(mine) // 2]
 
 
 # ---- the recipe

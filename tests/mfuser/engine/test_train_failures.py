@@ -28,7 +28,6 @@ def test_a_loss_that_is_no_number(tiny: Registry, begin: Any, tmp_path: Path) ->
     run = begin("plain", "lr=1e30", "min_lr=0", "save_every=1000")
     with pytest.raises(Diverged, match=r"the loss is nan at step \d .*lower lr = 1e\+30"):
         train(tiny, run, tmp_path / "r")
-    assert not (tmp_path / "r").exists()
 
 
 def test_weights_that_are_no_numbers_are_not_saved(

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from mfuser.engine.console import Console
+from mfuser.engine.lock import locked
 from mfuser.study import runs
 
 STRANGER = '''
@@ -101,6 +104,15 @@ def test_failures_are_told_apart_and_a_strangers_part_joins(workplace: Path, mfu
     assert model.stat().st_mtime_ns == before
     assert "none, seed 0: already finished" in outcome.err
 
+    # A damaged report counts for nothing: the run is finished again, its model stays.
+    report = out / "none" / "seed0" / "report.json"
+    whole = json.loads(report.read_text("utf-8"))
+    report.write_text(report.read_text("utf-8")[:200], "utf-8")
+    outcome = mfuser("ablate", "s", *common, "--axis", "fusion=none", "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(report.read_text("utf-8"))["domains"] == whole["domains"]
+    assert model.stat().st_mtime_ns == before
+
     # The same folder with another recipe is another study.
     outcome = mfuser("ablate", "s", *common, "--set-recipe", "lr=5e-4")
     assert outcome.code == 2 and "recipe.lr is 0.001, not 0.0005" in outcome.err
@@ -159,10 +171,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(workplace: Path) -> None:
     assert json.loads(folder.with_name("seed0.json").read_text("utf-8"))["status"] == "interrupted"
 
 
-def test_a_run_taken_by_another_process_is_left_to_it(tmp_path: Path) -> None:
-    pytest.importorskip("fcntl")
-    job = runs.Job("x", tmp_path / "v" / "seed0", (tmp_path / "never",), {})
-    with runs._alone(job) as first, runs._alone(job) as second:
-        assert first is not None and second is None
-    with runs._alone(job) as third:
-        assert third is not None
+def test_a_run_taken_by_another_process_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = runs.Job("x", tmp_path / "v" / "seed0", (tmp_path / "never",), {}, json.loads)
+    job.folder.parent.mkdir()
+    said: list[str] = []
+    console = Console(quiet=True)
+    monkeypatch.setattr(console, "say", said.append)
+    monkeypatch.setattr(runs, "_run", lambda job: pytest.fail("it was started"))
+    with locked(job.lock, "x"):
+        assert runs.work_through([job], console) == []
+    assert re.fullmatch(
+        rf"\[1/1\] x is in use by process {os.getpid()} on .*; wait for it or end it", said[0]
+    )

@@ -19,6 +19,7 @@ from typing import Any
 
 import llvmlite
 import llvmlite.binding as llvm
+from platformdirs import user_cache_path
 
 from mfuser_kernels.scan.cpu import drive, kernels, reverse, vector
 from mfuser_kernels.scan.cpu.kernels import Variant
@@ -56,7 +57,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def machine_code(direction: str, variant: Variant) -> bytes:
-    path = cache_folder() / f"{direction}-{_key(direction, variant)}.o"
+    folder = cache_folder()
+    if folder is None:
+        _warn_unwritable("the user's home", "this user has none")
+        return compile_object(BUILDERS[direction](variant, direction))
+    path = folder / f"{direction}-{_key(direction, variant)}.o"
     code = _read(path)
     if code is None:
         code = compile_object(BUILDERS[direction](variant, direction))
@@ -125,13 +130,16 @@ def _key(direction: str, variant: Variant) -> str:
     return hashlib.sha256(_code_version() + text).hexdigest()[:32]
 
 
-def cache_folder() -> Path:
-    """MFUSER_CACHE_DIR, or mfuser in the user's cache folder."""
-    chosen = os.environ.get("MFUSER_CACHE_DIR")
-    if chosen:
+def cache_folder() -> Path | None:
+    """MFUSER_CACHE_DIR, or mfuser in the user's cache folder; None for a user without a home."""
+    if chosen := os.environ.get("MFUSER_CACHE_DIR"):
         return Path(chosen) / "scan"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mfuser" / "scan"
+    try:
+        folder = user_cache_path("mfuser", appauthor=False)
+    except RuntimeError:
+        return None
+    # Older releases of platformdirs answer with a "~" that stands for nothing.
+    return None if folder.parts[:1] == ("~",) else folder / "scan"
 
 
 def _read(path: Path) -> bytes | None:
