@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -162,6 +163,18 @@ def evaluate(
     _show(done.report, done.folder, as_json, done.pictures)
 
 
+def _factor(context: click.Context, option: click.Parameter, text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not 0.01 <= factor <= 100:
+        raise click.UsageError(f"--scale takes a factor from 0.01 to 100, or auto, not {text}")
+    return factor
+
+
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -172,14 +185,28 @@ def evaluate(
     show_default=True,
     help="Folder of masks and overlays.",
 )
+@click.option("--recursive", is_flag=True, help="Also in the folders below those given.")
 @click.option(
     "--scale",
-    type=click.FloatRange(min=0.01, max=100),
-    default=1.0,
+    default="1",
     show_default=True,
-    help="Resize images by this factor before they are segmented.",
+    metavar="FACTOR|auto",
+    callback=_factor,
+    help="Resize images first; auto: enlarge those smaller than the window.",
 )
-@click.option("--skip-bad", is_flag=True, help="Skip images that cannot be read.")
+@click.option(
+    "--scores",
+    type=click.Choice(["npz", "png"]),
+    default=None,
+    help="Also write class probabilities (float16) or an 8-bit picture of the confidence.",
+)
+@click.option(
+    "--classes",
+    default=None,
+    metavar="A,B,…",
+    help="Predict these alone; new names where the decoder reads any text.",
+)
+@click.option("--skip-bad", is_flag=True, help="Skip images that cannot be used.")
 @stride_option
 @set_option
 @registry_options
@@ -189,7 +216,10 @@ def predict(
     run: Path,
     images: tuple[Path, ...],
     out: Path,
-    scale: float,
+    recursive: bool,
+    scale: float | str,
+    scores: str | None,
+    classes: str | None,
     skip_bad: bool,
     stride: int | None,
     settings: tuple[str, ...],
@@ -198,33 +228,45 @@ def predict(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Write masks and overlays of IMAGES (files or folders), predicted by RUN."""
+    """Write masks and overlays of IMAGES (photographs, videos, folders), predicted by RUN.
+
+    Hidden files and what an earlier call wrote are passed over in folders.
+    """
     registry = open_registry(registries, plugins)
     check_device(device)
+    from mfuser.engine import inputs
     from mfuser.engine.console import Console
-    from mfuser.engine.predict import find_images
     from mfuser.engine.predict import predict as predict_images
     from mfuser.engine.processes import check_alone
 
-    if scale != scale:  # click's range lets NaN through
-        raise click.UsageError("--scale takes a factor, not nan")
     check_alone("predict")
+    console, found = Console(), inputs.find(images, recursive)
+    if found.unknown:
+        shown = ", ".join(str(path) for path in found.unknown[:5])
+        more = ", …" if len(found.unknown) > 5 else ""
+        console.say(f"{len(found.unknown)} files are no images, passed over: {shown}{more}")
     written = predict_images(
         registry,
         run,
-        find_images(images),
+        [*found.images, *found.videos],
         out,
         settings=settings,
         device=device,
-        scale=scale,
+        scale=scale,  # type: ignore[arg-type]
         stride=(stride, stride) if stride else None,
         skip_unreadable=skip_bad,
-        console=Console(),
+        scores=scores,  # type: ignore[arg-type]
+        classes=None if classes is None else _split(classes, "--classes", "class"),
+        console=console,
     )
+    done = [entry for entry in written if "mask" in entry]
     if as_json:
         emit(written)
     else:
-        click.echo(f"{len(written)} masks and overlays in {out}")
+        skipped = f"; {len(written) - len(done)} skipped" if len(done) < len(written) else ""
+        click.echo(f"{len(done)} masks and overlays in {out}{skipped}")
+    if not done:
+        raise click.exceptions.Exit(2)
 
 
 def first() -> bool:
@@ -238,12 +280,12 @@ def _program() -> str:
     return "mfuser" if world == "1" else f"torchrun --nproc_per_node {world} -m mfuser"
 
 
-def _split(names: str | None) -> tuple[str, ...]:
+def _split(names: str | None, option: str = "--targets", what: str = "dataset") -> tuple[str, ...]:
     if names is None:
         return ()
     found = tuple(n.strip() for n in names.split(",") if n.strip())
     if not found:
-        raise click.UsageError("--targets names no dataset; leave it out for the default")
+        raise click.UsageError(f"{option} names no {what}; leave it out for the default")
     return found
 
 

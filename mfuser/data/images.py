@@ -26,13 +26,16 @@ def read_image(path: Path, upright: bool = False) -> np.ndarray:
     used (12 of a camera's 16, say); floats are taken from [0, 1]; transparency is dropped. Raises
     UnreadableImage naming the file, also where it is cut short or holds anything else.
     """
+    depth, color = _png_format(path)
+    if depth == 16 and color in (2, 6):
+        # Pillow would keep the high byte, which is all black where 12 bits are used.
+        return _eight_bits(_read_png16(path)[..., :3], path)
     image = _load(path)
     try:
         if upright:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16") or image.mode in ("I", "F"):
             return np.repeat(_eight_bits(np.asarray(image), path)[..., None], 3, axis=2)
-        # Pillow reads 16-bit color as its high byte, which is what a photograph needs.
         if image.mode in ("La", "RGBa"):
             image = image.convert("LA" if image.mode == "La" else "RGBA")
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
@@ -43,16 +46,17 @@ def read_image(path: Path, upright: bool = False) -> np.ndarray:
         ) from error
 
 
-def _eight_bits(gray: np.ndarray, path: Path) -> np.ndarray:
-    """Gray of 16 or 32 bits, or floats in [0, 1] -> uint8."""
-    least, most = (gray.min(), gray.max()) if gray.size else (0, 0)
-    if gray.dtype.kind == "f" and least >= 0 and most <= 1:
-        return np.rint(gray * 255).astype(np.uint8)
-    if gray.dtype.kind != "f" and least >= 0 and most < 65536:
+def _eight_bits(pixels: np.ndarray, path: Path) -> np.ndarray:
+    """Pixels of 16 or 32 bits, or floats in [0, 1] -> uint8."""
+    least, most = (pixels.min(), pixels.max()) if pixels.size else (0, 0)
+    if pixels.dtype.kind == "f" and least >= 0 and most <= 1:
+        levels: np.ndarray = np.rint(pixels * 255)
+        return levels.astype(np.uint8)
+    if pixels.dtype.kind != "f" and least >= 0 and most < 65536:
         bits = max(8, int(most).bit_length())
-        high: np.ndarray = gray.astype(np.uint16) >> (bits - 8)
+        high = np.asarray(pixels.astype(np.uint16) >> (bits - 8))
         return high.astype(np.uint8)
-    kind = "float" if gray.dtype.kind == "f" else "32-bit"
+    kind = "float" if pixels.dtype.kind == "f" else "32-bit"
     raise UnreadableImage(
         f"{path}: {kind} pixels from {least:g} to {most:g} are not a photograph's: floats lie in "
         "[0, 1], integers in 0 to 65535; save it with 8 or 16 bits"

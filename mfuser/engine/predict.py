@@ -1,45 +1,35 @@
-"""Masks and overlays of any photographs, from a trained run."""
+"""Masks and overlays of any photographs and videos, from a trained run."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mfuser.config.registry import Registry
 from mfuser.data.images import UnreadableImage, read_image
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console
-from mfuser.engine.decision import predict_ids
-from mfuser.errors import DataError, MFuserError, placed
+from mfuser.engine.decision import probabilities
+from mfuser.engine.inputs import LEGEND, VIDEOS, file_names
+from mfuser.engine.video import VideoReader, VideoWriter
+from mfuser.errors import DataError, MFuserError, placed, suggest
 from mfuser.files import check_writable, clear_leftovers, replacing
+from mfuser.model.assembly import with_classes
+from mfuser.model.dgss import DGSSModel
 from mfuser.model.sliding_window import check_window
 from mfuser.reporting import draw
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
-
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as given, and the images directly in folders. Raises DataError for what is missing."""
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise DataError(f"the folder {path} holds no images ({', '.join(SUFFIXES)})")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise DataError(f"there is no image or folder {path}")
-    return found
+Scale = float | Literal["auto"]
+ScoreFile = Literal["npz", "png"]
 
 
 def predict(
@@ -50,126 +40,213 @@ def predict(
     *,
     settings: Sequence[str] = (),
     device: str | None = None,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     stride: tuple[int, int] | None = None,
     skip_unreadable: bool = False,
+    scores: ScoreFile | None = None,
+    classes: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
-    """Writes NAME.mask.png (palette, index = class id) and NAME.overlay.png for every image.
+    """Writes NAME.mask.png (palette, index = class id) and NAME.overlay.png for every image; for a
+    video NAME.mask.mkv (lossless, gray level = class id) and NAME.overlay.mp4.
 
-    scale: resize images by this factor first. Returns, per image, its files and the share of
-    pixels of each class.
+    Photographs are turned as viewers show them (EXIF), and masks lie on them so. scale: resize by
+    this factor first; "auto": enlarge what is smaller than the window. scores: also write class
+    probabilities, NAME.scores.npz (float16, (K, H, W)), or NAME.confidence.png (8 bits).
+    classes: only these are predicted; names that the model was not trained on where its decoder
+    reads any text. skip_unreadable: leave out whatever cannot be used, and say so.
+
+    Returns, per image, its files and the share of pixels of each class, or why it was skipped.
     """
     console = console or Console()
-    if not scale > 0 or not math.isfinite(scale):
+    if scale != "auto" and (not scale > 0 or not math.isfinite(scale)):
         raise MFuserError(f"scale is a factor above 0, not {scale}")
     images = list(dict.fromkeys(images))
-    names = file_names(images)
-    sizes = _sizes(images, scale, skip_unreadable)
     check_writable(out)
     model, _ = load_model(run, registry, list(settings))
-    for path, (height, width) in sizes.items():  # before anything is written
-        with located(path):
-            check_window((height, width), model.spec.image_size)
+    model, chosen = _chosen(model, classes)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(where)
+    work = _Work(model, chosen, where, scale, stride, scores, out)
+    unusable = work.look(images, skip_unreadable)  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out)
-    table = draw.palette(model.classes)
     written: list[dict[str, Any]] = []
     with console.task("segmenting", len(images)) as task:
-        for path, name in zip(images, names, strict=True):
+        for path, name in zip(images, file_names(images), strict=True):
             try:
-                image = read_image(path)
-            except UnreadableImage as error:
+                if path in unusable:
+                    raise DataError(unusable[path])
+                written.append(work.do(path, name))
+            except (DataError, MFuserError) as error:
                 if not skip_unreadable:
                     raise
                 console.say(f"skipped: {error}")
-                task.advance()
-                continue
-            label = _segment(model, path, image, where, scale, stride)
-            mask, over = out / f"{name}.mask.png", out / f"{name}.overlay.png"
-            try:
-                # First the overlay: a mask never stands without its own.
-                with replacing(mask) as unnamed:
-                    draw.indexed(label, table).save(unnamed, "PNG")
-                    draw.save(Image.fromarray(draw.overlay(image, label, table)), over)
+                written.append({"image": str(path), "skipped": str(error)})
             except OSError as error:
                 raise DataError(f"{out} cannot be written: {error}") from error
-            shares = np.bincount(label.ravel(), minlength=len(model.classes)) / label.size
-            written.append(
-                {
-                    "image": str(path),
-                    "mask": str(mask),
-                    "overlay": str(over),
-                    "classes": {
-                        c: round(float(s), 4)
-                        for c, s in zip(model.classes, shares, strict=True)
-                        if s
-                    },
-                }
-            )
             task.advance()
-    if written:
-        draw.save(draw.legend(model.classes, table, 640), out / "legend.png")
+    if any("mask" in entry for entry in written):
+        draw.save(draw.legend(model.classes, work.table, 640), out / LEGEND)
     return written
 
 
-def _sizes(images: Sequence[Path], scale: float, skip: bool) -> dict[Path, tuple[int, int]]:
-    """(height, width) that every readable image is segmented in; each is read to its end."""
-    sizes = {}
-    for path in images:
-        try:
-            sizes[path] = _scaled(read_image(path), scale)
-        except UnreadableImage:
-            if not skip:
-                raise
-    return sizes
+def _chosen(
+    model: DGSSModel, classes: Sequence[str] | None
+) -> tuple[DGSSModel, tuple[int, ...] | None]:
+    """The model, renamed where it can be, and the class ids to choose among."""
+    if classes is None:
+        return model, None
+    twice = next((c for c in classes if list(classes).count(c) > 1), None)
+    if not classes or twice is not None:
+        raise MFuserError(f"--classes names '{twice}' twice" if twice else "--classes names none")
+    unknown = [c for c in classes if c not in model.classes]
+    if not unknown:
+        return model, tuple(model.classes.index(c) for c in classes)
+    if not model.decoder.open_vocabulary:
+        near = suggest(unknown[0], model.classes)
+        raise MFuserError(
+            f"the model knows no class '{unknown[0]}'{near} Its decoder "
+            f"'{model.spec.decoder.name}' answers for the {len(model.classes)} classes that it was "
+            "trained on; only one that reads any text, such as text_similarity, takes new names"
+        )
+    return with_classes(model, tuple(classes)), None
 
 
-def _scaled(image: np.ndarray, scale: float) -> tuple[int, int]:
-    height, width = image.shape[:2]
-    return max(1, round(height * scale)), max(1, round(width * scale))
+@dataclass
+class _Work:
+    """What is done to each image. chosen: ids to choose among; None: all."""
+
+    model: DGSSModel
+    chosen: tuple[int, ...] | None
+    where: torch.device
+    scale: Scale
+    stride: tuple[int, int] | None
+    scores: ScoreFile | None
+    out: Path
+
+    def __post_init__(self) -> None:
+        self.table = draw.palette(self.model.classes)
+
+    def look(self, images: Sequence[Path], skip: bool) -> dict[Path, str]:
+        """Read every image to its end: why some cannot be used. The first raises unless skip."""
+        unusable = {}
+        for path in images:
+            try:
+                with located(path):
+                    size = VideoReader(path).size if _is_video(path) else _read(path).shape[:2]
+                    check_window(self._scaled(size), self.model.spec.image_size)
+                    if _is_video(path) and self.scores is not None:
+                        raise MFuserError("--scores is for photographs; leave it out for videos")
+            except MFuserError as error:
+                if not skip:
+                    raise
+                unusable[path] = str(error)
+        return unusable
+
+    def do(self, path: Path, name: str) -> dict[str, Any]:
+        return self._video(path, name) if _is_video(path) else self._photograph(path, name)
+
+    def _photograph(self, path: Path, name: str) -> dict[str, Any]:
+        image = _read(path)
+        shares = self._segment(path, image)  # (K, H, W)
+        label = self._ids(shares)
+        mask, over = self.out / f"{name}.mask.png", self.out / f"{name}.overlay.png"
+        entry = {"image": str(path), "mask": str(mask), "overlay": str(over)}
+        # First the rest: a mask never stands without its overlay.
+        with replacing(mask) as unnamed:
+            draw.indexed(label, self.table).save(unnamed, "PNG")
+            draw.save(Image.fromarray(draw.overlay(image, label, self.table)), over)
+            if self.scores == "png":
+                file = self.out / f"{name}.confidence.png"
+                confidence = (shares.amax(0) * 255).round().to(torch.uint8).cpu().numpy()
+                draw.save(Image.fromarray(confidence), file)
+                entry["confidence"] = str(file)
+            elif self.scores == "npz":
+                file = self.out / f"{name}.scores.npz"
+                names = [self.model.classes[k] for k in self._among()]
+                with replacing(file) as part, part.open("wb") as stream:
+                    np.savez_compressed(
+                        stream, scores=shares.half().cpu().numpy(), classes=np.array(names)
+                    )
+                entry["scores"] = str(file)
+        counts = np.bincount(label.ravel(), minlength=len(self.model.classes))
+        return {**entry, "classes": self._named(counts)}
+
+    def _video(self, path: Path, name: str) -> dict[str, Any]:
+        reader = VideoReader(path)
+        mask, over = self.out / f"{name}.mask.mkv", self.out / f"{name}.overlay.mp4"
+        counts, frames = np.zeros(len(self.model.classes), np.int64), 0
+        with replacing(mask) as mask_part, replacing(over) as over_part:
+            ids = VideoWriter(mask_part, reader.rate, reader.size, ids=True)
+            shown = VideoWriter(over_part, reader.rate, reader.size, ids=False)
+            try:
+                for frame in reader:
+                    label = self._ids(self._segment(path, frame))
+                    ids.write(label.astype(np.uint8))
+                    shown.write(draw.overlay(frame, label, self.table))
+                    counts += np.bincount(label.ravel(), minlength=len(counts))
+                    frames += 1
+            finally:
+                ids.close()
+                shown.close()
+        files = {"image": str(path), "mask": str(mask), "overlay": str(over)}
+        return {**files, "frames": frames, "classes": self._named(counts)}
+
+    def _among(self) -> Sequence[int]:
+        return self.chosen if self.chosen is not None else range(len(self.model.classes))
+
+    def _ids(self, shares: Tensor) -> np.ndarray:
+        best = shares.argmax(0).cpu().numpy()
+        return best if self.chosen is None else np.asarray(self.chosen)[best]
+
+    def _named(self, counts: np.ndarray) -> dict[str, float]:
+        total = max(1, int(counts.sum()))
+        pairs = zip(self.model.classes, counts, strict=True)
+        return {c: round(float(n / total), 4) for c, n in pairs if n}
+
+    def _scaled(self, size: tuple[int, ...]) -> tuple[int, int]:
+        """(height, width) that an image is segmented in."""
+        height, width = size
+        if self.scale == "auto":
+            window = self.model.spec.image_size
+            # Rounded up, so that the window fits.
+            factor = max(1.0, window[0] / height, window[1] / width)
+            return math.ceil(height * factor - 1e-9), math.ceil(width * factor - 1e-9)
+        return max(1, round(height * self.scale)), max(1, round(width * self.scale))
+
+    def _segment(self, path: Path, image: np.ndarray) -> Tensor:
+        """(H, W, 3) -> class probabilities (K, H, W)."""
+        height, width = image.shape[:2]
+        size = self._scaled((height, width))
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(self.where)
+        if size != (height, width):
+            pixels = torch.nn.functional.interpolate(
+                pixels.float() / 255,
+                size,
+                mode="bilinear",
+                align_corners=False,
+                antialias=size[0] < height,
+            )
+        with located(path):
+            scores = self.model.segment(pixels, stride=self.stride)
+        return probabilities(scores[0], (height, width), self.chosen, self.model.decoder.scores)
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEOS
+
+
+def _read(path: Path) -> np.ndarray:
+    return read_image(path, upright=True)
 
 
 @contextmanager
 def located(path: Path) -> Iterator[None]:
-    """Errors name the image."""
+    """Errors name the image, once."""
     try:
         yield
+    except UnreadableImage:
+        raise
     except MFuserError as error:
         raise placed(error, str(path)) from error
-
-
-def _segment(
-    model: Any,
-    path: Path,
-    image: np.ndarray,
-    where: torch.device,
-    scale: float,
-    stride: tuple[int, int] | None,
-) -> np.ndarray:
-    height, width = image.shape[:2]
-    size = _scaled(image, scale)
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(where)
-    if size != (height, width):
-        pixels = torch.nn.functional.interpolate(
-            pixels.float() / 255, size, mode="bilinear", align_corners=False, antialias=scale < 1
-        )
-    with located(path):
-        scores = model.segment(pixels, stride=stride)
-    return predict_ids(scores[0], (height, width))
-
-
-def file_names(paths: Sequence[Path]) -> list[str]:
-    """A name of its own for each: the file's, with as many of its folders as tell it apart."""
-    names = [path.stem for path in paths]
-    for depth in range(1, max((len(p.parts) for p in paths), default=0) + 1):
-        count = Counter(names)
-        twins = [i for i, name in enumerate(names) if count[name] > 1]
-        if not twins:
-            break
-        for i in twins:
-            names[i] = "_".join(part.strip("/\\:") for part in paths[i].parts[-depth:])
-    count = Counter(names)
-    return [f"{n}_{i}" if count[n] > 1 else n for i, n in enumerate(names)]

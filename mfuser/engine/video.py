@@ -50,7 +50,10 @@ class VideoWriter:
     def __init__(self, path: Path, rate: float, size: tuple[int, int], *, ids: bool) -> None:
         code = cv2.VideoWriter.fourcc(*("FFV1" if ids else "mp4v"))
         self.ids = ids
-        self._writer = cv2.VideoWriter(str(path), code, rate, size[::-1], isColor=not ids)
+        self._path = path
+        # OpenCV tells the container by the ending, whatever the file is to be called.
+        self._part = path.with_name(f"{path.name}{'.mkv' if ids else '.mp4'}")
+        self._writer = cv2.VideoWriter(str(self._part), code, rate, size[::-1], isColor=not ids)
         if not self._writer.isOpened():
             raise DataError(f"{path} cannot be written as a video of {size[1]}x{size[0]}")
 
@@ -59,3 +62,5 @@ class VideoWriter:
 
     def close(self) -> None:
         self._writer.release()
+        if self._part.is_file():
+            self._part.replace(self._path)

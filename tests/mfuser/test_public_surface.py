@@ -41,7 +41,8 @@ COMMANDS = {
     "list": f"KIND PATTERN --all {SHARED}",
     "plugin check": "MODULE --data-root --json --pairings",
     "plugin new": "NAME --json --kind --out",
-    "predict": f"RUN IMAGES --device --out --scale --set --skip-bad --stride {SHARED}",
+    "predict": f"RUN IMAGES --classes --device --out --recursive --scale --scores --set --skip-bad "
+    f"--stride {SHARED}",
     "train": "PAIRING --no-evaluate --out --recipe --resume --seed --set --set-recipe --source "
     f"--steps --targets {WORK}",
     "world pretrain": "TOWER --decay --json --out --save-every --seed --steps --without",

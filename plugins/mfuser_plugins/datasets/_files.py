@@ -154,6 +154,8 @@ class PairedDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         pair = self.pairs[index]
         image, label = read_image(pair.image), self.label(index)
+        if image.shape[:2] != label.shape and image.shape[1::-1] == label.shape:
+            image = read_image(pair.image, upright=True)  # drawn in a viewer that turned it
         if image.shape[:2] != label.shape:
             raise DataError(
                 f"{pair.label} is {label.shape[1]}x{label.shape[0]}, its image {pair.image} is "

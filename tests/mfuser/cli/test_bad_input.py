@@ -332,7 +332,10 @@ def test_output_folders_of_evaluate_and_predict(
         (["evaluate", "r", "--stride", "0"], "--stride.*0 is not in the range"),
         (["evaluate", "r", "--device", "tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
         (["predict", "r", "i.png", "--scale", "0"], "--scale"),
-        (["predict", "r", ".", "--scale", "nan"], "--scale takes a factor, not nan"),
+        (
+            ["predict", "r", ".", "--scale", "nan"],
+            "--scale takes a factor from 0.01 to 100, or auto, not nan",
+        ),
         (["predict", "r"], "Missing argument"),
         (["list", "decoders"], "'decoders' is listed; did you mean 'decoder'"),
         (["list", "--registry", "none.toml"], "there is no registry file none.toml"),

@@ -55,6 +55,38 @@ def test_exif_orientation_is_left_as_it_is(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     path = save(tmp_path / "a.jpg", COLOR, exif=exif)
     assert read_image(path).shape == COLOR.shape
+    turned = read_image(path, upright=True)
+    assert turned.shape == (COLOR.shape[1], COLOR.shape[0], 3)
+    assert (turned == np.rot90(read_image(path), -1)).all()
+
+
+def test_bits_and_floats_are_brought_to_eight_bits(tmp_path: Path) -> None:
+    gray = np.array([[0, 1000, 4095]], np.uint16)
+    Image.fromarray(gray).save(tmp_path / "gray12.png")
+    assert read_image(tmp_path / "gray12.png")[0, :, 0].tolist() == [0, 62, 255]
+    cv2.imwrite(str(tmp_path / "color12.png"), np.dstack([gray] * 3))
+    assert read_image(tmp_path / "color12.png")[0, :, 1].tolist() == [0, 62, 255]
+    Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32)).save(tmp_path / "f.tif")
+    assert read_image(tmp_path / "f.tif")[0, :, 2].tolist() == [0, 128, 255]
+    Image.fromarray(np.array([[0.0, -3.0]], np.float32)).save(tmp_path / "depth.tif")
+    with pytest.raises(UnreadableImage, match="float pixels from -3 to 0"):
+        read_image(tmp_path / "depth.tif")
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa", "LAB", "HSV", "YCbCr", "PA", "RGBX", "CMYK", "I"])
+def test_rare_modes(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Image.fromarray(COLOR)
+    if mode in ("La", "PA"):
+        rare = plain.convert("LA").convert(mode)
+    elif mode == "RGBa":
+        rare = plain.convert("RGBA").convert(mode)
+    elif mode == "LAB":
+        rare = Image.new("LAB", plain.size, (120, 130, 140))
+    else:
+        rare = plain.convert("L").convert("I") if mode == "I" else plain.convert(mode)
+    path = save(tmp_path / "a.png", COLOR)
+    monkeypatch.setattr("mfuser.data.images._load", lambda _: rare)
+    assert read_image(path).shape == COLOR.shape
 
 
 def test_label_keeps_index_bits_and_channels(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,11 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mfuser import Registry
+from mfuser import Registry, build_model
 from mfuser.config.classes import CITYSCAPES
 from mfuser.engine.checkpoints import load_model
-from mfuser.engine.predict import file_names, find_images, predict
+from mfuser.engine.inputs import file_names, find
+from mfuser.engine.predict import predict
+from mfuser.engine.video import VideoReader, VideoWriter
 from mfuser.errors import DataError, MFuserError
+from mfuser.model.assembly import with_classes
 
 
 def photo(path: Path, size: tuple[int, int] = (120, 80), mode: str = "RGB") -> Path:
@@ -87,7 +93,8 @@ def test_unreadable_images_stop_or_are_skipped(
         predict(tiny, trained, [good, bad], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     written = predict(tiny, trained, [good, bad], tmp_path / "out", skip_unreadable=True)
-    assert [w["image"] for w in written] == [str(good)]
+    assert [w["image"] for w in written if "mask" in w] == [str(good)]
+    assert written[1]["image"] == str(bad) and "cannot be read" in written[1]["skipped"]
     assert "skipped: " in capsys.readouterr().err
 
 
@@ -114,15 +121,134 @@ def test_names_are_unique(paths: list[Path]) -> None:
 
 
 def test_images_are_found(tmp_path: Path) -> None:
-    for name in ("b.PNG", "a.jpg", "c.txt"):
+    ours = ["legend.png", "a.mask.png", "a.overlay.png", "a.confidence.png", "a.scores.npz"]
+    names = ["b.PNG", "a.jpg", "c.txt", "d.gif", ".hidden.png", "film.MP4", "noending"]
+    for name in [*ours, *names]:
         (tmp_path / name).write_bytes(b"")
-    assert [p.name for p in find_images([tmp_path])] == ["a.jpg", "b.PNG"]
-    assert find_images([tmp_path / "c.txt"]) == [tmp_path / "c.txt"]  # as given
+    (tmp_path / "deep" / ".git").mkdir(parents=True)
+    (tmp_path / "deep" / "e.tif").write_bytes(b"")
+    (tmp_path / "deep" / ".git" / "f.png").write_bytes(b"")
+    found = find([tmp_path])
+    assert [p.name for p in found.images] == ["a.jpg", "b.PNG", "d.gif"]
+    assert [p.name for p in found.videos] == ["film.MP4"]
+    assert [p.name for p in found.unknown] == ["c.txt", "noending"]
+    assert [p.name for p in find([tmp_path], recursive=True).images][-1] == "e.tif"
+    assert find([tmp_path / "c.txt"]).images == [tmp_path / "c.txt"]  # as given
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no images"):
-        find_images([tmp_path / "empty"])
+    with pytest.raises(DataError, match="empty holds no images; --recursive"):
+        find([tmp_path / "empty"])
     with pytest.raises(DataError, match="there is no image or folder"):
-        find_images([tmp_path / "none.png"])
+        find([tmp_path / "none.png"])
+
+
+def test_masks_lie_as_viewers_show_the_photograph(
+    tiny: Registry, trained: Path, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    with Image.open(photo(tmp_path / "flat.png", (120, 100))) as image:
+        image.save(tmp_path / "turned.png", exif=exif)
+        image.rotate(-90, expand=True).save(tmp_path / "plain.png")
+    predict(tiny, trained, [tmp_path / "turned.png", tmp_path / "plain.png"], tmp_path / "out")
+    masks = [np.array(Image.open(tmp_path / f"out/{n}.mask.png")) for n in ("turned", "plain")]
+    assert masks[0].shape == (120, 100) and (masks[0] == masks[1]).all()
+
+
+def test_small_images_are_enlarged_on_request(
+    tiny: Registry, trained: Path, tmp_path: Path
+) -> None:
+    paths = [photo(tmp_path / "s.png", (61, 7)), photo(tmp_path / "large.png")]
+    predict(tiny, trained, paths, tmp_path / "out", scale="auto")
+    with Image.open(tmp_path / "out/s.mask.png") as mask:
+        assert mask.size == (61, 7)
+    predict(tiny, trained, paths[1:], tmp_path / "plain")
+    same = [np.array(Image.open(tmp_path / f"{f}/large.mask.png")) for f in ("out", "plain")]
+    assert (same[0] == same[1]).all()
+
+
+def test_scores_and_chosen_classes(tiny: Registry, trained: Path, tmp_path: Path) -> None:
+    path = photo(tmp_path / "a.png")
+    (entry,) = predict(tiny, trained, [path], tmp_path / "out", scores="npz")
+    with np.load(entry["scores"]) as file:
+        shares, names = file["scores"], file["classes"].tolist()
+    assert shares.dtype == np.float16 and shares.shape == (len(names), 80, 120)
+    assert shares.astype(np.float32).sum(0) == pytest.approx(1, abs=1e-2)
+    mask = np.array(Image.open(entry["mask"]))
+    best = np.take_along_axis(shares, mask[None].astype(int), 0)[0]
+    assert (best >= shares.max(0) - 1e-3).all()
+    (entry,) = predict(
+        tiny, trained, [path], tmp_path / "few", scores="png", classes=["sky", "road"]
+    )
+    confidence = np.array(Image.open(entry["confidence"]))
+    assert confidence.dtype == np.uint8 and confidence.min() >= 127  # the better one of two
+    ids = {CITYSCAPES.names.index(c) for c in ("sky", "road")}
+    assert set(np.unique(np.array(Image.open(entry["mask"])))) <= ids
+    with pytest.raises(MFuserError, match=r"no class 'roads'; did you mean 'road'\? Its decoder"):
+        predict(tiny, trained, [path], tmp_path / "x", classes=["roads"])
+
+
+def test_new_names_where_the_decoder_reads_any_text(tiny: Registry) -> None:
+    model = build_model(tiny.pairing("tiny", ["decoder=text_similarity", "enhancer=none"]))
+    images = torch.rand(1, 3, *model.spec.image_size)
+    before = model.segment(images)
+    renamed = with_classes(model, ("sky", "zebra"))
+    scores = renamed.segment(images)
+    assert scores.shape[1] == 2 and renamed.classes == ("sky", "zebra")
+    sky = CITYSCAPES.names.index("sky")
+    assert torch.allclose(scores[:, 0], before[:, sky], atol=1e-5)
+
+
+def test_videos(tiny: Registry, trained: Path, tmp_path: Path) -> None:
+    writer = VideoWriter(tmp_path / "film.mp4", 5, (80, 120), ids=False)
+    for k in range(3):
+        writer.write(np.array(Image.open(photo(tmp_path / f"{'x' * (k + 1)}.png"))))
+    writer.close()
+    (entry,) = predict(tiny, trained, [tmp_path / "film.mp4"], tmp_path / "out")
+    assert entry["frames"] == 3 and VideoReader(Path(entry["overlay"])).size == (80, 120)
+    capture = cv2.VideoCapture(entry["mask"])
+    capture.set(cv2.CAP_PROP_CONVERT_RGB, 0)
+    first = np.squeeze(capture.read()[1])
+    model, _ = load_model(trained, tiny)
+    frame = next(iter(VideoReader(tmp_path / "film.mp4")))
+    expected = model.segment(torch.from_numpy(frame).permute(2, 0, 1))[0].argmax(0).numpy()
+    assert (first == expected).all()
+    (tmp_path / "broken.mp4").write_bytes(b"not a film")
+    with pytest.raises(DataError, match=r"broken\.mp4 is not a video"):
+        predict(tiny, trained, [tmp_path / "broken.mp4"], tmp_path / "out")
+
+
+def test_a_folder_of_odd_files(mfuser: Any, tiny: Registry, trained: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    usable = {"rgb.jpg": "RGB", "gray.png": "L", "cmyk.jpg": "CMYK", "la.png": "LA", "p.gif": "P",
+              "bit.bmp": "1", "deep.tif": "I;16", "a b ü.webp": "RGB", "t.tga": "RGBA",
+              "pnm.ppm": "RGB", "ico.png": "RGBA", "dds.png": "P"}  # fmt: skip
+    for name, mode in usable.items():
+        photo(odd / name, mode=mode)
+    small = {f"small{k}.png": (k, 3) for k in (1, 5, 95)}
+    for name, size in small.items():
+        photo(odd / name, size)
+    whole = (odd / "rgb.jpg").read_bytes()
+    broken = {"empty.jpg": b"", "text.png": b"hello", "cut.jpg": whole[:900], "html.gif": b"<html>",
+              "zeros.tif": bytes(4000), "half.webp": (odd / "a b ü.webp").read_bytes()[:200],
+              "nan.tif": b"II*\0\xff\xff\xff\xff", "bmp.bmp": b"BM" + bytes(60)}  # fmt: skip
+    for name, data in broken.items():
+        (odd / name).write_bytes(data)
+    for name in ("notes.txt", "Thumbs.db", "doc.pdf", "x.heic", "archive.zip", "noending"):
+        (odd / name).write_bytes(b"?")
+    (odd / ".DS_Store").write_bytes(b"")
+    os.symlink("nowhere.png", odd / "dangling.png")
+    (odd / "folder.png").mkdir()
+    result = mfuser("predict", trained, odd, "--skip-bad", "--json", "--out", tmp_path / "out")
+    assert result.code == 0 and "Traceback" not in result.err
+    entries = json.loads(result.out)
+    names = [Path(e["image"]).name for e in entries]
+    assert sorted(names) == sorted([*usable, *small, *broken, "dangling.png"])
+    done = {Path(e["image"]).name for e in entries if "mask" in e}
+    assert done == set(usable)
+    for name in ("notes.txt", "doc.pdf", "noending"):
+        assert result.err.count(name) == 1
+    again = mfuser("predict", trained, odd, "--out", tmp_path / "none")
+    assert again.code == 2 and not (tmp_path / "none").exists()
 
 
 @pytest.mark.real
