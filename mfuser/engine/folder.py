@@ -19,7 +19,7 @@ from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
 from mfuser.engine.lock import locked
 from mfuser.errors import CheckpointError
-from mfuser.files import check_writable, clear_leftovers, write_json
+from mfuser.files import TEMPORARY, check_writable, clear_leftovers, write_json
 
 RUN = "run.json"
 LOCK = ".lock"
@@ -55,9 +55,14 @@ def check_folder(registry: Registry, folder: Path, run: RunSpec, resume: bool) -
         return begun
     if resume:
         raise CheckpointError(f"{folder} holds no run to resume (there is no {RUN})")
-    if folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(LOCK)):
+    if folder.is_dir() and not all(_of_a_start(file.name) for file in folder.iterdir()):
         raise CheckpointError(f"{folder} is not empty and holds no run; choose another --out")
     return run
+
+
+def _of_a_start(name: str) -> bool:
+    """Whether it is what a run leaves that was killed before it had written anything."""
+    return name.startswith(LOCK) or TEMPORARY.fullmatch(name) is not None
 
 
 def lock_folder(folder: Path) -> contextlib.AbstractContextManager[None]:

@@ -48,7 +48,7 @@ class Job:
     folder: Path
     done: tuple[Path, ...]
     request: dict[str, Any] = field(repr=False)
-    read: Callable[[str], object] = field(repr=False)
+    read: Callable[[str], object] = field(default=json.loads, repr=False)
 
     @property
     def outcome(self) -> Path:

@@ -174,7 +174,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(workplace: Path) -> None:
 def test_a_run_taken_by_another_process_is_left_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = runs.Job("x", tmp_path / "v" / "seed0", (tmp_path / "never",), {}, json.loads)
+    job = runs.Job("x", tmp_path / "v" / "seed0", (tmp_path / "never",), {})
     job.folder.parent.mkdir()
     said: list[str] = []
     console = Console(quiet=True)
