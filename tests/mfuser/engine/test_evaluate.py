@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mfuser import Registry
-from mfuser.config.run import Domain, domains
+from mfuser.config.run import Domain, RunSpec, domains
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.decision import decide, predict_ids
 from mfuser.engine.evaluate import evaluate, test_scale
 from mfuser.engine.gallery import picture
 from mfuser.engine.metrics import Calibration, Confusion, scores
+from mfuser.engine.train import train
 from mfuser.errors import DataError, MFuserError
 
 test_scale.__test__ = False  # type: ignore[attr-defined]
@@ -170,27 +172,29 @@ def test_two_evaluations_agree(tiny: Registry, run: Path) -> None:
     assert one == two
 
 
-def test_a_pairing_from_scratch_says_so(tiny: Registry, tmp_path: Path) -> None:
-    from mfuser.config.run import RunSpec
-    from mfuser.engine.train import train
+def trained_a_step(
+    registry: Registry, folder: Path, name: str, setting: str, recipe: Sequence[str] = ()
+) -> None:
+    """A run of one step, of a tiny pairing with one setting changed."""
+    run = RunSpec.of(
+        registry,
+        name,
+        "tiny",
+        pairing=registry.pairing(name, [setting]),
+        recipe=registry.recipe("tiny", ["steps=1", "warmup=0", *recipe]),
+    )
+    train(registry, run, folder)
 
-    pairing = tiny.pairing("lone", ["vfm.freeze=false"])
-    recipe = tiny.recipe("tiny", ["steps=1", "warmup=0"])
-    run = RunSpec.of(tiny, "lone", "tiny", pairing=pairing, recipe=recipe)
-    train(tiny, run, tmp_path / "r")
+
+def test_a_pairing_from_scratch_says_so(tiny: Registry, tmp_path: Path) -> None:
+    trained_a_step(tiny, tmp_path / "r", "lone", "vfm.freeze=false")
     report = evaluate(tiny, tmp_path / "r", limit=1)
     assert any("vfm started from random weights" in note for note in report.notes)
     assert "nothing here is pretrained" in report.markdown()
 
 
 def test_fewer_classes_are_scored_over_what_there_is(tiny: Registry, tmp_path: Path) -> None:
-    from mfuser.config.run import RunSpec
-    from mfuser.engine.train import train
-
-    pairing = tiny.pairing("plain", ['classes=["sky", "road", "unicorn"]'])
-    recipe = tiny.recipe("tiny", ["steps=1", "warmup=0"])
-    run = RunSpec.of(tiny, "plain", "tiny", pairing=pairing, recipe=recipe)
-    train(tiny, run, tmp_path / "r")
+    trained_a_step(tiny, tmp_path / "r", "plain", 'classes=["sky", "road", "unicorn"]')
     report = evaluate(tiny, tmp_path / "r", limit=2)
     assert report.classes == ["sky", "road", "unicorn"]
     for domain in report.domains.values():
@@ -201,13 +205,8 @@ def test_fewer_classes_are_scored_over_what_there_is(tiny: Registry, tmp_path: P
 
 def test_all_classes_are_scored_as_released(tiny: Registry, tmp_path: Path) -> None:
     """A class that a target never shows counts as 0 where it is predicted, else not at all."""
-    from mfuser.config.run import RunSpec
-    from mfuser.engine.train import train
-
-    pairing = tiny.pairing("plain", ['classes=["sky", "unicorn", "road", "dragon"]'])
-    recipe = tiny.recipe("tiny", ["steps=1", "warmup=0", "scored=all"])
-    run = RunSpec.of(tiny, "plain", "tiny", pairing=pairing, recipe=recipe)
-    train(tiny, run, tmp_path / "r")
+    classes = 'classes=["sky", "unicorn", "road", "dragon"]'
+    trained_a_step(tiny, tmp_path / "r", "plain", classes, recipe=["scored=all"])
     report = evaluate(tiny, tmp_path / "r", targets=named(tiny, "toy-night"), limit=2)
     (domain,) = report.domains.values()
     assert domain.scored == ["sky", "unicorn", "road", "dragon"]

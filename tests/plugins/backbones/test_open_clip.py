@@ -181,13 +181,8 @@ def test_tokens() -> None:
         build("ViT-B-16", options=small).tokenize(["road"], 5)
 
 
-def test_a_tokenizer_that_is_absent_says_how_to_get_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+@pytest.mark.usefixtures("cache")
+def test_a_tokenizer_that_is_absent_says_how_to_get_it() -> None:
     with pytest.raises(WeightsError, match=r"hf download timm/ViT-B-16-SigLIP.*tokenizer = "):
         build("ViT-L-16-SigLIP-384").tokenize(["road"], 5)
     options = trunk(64)

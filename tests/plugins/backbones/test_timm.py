@@ -241,13 +241,8 @@ def test_wrong_image_sizes_are_refused() -> None:
         backbone.resize((8, 96))
 
 
-def test_missing_weights_say_how_to_get_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+@pytest.mark.usefixtures("cache")
+def test_missing_weights_say_how_to_get_them() -> None:
     with pytest.raises(WeightsError, match=r"hf download timm/vit_small_patch14_dinov2.lvd142m"):
         TimmSpec(model="vit_small_patch14_dinov2.lvd142m").build((224, 224))
 

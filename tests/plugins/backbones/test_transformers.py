@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import HF_TEXT, HF_VISION
 from stepping import perturb
 from torch import nn
 
@@ -19,15 +20,6 @@ from mfuser_plugins.backbones.transformers import (  # noqa: E402
     HuggingFaceVisionSpec,
 )
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "intermediate_size": 128, "image_size": 64, "patch_size": 16,
-}  # fmt: skip
-TEXT: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
-    "vocab_size": 49408, "max_position_embeddings": 16, "eos_token_id": 49407,
-    "bos_token_id": 49406, "projection_size": 64,
-}  # fmt: skip
 TYPES = {
     "dinov2": {}, "dinov2_with_registers": {"num_register_tokens": 3},
     "dinov3_vit": {"num_register_tokens": 4}, "vit": {}, "vit_msn": {}, "deit": {}, "ijepa": {},
@@ -39,7 +31,7 @@ PREFIX = {"dinov2_with_registers": 4, "dinov3_vit": 5, "deit": 2, "ijepa": 0,
 
 def vision(kind: str, size: tuple[int, int], **options: Any) -> Any:
     torch.manual_seed(0)
-    config = {**SMALL, "model_type": kind, **TYPES.get(kind, {})}
+    config = {**HF_VISION, "model_type": kind, **TYPES.get(kind, {})}
     backbone = HuggingFaceVisionSpec(model="random", config=config, **options).build(size)
     perturb(backbone)
     return backbone
@@ -47,7 +39,7 @@ def vision(kind: str, size: tuple[int, int], **options: Any) -> Any:
 
 def pair(kind: str, size: tuple[int, int] = (80, 112), **options: Any) -> Any:
     torch.manual_seed(0)
-    config = {"model_type": kind, "vision_config": SMALL, "text_config": TEXT}
+    config = {"model_type": kind, "vision_config": HF_VISION, "text_config": HF_TEXT}
     if kind == "clip":
         config["projection_dim"] = 32
     backbone = HuggingFacePairSpec(model="random", config=config, **options).build(size)
@@ -214,9 +206,9 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     fails("did you mean 'dinov2'", model="random", config={"model_type": "dinov22"})
     fails("has its own", model="facebook/dinov2-small", config={"model_type": "dinov2"})
-    fails("has 3 blocks", model="random", config={**SMALL, "model_type": "dinov2"}, depth=4)
+    fails("has 3 blocks", model="random", config={**HF_VISION, "model_type": "dinov2"}, depth=4)
     with pytest.raises(MFuserError, match="no text tower"):
-        HuggingFacePairSpec(model="random", config={**SMALL, "model_type": "dinov2"}).build(
+        HuggingFacePairSpec(model="random", config={**HF_VISION, "model_type": "dinov2"}).build(
             (64, 64)
         )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

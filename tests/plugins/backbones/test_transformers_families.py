@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import HF_TEXT, HF_VISION
 from stepping import perturb
 from torch import Tensor
 
@@ -18,15 +19,6 @@ from mfuser_plugins.backbones.transformers import (
     HuggingFaceVisionSpec,
 )
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "intermediate_size": 128, "image_size": 64, "patch_size": 16,
-}  # fmt: skip
-TEXT: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
-    "vocab_size": 49408, "max_position_embeddings": 16, "eos_token_id": 49407,
-    "bos_token_id": 49406, "projection_size": 64,
-}  # fmt: skip
 SIGLIP2 = {"num_patches": 16}
 BIAS = {"use_relative_position_bias": True, "use_mean_pooling": False}
 SHARED = {"use_shared_relative_position_bias": True, "use_absolute_position_embeddings": True}
@@ -47,10 +39,10 @@ def vision(kind: str, config: dict[str, Any], size: tuple[int, int]) -> Any:
     torch.manual_seed(0)
     # The vision configurations of some pairs have no automatic model; the pair has.
     pairs = {"metaclip_2_vision_model": "metaclip_2", "aimv2_vision_model": "aimv2"}
-    whole = {"model_type": kind, **SMALL, **config}
+    whole = {"model_type": kind, **HF_VISION, **config}
     if kind in pairs:
         inner = {k: v for k, v in whole.items() if k != "model_type"}
-        whole = {"model_type": pairs[kind], "vision_config": inner, "text_config": TEXT}
+        whole = {"model_type": pairs[kind], "vision_config": inner, "text_config": HF_TEXT}
     backbone = HuggingFaceVisionSpec(model="random", config=whole).build(size)
     perturb(backbone)
     return backbone
@@ -117,9 +109,9 @@ def test_stepping_equals_the_library(
 @pytest.mark.parametrize("kind", ["metaclip_2", "siglip2"])
 def test_pairs_equal_the_library(kind: str) -> None:
     torch.manual_seed(0)
-    config = {"model_type": kind, "vision_config": {**SMALL, **SIGLIP2}, "text_config": TEXT}
+    config = {"model_type": kind, "vision_config": {**HF_VISION, **SIGLIP2}, "text_config": HF_TEXT}
     if kind == "metaclip_2":
-        config["vision_config"] = SMALL
+        config["vision_config"] = HF_VISION
         config["projection_dim"] = 32
     backbone: Any = HuggingFacePairSpec(model="random", config=config).build((80, 112))
     perturb(backbone)

@@ -145,16 +145,6 @@ def test_a_file_of_another_family(tmp_path: Path) -> None:
             spec(tmp_path / "w.safetensors", model).build((224, 224))
 
 
-@pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty Hugging Face cache, and no network."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path
-
-
 def put(cache: Path, repository: str, name: str, tensors: dict[str, Tensor]) -> None:
     """What `hf download` leaves."""
     folder = cache / f"models--{repository.replace('/', '--')}"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import MASK_DECODER
 from torch import Tensor
 
 from mfuser import MFuserError
@@ -22,17 +22,7 @@ from mfuser_plugins.decoders.mask2former import (
 )
 from mfuser_plugins.decoders.text_mask2former import TextMask2FormerSpec
 
-SMALL: dict[str, Any] = {
-    "width": 16,
-    "heads": 2,
-    "points": 2,
-    "pixel_layers": 1,
-    "pixel_ffn": 16,
-    "layers": 3,
-    "ffn": 16,
-    "norm_groups": 4,
-    "num_points": 64,
-}
+SMALL = {**MASK_DECODER, "num_points": 64}
 
 
 def small(classes: int = 4, queries: int = 7) -> Mask2Former:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +7,7 @@ from golden import below, close, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from small import MASK_DECODER
 from torch import Tensor
 
 from mfuser import DecoderOutput, MFuserError
@@ -16,22 +15,10 @@ from mfuser_plugins.decoders._mask_decoder import background
 from mfuser_plugins.decoders.mask2former import Mask2FormerSpec
 from mfuser_plugins.decoders.text_mask2former import TextMask2Former, TextMask2FormerSpec
 
-SMALL: dict[str, Any] = {
-    "width": 16,
-    "heads": 2,
-    "points": 2,
-    "pixel_layers": 1,
-    "pixel_ffn": 16,
-    "layers": 3,
-    "ffn": 16,
-    "norm_groups": 4,
-    "num_points": 32,
-}
-
 
 def small(channels: int = 6, classes: int = 5, text_dim: int = 7) -> TextMask2Former:
     torch.manual_seed(0)
-    return TextMask2FormerSpec(**SMALL).build((channels,) * 4, classes, text_dim)
+    return TextMask2FormerSpec(**MASK_DECODER).build((channels,) * 4, classes, text_dim)
 
 
 def pyramid(*sizes: tuple[int, int], batch: int = 2, channels: int = 6) -> list[Tensor]:
@@ -129,10 +116,10 @@ def test_the_start_is_the_released_one() -> None:
 
 
 def test_pytorchs_start_is_an_option_and_mask2formers_own() -> None:
-    spec = TextMask2FormerSpec(**SMALL, init="pytorch")
+    spec = TextMask2FormerSpec(**MASK_DECODER, init="pytorch")
     for decoder in (
         spec.build((6,) * 4, 5, 7),
-        Mask2FormerSpec(**SMALL, queries=5).build((6,) * 4, 5, None),
+        Mask2FormerSpec(**MASK_DECODER, queries=5).build((6,) * 4, 5, None),
     ):
         for conv in (c.conv for c in decoder.pixel_decoder.input_convs):
             assert 0.8 < conv.weight.abs().max() * 6**0.5 <= 1 and conv.bias.any()
@@ -214,7 +201,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"width 64 is not a multiple of 5 \(heads\)"):
         TextMask2FormerSpec(width=64, heads=5)
     with pytest.raises(MFuserError, match="4 pyramid levels, not 3"):
-        TextMask2FormerSpec(**SMALL).build((8, 8, 8), 5, 7)
+        TextMask2FormerSpec(**MASK_DECODER).build((8, 8, 8), 5, 7)
     with pytest.raises(MFuserError, match="class queries"):
         small()(pyramid((8, 8), (4, 4), (2, 2), (1, 1)))
 

@@ -4,8 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import below, close, golden
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -77,17 +75,6 @@ def test_equals_the_released_module() -> None:
         if name != "gamma":
             assert parameter.grad is not None
             assert close(parameter.grad, wanted[f"grad.{name}"]), name
-
-
-@settings(max_examples=20, deadline=None)
-@given(batch=st.integers(1, 3), classes=st.integers(1, 6), visual=st.integers(1, 9))
-def test_any_number_of_classes_and_tokens(batch: int, classes: int, visual: int) -> None:
-    module = MTEnhancerSpec(width=8, heads=2, state_size=2).build(6, classes)
-    text = torch.randn(batch, classes, 6)
-    out = module(text, torch.randn(batch, visual, 6))
-    assert out.shape == text.shape and out.isfinite().all()
-    out.sum().backward()
-    assert all(p.grad is not None for p in module.parameters())
 
 
 def test_initial_values() -> None:
