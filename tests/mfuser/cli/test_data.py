@@ -29,7 +29,7 @@ def garden(root: Path, count: int = 10, top: int = 2) -> Path:
 def test_new_writes_tables_that_check_and_train_accept(mfuser: Any, inside: Path) -> None:
     garden(inside / "My Garden")
     Path("registry.toml").write_text(
-        '[data]\n"gta" = "/data/gta"\n\n[recipe.mine]\nextends="demo"\n'
+        '[data]\n"gta" = "elsewhere/gta"\n\n[recipe.mine]\nextends="demo"\n'
     )
     result = mfuser("data", "new", "My Garden", "--classes", "grass,path,shed")
     assert result.code == 0, result.err
