@@ -1,4 +1,4 @@
-"""The whole surface a plugin meets: one hook.
+"""The plugin interface: one hook.
 
 from mfuser import hookimpl
 

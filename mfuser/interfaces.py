@@ -1,4 +1,4 @@
-"""What the parts of a model promise each other.
+"""The interfaces between the parts of a model.
 
 Letters used in shapes throughout: B batch, N tokens, T patch tokens, L sequence, D width,
 C joint text-image width, K classes, Q queries, (h, w) patch grid, (H, W) pixels.
@@ -18,7 +18,7 @@ from mfuser.errors import MFuserError
 from mfuser.shapes import TokenShape
 
 IGNORE = 255
-"""The label of pixels that no class is asked of."""
+"""Label of the pixels that losses and scores leave out."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,26 @@ class VisionBackbone(nn.Module, ABC):
     """
 
     embed_dim: int
+    """Width D of the tokens."""
     depth: int
+    """Number of blocks, at least 1."""
     num_prefix_tokens: int
-    """Prefix tokens *while stepping* (CaiT's class token joins later, so it has none)."""
+    """Tokens before the patches *while stepping* (CaiT's class token joins later: it has none)."""
     patch_size: tuple[int, int]
+    """(height, width) of a patch in pixels."""
     image_size: tuple[int, int]
+    """(height, width) that `embed` accepts; set by `resize`."""
     grid: tuple[int, int]
-    """Patches (h, w) of an image of `image_size`."""
+    """Patches (h, w) of an image of `image_size`; set by `resize`."""
     license: str | None = None
-    """The weights' license where their publisher states one."""
+    """License of the weights where their publisher states one."""
     always_trains: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the names of parameters that train although the backbone is frozen."""
 
     mean: Tensor
+    """Buffer (1, 3, 1, 1): mean of the images the weights were trained on; see `set_statistics`."""
     std: Tensor
+    """Buffer (1, 3, 1, 1): their standard deviation."""
 
     def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Image statistics (RGB in [0, 1]) of the weights: from their tag, never guessed."""
@@ -122,6 +128,7 @@ class VisionLanguageBackbone(VisionBackbone):
     context_dim: int
     """Width of the text encoder's tokens, where prompt context is injected (not C)."""
     alignment: Literal["softmax", "sigmoid"] = "softmax"
+    """The contrastive loss of its pretraining: CLIP's over all classes, SigLIP's of each alone."""
 
     def project(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Tensor]:
         """(B, N, D) after `finish` -> the joint space: global (B, 1, C), dense (B, T, C)."""
@@ -147,7 +154,7 @@ class VisionLanguageBackbone(VisionBackbone):
 
 
 class FusionAdapter(nn.Module, ABC):
-    """Sits after a pair of blocks; what it returns is added to both encoders' tokens."""
+    """Runs after a pair of blocks; the offsets it returns are added to both encoders' tokens."""
 
     @abstractmethod
     def forward(
@@ -164,6 +171,8 @@ class FusionAdapter(nn.Module, ABC):
 
 
 class TextEnhancer(nn.Module, ABC):
+    """Turns class text embeddings into the class queries of an image."""
+
     @abstractmethod
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
         """Class embeddings (B, K, C), visual tokens (B, 1 + T, C), global first -> (B, K, C)."""
@@ -174,7 +183,7 @@ class DecoderOutput:
     """Predictions, from the first to the last (deep supervision); the last one counts.
 
     masks: each (B, Q, h, w), logits. classes: each (B, Q, K + 1), logits, "no object" last; empty
-    for decoders that answer per pixel (then Q = K). extra: whatever else `loss` wants.
+    for decoders that answer per pixel (then Q = K). extra: anything else that `loss` needs.
     """
 
     masks: list[Tensor]
@@ -183,6 +192,8 @@ class DecoderOutput:
 
 
 class Decoder(nn.Module, ABC):
+    """Predicts masks from the feature pyramid, and from class queries where there are some."""
+
     reads_alignment: ClassVar[bool] = False
     """Whether `forward` takes the alignment map (B, K, h, w) as its third argument."""
     scores: ClassVar[Literal["logits", "shares"]] = "logits"
@@ -214,15 +225,14 @@ class Sample:
 
 
 class Dataset(ABC):
-    """Labeled images of one domain; plain indexing, no augmentation.
-
-    classes: names of the label space. class_ids: which of them occur in this dataset's
-    definition (CamVid's labels cover 11 of the 19); only these can be scored.
-    """
+    """Labeled images of one domain; plain indexing, no augmentation."""
 
     classes: tuple[str, ...]
+    """Names of the label space, in the order of the train ids."""
     class_ids: tuple[int, ...]
+    """Train ids that the dataset's labels can hold (CamVid: 11 of 19); only these are scored."""
     test_size: tuple[int, int] | None = None
+    """(width, height) that images are resized into before they are segmented; None: as stored."""
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -1,4 +1,4 @@
-"""What parts say of the tensors that pass between them."""
+"""Shapes that the parts of a model declare to each other."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TokenShape:
-    """What a backbone declares of its token stream at the model's image size.
+    """The token sequence of a backbone at the model's image size.
 
-    A stream is (B, N, embed_dim) with N = num_prefix_tokens + grid[0] * grid[1]:
+    It is (B, N, embed_dim) with N = num_prefix_tokens + grid[0] * grid[1]:
     prefix tokens (class, registers) first, then the patch grid row by row.
     """
 

@@ -132,7 +132,7 @@ class BackboneInfo:
 
 
 class BackboneSpec(Spec):
-    """What every backbone can be told.
+    """Options that every backbone has.
 
     weights: None: the component's own default; a tag or name the library knows, a path to a local
         file (.safetensors, .pth, .pt), or "random". Never guessed: a backbone without its weights
@@ -176,7 +176,7 @@ class VisionLanguageSpec(BackboneSpec):
 
 
 class FusionSpec(Spec):
-    """Modules between the blocks that let the two encoders exchange what they see.
+    """Adapters between the blocks, by which the two encoders exchange features.
 
     every: an adapter after every N-th pair of blocks (paper, table 11).
     """
@@ -195,7 +195,7 @@ class FusionSpec(Spec):
 
 
 class TuningSpec(Spec):
-    """Small trained changes of the encoders' own layers, beside fusion.
+    """Small trained changes to the encoders' own layers, beside fusion.
 
     encoders: which of the two; None: those that are there.
     """
@@ -207,13 +207,13 @@ class TuningSpec(Spec):
     def build(self, backbone: interfaces.VisionBackbone) -> None:
         """Change a backbone in place; called once for each chosen encoder.
 
-        What is added and takes gradients is trained and saved with the model.
+        Added parameters that require gradients are trained and saved with the model.
         """
         raise NotImplementedError
 
 
 class EnhancerSpec(Spec):
-    """What turns class text embeddings into class queries for this image."""
+    """Turns class text embeddings into the class queries of an image."""
 
     kind: ClassVar[str] = "enhancer"
 
@@ -223,7 +223,7 @@ class EnhancerSpec(Spec):
 
 
 class DecoderSpec(Spec):
-    """What turns the feature pyramid, and class queries if it takes them, into masks."""
+    """Turns the feature pyramid, and class queries where it takes them, into masks."""
 
     kind: ClassVar[str] = "decoder"
     needs_text: ClassVar[bool] = False

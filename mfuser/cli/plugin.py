@@ -67,7 +67,7 @@ def check(module: str, pairings: int | None, data_roots: tuple[str, ...], as_jso
     from mfuser.config.roots import DataRoots
     from mfuser.testing import check_component, plugin_components
 
-    # What lies in the working directory can be checked before it is installed.
+    # A module in the working directory can be checked before it is installed.
     sys.path.insert(0, str(Path.cwd()))
     start = time.perf_counter()
     components, offered = plugin_components(module)

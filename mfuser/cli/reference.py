@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections.abc import Iterator
@@ -116,6 +117,41 @@ def field_help(model: type[BaseModel]) -> dict[str, str]:
     return found
 
 
+def attributes(cls: type) -> list[tuple[str, str, str, str]]:
+    """(name, type, default, text) of the attributes a class declares; the text is the string below
+    each, or what the class's docstring says of it."""
+    (tree,) = ast.parse(inspect.cleandoc(f"\n{inspect.getsource(cls)}")).body
+    assert isinstance(tree, ast.ClassDef)
+    told = _entries(inspect.getdoc(cls) or "")
+    found = []
+    for statement, following in zip(tree.body, [*tree.body[1:], None], strict=True):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue  # a method, a docstring
+        name, text = statement.target.id, ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = " ".join(inspect.cleandoc(str(following.value.value)).split())
+        default = ast.unparse(statement.value) if statement.value else ""
+        found.append((name, ast.unparse(statement.annotation), default, text or told.get(name, "")))
+    return found
+
+
+def _attributes(cls: type) -> list[str]:
+    return [
+        f"- `{name}: {kind}{f' = {default}' if default else ''}`{f': {text}' if text else ''}"
+        for name, kind, default, text in attributes(cls)
+        if name != "kind"
+    ]
+
+
+def _entries(text: str) -> dict[str, str]:
+    """ "tokens: (B, N, D). grid: (h, w)." -> the text of each."""
+    parts = re.split(r"(?:^|(?<=[.;] ))(\w+): ", text, flags=re.MULTILINE)
+    return {
+        name: " ".join(entry.split("\n\n")[0].split()).rstrip("; ")
+        for name, entry in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
 def _head() -> list[str]:
     return [
         "# Reference",
@@ -152,6 +188,8 @@ def _specs() -> list[str]:
         signature = _signature(base.build)  # type: ignore[attr-defined]
         lines += [f"### {kind.replace('_', '-')}: `{base.__name__}`", "", *_prose(base), ""]
         lines += [f"`build{signature}`: {_doc(base.build)}", ""]  # type: ignore[attr-defined]
+        declared = [line for line in _attributes(base) if ": ClassVar" in line]
+        lines += [*declared, ""] if declared else []
         lines += _table(base)
         for component in (c for c in components if c.kind == kind):
             own = {n for n in component.spec.model_fields if n not in base.model_fields}
@@ -172,6 +210,7 @@ def _interfaces() -> list[str]:
     lines = ["## Interfaces", ""]
     for cls in RETURNED:
         lines += [f"### `{cls.__name__}`", "", *_prose(cls), ""]
+        lines += _attributes(cls)
         for name, member in vars(cls).items():
             if name.startswith("_") or not inspect.isfunction(member) or not member.__doc__:
                 continue

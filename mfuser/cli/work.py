@@ -29,6 +29,7 @@ from mfuser.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from mfuser.config.registry import Registry
     from mfuser.reporting.report import Report
 
 stride_option = click.option(
@@ -48,6 +49,9 @@ stride_option = click.option(
 @click.option("--steps", type=int, default=None, help="Same as --set-recipe steps=N.")
 @click.option("--seed", type=int, default=None, help="Same as --set-recipe seed=N.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out.")
+@click.option(
+    "--replay", is_flag=True, help="Repeat the step at which the run in --out lost its loss."
+)
 @set_option
 @set_recipe_option
 @click.option("--no-evaluate", is_flag=True, help="Stop after training.")
@@ -64,6 +68,7 @@ def train(
     steps: int | None,
     seed: int | None,
     resume: bool,
+    replay: bool,
     settings: tuple[str, ...],
     recipe_settings: tuple[str, ...],
     no_evaluate: bool,
@@ -79,6 +84,10 @@ def train(
     train …
     """
     registry = open_registry(registries, plugins, data_roots)
+    folder = out or Path("runs") / pairing
+    if replay:
+        _replay(registry, folder, settings, device, as_json)
+        return
     changes = [*recipe_settings]
     changes += [f"steps={steps}"] if steps is not None else []
     changes += [f"seed={seed}"] if seed is not None else []
@@ -92,7 +101,6 @@ def train(
         registry, pairing, recipe, source, _split(targets), settings, changes, console=console
     )
     check_device(device)
-    folder = out or Path("runs") / pairing
     try:
         done = train_run(
             run, folder, registry=registry, resume=resume, evaluate=not no_evaluate, device=device
@@ -108,6 +116,20 @@ def train(
         _show(done.report, folder, as_json, done.pictures)
     elif first():
         emit({"run": str(folder)}) if as_json else click.echo(f"trained: {folder}")
+
+
+def _replay(
+    registry: Registry, folder: Path, settings: tuple[str, ...], device: str | None, as_json: bool
+) -> None:
+    """Ends as the run did, or shows that what was changed since has helped."""
+    from mfuser.engine.diagnose import replay
+
+    losses = replay(registry, folder, settings=settings, device=check_device(device))
+    if as_json:
+        emit({"run": str(folder), "losses": losses})
+    else:
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
+        click.echo(f"the losses of that step are finite now: {shown}")
 
 
 @cli.command()

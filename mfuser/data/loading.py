@@ -25,7 +25,7 @@ from mfuser.data.transforms import Augmentation
 from mfuser.errors import DataError, MFuserError
 from mfuser.interfaces import IGNORE, Dataset
 
-Crop = tuple[Tensor, Tensor, list[str]]
+Crop = tuple[Tensor, Tensor, list[str], str]
 """Image (3, H, W) uint8, label (H, W) int64, names of unreadable images before it."""
 
 TRIES = 20
@@ -79,11 +79,17 @@ def _strange(name: str, value: int, known: int) -> DataError:
 
 @dataclass
 class Batch:
-    """images: uint8 (B, 3, H, W). labels: int64 (B, H, W). skipped: names of unreadable images."""
+    """images: uint8 (B, 3, H, W). labels: int64 (B, H, W). skipped: names of unreadable images.
+    names: of the images that the crops are from."""
 
     images: Tensor
     labels: Tensor
     skipped: list[str]
+    names: list[str]
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images and labels there."""
+        return self.images.to(device), self.labels.to(device)
 
 
 class _Crops(TorchDataset["Crop | MFuserError"]):
@@ -131,6 +137,7 @@ class _Crops(TorchDataset["Crop | MFuserError"]):
                 torch.from_numpy(image).permute(2, 0, 1).contiguous(),
                 torch.from_numpy(label),
                 skipped,
+                sample.name,
             )
         raise DataError(f"{TRIES} images in a row were unreadable, {skipped[-1]} among them")
 
@@ -254,8 +261,9 @@ def _collate(items: list[Crop | MFuserError]) -> Batch | MFuserError:
         if isinstance(item, MFuserError):
             return item
         crops.append(item)
-    images, labels, skipped = zip(*crops, strict=True)
-    return Batch(torch.stack(images), torch.stack(labels), [n for names in skipped for n in names])
+    images, labels, skipped, names = zip(*crops, strict=True)
+    unreadable = [name for one in skipped for name in one]
+    return Batch(torch.stack(images), torch.stack(labels), unreadable, list(names))
 
 
 def _start_worker(worker: int) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,9 +22,10 @@ from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
 from mfuser.data.loading import Batch, ClassMap, TrainingStream, training_stream
 from mfuser.data.transforms import Augmentation
-from mfuser.engine import checkpoints
+from mfuser.engine import checkpoints, diagnose, precheck
 from mfuser.engine.checkpoints import Checkpoint
 from mfuser.engine.console import Console
+from mfuser.engine.diagnose import Diverged as Diverged
 from mfuser.engine.folder import RUN, check_folder, check_unlocked, clear_folder, open_folder
 from mfuser.engine.log import EVERY, Log, summary_writer
 from mfuser.engine.optimizer import parameter_groups
@@ -47,10 +47,6 @@ class Interrupted(Exception):
     def __init__(self, step: int) -> None:
         super().__init__(step)
         self.step = step
-
-
-class Diverged(MFuserError):
-    """The loss is no longer a number."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,7 @@ def train(
     console = console or Console()
     with processes(recipe.precision, device, joined) as group, contextlib.ExitStack() as held:
         console.quiet = console.quiet or not group.main
+        precheck.check_precision(recipe.precision, group.accelerator.device)
         run = run.model_copy(update={"world": group.count})
         opened = False
         try:
@@ -221,6 +218,8 @@ class Trainer:
 
     def fit(self, stream: TrainingStream, start: int) -> None:
         recipe, group = self.recipe, self.group
+        if start < recipe.steps:
+            group.together(lambda: precheck.check_parts(self.model, self.accelerator.device))
         self.wrapped.train()
         batches = iter(stream)
         with (
@@ -230,17 +229,15 @@ class Trainer:
         ):
             for step in range(start, recipe.steps):
                 begun = time.perf_counter()
-                own = self._step(step, self._fetch(step, start, batches))
+                fetched = self._fetch(step, start, batches)
+                own = self._step(step, fetched)
                 # Every process must leave in the same step.
                 losses = group.mean({STOP: float(asked()), **own})
                 stop = losses.pop(STOP) > 0
                 loss = sum(losses.values())
                 if not math.isfinite(loss):
-                    raise Diverged(
-                        f"the loss is {loss} at step {step + 1} ("
-                        + ", ".join(k for k, v in losses.items() if not math.isfinite(v))
-                        + f"); lower lr = {recipe.lr:g} or set clip_grad{self._kept()}"
-                    )
+                    group.together(lambda: self._diverged(step, fetched, own))  # noqa: B023
+                    raise Diverged(f"the loss is {loss} at step {step + 1}, summed over processes")
                 task.advance(note=f"loss {loss:.3f}")
                 if step % EVERY == 0 or step + 1 == recipe.steps:
                     seconds = round(time.perf_counter() - begun, 4)
@@ -273,6 +270,18 @@ class Trainer:
                     error.args = (f"{error} ({step} steps are saved; mend it and --resume)",)
             raise
 
+    def _diverged(self, step: int, batches: list[Batch], losses: dict[str, float]) -> None:
+        """Raises Diverged in a process whose own losses are not finite; the step is saved."""
+        if all(math.isfinite(v) for v in losses.values()):
+            return
+        rank, model, run = self.group.rank, self.model, self.run
+        said = diagnose.explain(model, run, step, batches, losses, self.accelerator, rank)
+        diagnose.save(self.folder / diagnose.DIVERGED, model, run, step, batches, rank)
+        raise Diverged(
+            f"{said}; repeat the step with: mfuser train {run.pairing_name} --out {self.folder} "
+            f"--replay{self._kept()}"
+        )
+
     def _kept(self) -> str:
         if not (self.folder / checkpoints.LAST).is_file():
             return ""
@@ -281,8 +290,7 @@ class Trainer:
     def _step(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step; returns the losses as numbers."""
         recipe, accelerator = self.recipe, self.accelerator
-        key = np.random.SeedSequence((self.run.seed, step, accelerator.process_index))
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+        diagnose.seed_step(self.run.seed, step, accelerator.process_index)
         factor = recipe.rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * factor * group["factor"]
@@ -292,9 +300,7 @@ class Trainer:
                 self.console.say(f"skipped, unreadable: {', '.join(batch.skipped)}")
             last = micro + 1 == recipe.accumulate
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
-                losses: dict[str, Tensor] = self.wrapped(
-                    batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
-                )
+                losses: dict[str, Tensor] = self.wrapped(*batch.to(accelerator.device))
                 total = torch.stack(list(losses.values())).sum()
                 accelerator.backward(total / recipe.accumulate)
             for name, value in losses.items():

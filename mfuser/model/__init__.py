@@ -1,1 +1,2 @@
-"""The method: two encoders in lockstep, fused; class queries; a decoder."""
+"""The method. In reading order: dgss (images in, class scores out), encoder (two encoders in
+lockstep, fused), pyramid, alignment; then sliding_window and assembly."""

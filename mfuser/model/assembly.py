@@ -1,4 +1,4 @@
-"""From a pairing to a model: build the parts and let them meet at their declared widths."""
+"""Builds a model from a pairing: its parts, joined at the widths they declare."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mfuser.interfaces import (
 from mfuser.model.dgss import DGSSModel, Prompt
 from mfuser.model.encoder import PairEncoder, default_taps, lockstep, shapes
 from mfuser.model.pyramid import STRIDES, Pyramid
-from mfuser.plugins.contracts import built, complete
+from mfuser.plugins.contracts import built, complete, freezes
 from mfuser.specs import VisionLanguageSpec, VisionSpec
 
 if TYPE_CHECKING:
@@ -186,6 +186,7 @@ def _backbone(
     kind = VisionLanguageBackbone if role == "vlm" else VisionBackbone
     backbone: VisionBackbone = built(spec, kind, lambda: spec.build(image_size))
     complete(backbone)
+    freezes(backbone, spec.freeze)
     return backbone
 
 

@@ -36,7 +36,7 @@ class ModelOutput:
 
 
 class DGSSModel(nn.Module):
-    """Two frozen encoders, fused; class texts as queries; masks.
+    """Two fused encoders, class texts as queries, a mask decoder.
 
     Images are RGB in [0, 1], or uint8, (B, 3, H, W): each encoder applies its own statistics.
     """
@@ -60,7 +60,7 @@ class DGSSModel(nn.Module):
         self.prompt = prompt
         self.register_buffer("ids", ids, persistent=False)
         self.without_ids = "the class names have no token ids"
-        """Why `ids` is None, where it is: what `text` says."""
+        """The reason where `ids` is None; `text` raises it."""
 
     @property
     def classes(self) -> tuple[str, ...]:

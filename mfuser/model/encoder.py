@@ -1,4 +1,4 @@
-"""The pair of encoders in lockstep, and what they hand on: taps and a visual embedding.
+"""The pair of encoders in lockstep, and their outputs: taps and a visual embedding.
 
     image -> VFM tokens -> block 1 -> ... -> block N -> norm --+
                               ^ offset                          v
@@ -66,7 +66,7 @@ class PairEncoder(nn.Module):
     """Two backbones, or one, stepped together with fusion adapters between their blocks.
 
     adapters: position -> adapter, which reads both token sequences after that position and
-        returns what is added to each (paper, eq. 2-6).
+        returns an offset for each (paper, eq. 2-6).
     taps: four positions whose patch tokens feed the pyramid.
     project_vfm: maps the VFM's final tokens to the VLM's width before the two are added.
     """
@@ -198,7 +198,7 @@ class PairEncoder(nn.Module):
 
 
 def shapes(encoder_roles: Mapping[str, VisionBackbone]) -> tuple[TokenShape | None, ...]:
-    """What fusion specs are built from: the token shapes of VFM and VLM, None where absent."""
+    """Token shapes of VFM and VLM, None where absent: the arguments of a fusion spec's build."""
     return tuple(
         encoder_roles[role].token_shape if role in encoder_roles else None
         for role in ("vfm", "vlm")

@@ -1,4 +1,4 @@
-"""Where in a plugin's own code a fault lies, not where in ours or a library's it came to light."""
+"""Locates a fault in a plugin's own code, wherever it came to light."""
 
 from __future__ import annotations
 

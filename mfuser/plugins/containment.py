@@ -1,8 +1,8 @@
 """State of the process that a plugin's code changes by accident, put back and named.
 
 An import or a `build` that sets the default dtype, seeds a generator or silences all warnings
-changes what every other part computes or reports. What a plugin prints goes to standard error:
-standard output is the command's own.
+changes what every other part computes or reports. Its prints go to standard error: standard output
+belongs to the command.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What components promise each other, held to while the model runs.
+"""Checks of what components build and return, made while the model is assembled and runs.
 
-The checks compare a handful of integers per block. What breaks a promise is named: component,
-plugin, what it was given, what it returned, what is expected.
+They compare a handful of integers per block. An error names the component, its plugin, what it
+returned and what is expected.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from mfuser.specs import Spec
 
 T = TypeVar("T")
 DECLARED = ("embed_dim", "depth", "num_prefix_tokens", "patch_size", "image_size", "grid")
-"""What every vision backbone states of itself."""
+"""Attributes that every vision backbone sets."""
 DECLARED_TEXT = ("text_dim", "context_dim")
-"""What every vision-language backbone states beside that."""
+"""Attributes that a vision-language backbone sets as well."""
 _ORIGIN = "_mfuser_component"
 
 
@@ -79,7 +79,7 @@ def built(
 
 
 def complete(backbone: VisionBackbone) -> None:
-    """Raises PluginError for a backbone that leaves out what it has to state of itself."""
+    """Raises PluginError for a backbone that does not set the attributes it has to."""
     text = isinstance(backbone, VisionLanguageBackbone)
     missing = [n for n in DECLARED + DECLARED_TEXT * text if not hasattr(backbone, n)]
     if missing:
@@ -90,6 +90,26 @@ def complete(backbone: VisionBackbone) -> None:
         )
 
 
+def freezes(backbone: VisionBackbone, freeze: bool) -> None:
+    """Raises PluginError for a backbone that trains although it is frozen, or does not although it
+    should."""
+    trains = [
+        name
+        for name, parameter in backbone.named_parameters()
+        if parameter.requires_grad and not name.startswith(backbone.always_trains)
+    ]
+    if freeze and trains:
+        raise PluginError(
+            f"{named(backbone)}: freeze = true, and {len(trains)} of its tensors train, e.g. "
+            f"'{trains[0]}'; its build() must call requires_grad_(not self.freeze)"
+        )
+    if not freeze and not trains:
+        raise PluginError(
+            f"{named(backbone)}: freeze = false, and nothing in it trains; its build() must call "
+            "requires_grad_(not self.freeze)"
+        )
+
+
 def named(module: nn.Module) -> str:
     """The component a module was built by, or its class."""
     known = getattr(module, _ORIGIN, None)
@@ -97,19 +117,19 @@ def named(module: nn.Module) -> str:
 
 
 def expect(module: nn.Module, what: str, value: Any, shape: tuple[int, ...]) -> Tensor:
-    """`value`, which is a tensor of this shape; else a PluginError that names the module."""
+    """Return `value`, a tensor of this shape. Raises PluginError that names the module."""
     if isinstance(value, Tensor) and value.shape == shape:
         return value
-    came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else _shown(value)
-    raise PluginError(f"{named(module)}: {what} has {came}, and {tuple(shape)} is expected")
+    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else _shown(value)
+    raise PluginError(f"{named(module)}: {what} has {got}; {tuple(shape)} is expected")
 
 
 def scalars(module: nn.Module, losses: Any) -> dict[str, Tensor]:
-    """`losses`, which are named scalars; else a PluginError that names the module."""
+    """Return `losses`, a dictionary of named scalars. Raises PluginError that names the module."""
     if not isinstance(losses, dict) or not losses:
         raise PluginError(
-            f"{named(module)}: loss() returned {_shown(losses)}, and a dictionary of named "
-            "scalars is expected"
+            f"{named(module)}: loss() returned {_shown(losses)}; a dictionary of named scalars is "
+            "expected"
         )
     for name, loss in losses.items():
         expect(module, f"loss()['{name}']", loss, ())

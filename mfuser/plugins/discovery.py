@@ -107,7 +107,7 @@ def load_components(requested: Sequence[str] = (), prefer: str | None = None) ->
     loader = _Loader()
     entries = _narrowed(sorted(set(metadata.entry_points(group=GROUP)), key=_order))
     if entries or requested:
-        # Every plugin needs it, and a cold disk's seconds for torch are no plugin's fault.
+        # Every plugin needs it: the seconds that torch takes are not to be counted as theirs.
         importlib.import_module("mfuser.interfaces")
     for entry in entries:
         label = f"{entry.name} ({entry.value})"
@@ -190,7 +190,7 @@ def _declared(plugin: Any) -> None:
 
 @functools.cache
 def installed_components() -> Components:
-    """What is installed, found once per process."""
+    """The installed components, found once per process."""
     return load_components()
 
 

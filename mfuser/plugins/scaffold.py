@@ -11,14 +11,16 @@ from string import Template
 from mfuser.errors import PluginError
 from mfuser.version import __version__
 
-KINDS = ("backbone", "fusion", "enhancer", "decoder", "dataset")
+KINDS = ("backbone", "vlm", "fusion", "tuning", "enhancer", "decoder", "dataset")
 
-_COMPONENT = {"backbone": "vision"}
-"""The kind of component, where it is called otherwise."""
+_COMPONENT = {"backbone": "vision", "vlm": "vision_language"}
+"""The kind of component, where its name is another."""
 
 _SUMMARY = {
     "backbone": "A plain vision transformer as the vision foundation model.",
+    "vlm": "Plain transformers of patches and of words, aligned in one space.",
     "fusion": "Each encoder receives a learned share of the other's mean token.",
+    "tuning": "A trained gain for each output channel of the blocks' linear layers.",
     "enhancer": "Class texts that attend to the image.",
     "decoder": "A pixel belongs to the class whose text its embedding is nearest to.",
     "dataset": "Images and labels of the same names in two folders.",
@@ -26,7 +28,9 @@ _SUMMARY = {
 
 _USE = {
     "backbone": 'In a registry: `vfm = { name = "$component", weights = "FILE" }`.',
+    "vlm": 'In a registry: `vlm = { name = "$component", weights = "FILE" }`.',
     "fusion": 'In a registry: `fusion = { name = "$component", share = 0.1 }`.',
+    "tuning": 'In a registry: `tuning = { name = "$component", last = 4 }`.',
     "enhancer": 'In a registry: `enhancer = { name = "$component", width = 64 }`.',
     "decoder": 'In a registry: `decoder = { name = "$component", width = 128 }`.',
     "dataset": "On the command line: `--source $component --data-root $component=FOLDER`.",

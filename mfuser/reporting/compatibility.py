@@ -1,4 +1,4 @@
-"""How two encoders fit: what is resampled and projected, what it costs, what to look out for."""
+"""How two encoders fit: resampling, projections, memory, and warnings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAR = 2.0
 
 
 def resampling(model: DGSSModel) -> list[str]:
-    """What is resampled, from which grid to which."""
+    """Resampled features, from which grid to which."""
     encoder = model.encoder
     lines = [
         f"taps of the {role}: {_grid(b.grid)} to {_grid(encoder.grid)}"
@@ -53,7 +53,7 @@ def projections(model: DGSSModel) -> list[str]:
 
 
 def warnings(spec: PairingSpec, model: DGSSModel) -> list[str]:
-    """What makes a poor fit, and the remedy."""
+    """Signs of a poor fit, each with the remedy."""
     encoder = model.encoder
     found = []
     vfm, vlm = encoder.vfm, encoder.vlm
@@ -88,8 +88,8 @@ def _of_encoder(role: str, spec: PairingSpec, backbone: VisionBackbone) -> list[
     lost = [s - g * p for s, g, p in zip(size, backbone.grid, patch, strict=True)]
     if any(left > 0 for left in lost):
         found.append(
-            f"image_size {_grid(size)} is no multiple of the {role}'s patch {_grid(patch)}: its "
-            f"last {lost[0]} rows and {lost[1]} columns are not seen, and the map is stretched"
+            f"image_size {_grid(size)} is not a multiple of the {role}'s patch {_grid(patch)}: its "
+            f"last {lost[0]} rows and {lost[1]} columns are cut off, and the map is stretched"
         )
     own = getattr(spec, role)
     if own.freeze and "random" in (getattr(own, "weights", None), getattr(own, "model", None)):

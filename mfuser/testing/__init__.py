@@ -1,4 +1,4 @@
-"""The conformance suite: what every component of a kind has to keep to.
+"""The conformance suite: the requirements on components of each kind.
 
     from mfuser.testing import conforms
 
@@ -7,7 +7,7 @@
 
 `mfuser plugin check MODULE` runs the same. A check builds the component at its spec's `tiny`
 options, alone and in pairings with every installed partner, and says of each failure what was
-tried, what came, what is expected and what to change.
+tried, what was got, what is expected and what to change.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def check_plugin(
 
 
 def plugin_components(name: str) -> tuple[Components, list[Component]]:
-    """What is installed with the plugin `name`, and what of it that plugin offers."""
+    """All components, the plugin `name` loaded, and those that it offers."""
     from mfuser.plugins.discovery import load_components, offered_by
 
     # Its name may be taken: that is a finding, and the rest is checked all the same.

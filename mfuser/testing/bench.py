@@ -1,4 +1,4 @@
-"""One component on the bench: built alone, fed by hand, at shapes nobody chooses."""
+"""Building and calling a single component, with random inputs of unusual shapes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ Inputs = dict[str, Any]
 class Bench(ABC):
     """How a component of one kind is built and called.
 
-    A case is what it is built for (widths, grids, sizes); the first is the one that most checks
-    use, all of them are what "shapes at odd sizes" tries.
+    A case is a set of sizes it is built for (widths, grids, classes). Most checks use the first
+    one, "shapes at odd sizes" uses all.
     """
 
     def __init__(self, spec: Spec) -> None:

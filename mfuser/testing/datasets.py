@@ -80,8 +80,8 @@ def samples(bench: DatasetBench) -> str:
             raise Broken(
                 what,
                 f"the label values {strange[:5]}",
-                f"values of class_ids, or {IGNORE} where no class is asked of",
-                "map raw values to class ids as they are read, the rest to 255",
+                f"values of class_ids, or {IGNORE} for ignored pixels",
+                "map raw values to class ids on reading, the rest to 255",
             )
     return f"{count} of {len(dataset)} images, labels within {len(dataset.class_ids)} classes"
 
@@ -156,7 +156,7 @@ def repeatable(bench: DatasetBench) -> str:
 
 
 def missing_data(bench: DatasetBench) -> str:
-    """A folder that does not exist, an empty one, none, and a split that is none"""
+    """No folder, one that does not exist, and an empty one"""
     spec = bench.spec
     if not spec.needs_root:
         raise NotTried("it needs no folder")
@@ -195,7 +195,7 @@ def missing_data(bench: DatasetBench) -> str:
 
 
 def expands(bench: DatasetBench) -> str:
-    """What it stands for as a target, and its label in reports"""
+    """The domains it stands for as a target, and their labels in reports"""
     found = bench.spec.expand()
     if not found or not all(isinstance(s, DatasetSpec) for s in found):
         raise Broken("expand()", repr(found)[:100], "a list of dataset specs", "return [self]")
@@ -210,6 +210,6 @@ def expands(bench: DatasetBench) -> str:
     variant = type(bench.spec).variant
     if variant is not None and variant not in type(bench.spec).model_fields:
         raise Broken(
-            "variant", f"'{variant}' is no option", "the name of an option", "see DatasetSpec"
+            "variant", f"'{variant}' is not an option", "the name of an option", "see DatasetSpec"
         )
     return ", ".join(labels)

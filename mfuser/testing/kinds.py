@@ -1,4 +1,4 @@
-"""Checks that only backbones, or only decoders, are put to."""
+"""Checks of backbones alone, and of decoders alone."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from torch import nn
 
 from mfuser.errors import MFuserError
 from mfuser.testing.bench import BackboneBench, Bench, DecoderBench
-from mfuser.testing.modules import CLOSE, first, module_of, widest_gap
+from mfuser.testing.compare import widest_gap
+from mfuser.testing.modules import CLOSE, first, module_of
 from mfuser.testing.verdict import Broken, NotTried
 
 
 def frozen(bench: Bench) -> str:
-    """What trains in a frozen backbone; its statistics and sizes"""
+    """A frozen backbone: trained tensors, statistics, sizes"""
     assert isinstance(bench, BackboneBench)
     case = first(bench)
     module = module_of(bench, case)

@@ -1,4 +1,4 @@
-"""Checks of a component's module, on the bench."""
+"""Checks of a component's module, built alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from mfuser.errors import MFuserError
 from mfuser.interfaces import VisionBackbone, VisionLanguageBackbone
 from mfuser.testing.bench import BackboneBench, Bench, DecoderBench, moved
+from mfuser.testing.compare import one_of, require_finite, require_gradients, same, widest_gap
 from mfuser.testing.partners import tiny
 from mfuser.testing.verdict import Broken, NotTried
 
@@ -50,20 +51,18 @@ def odd_shapes(bench: Bench) -> str:
             for name, shape in expected.items():
                 value = outputs.get(name)
                 if value is None or tuple(value.shape) != shape:
-                    came = "nothing" if value is None else f"shape {tuple(value.shape)}"
+                    got = "nothing" if value is None else f"shape {tuple(value.shape)}"
                     raise Broken(
                         f"{what}, batch {batch}",
-                        f"{name}: {came}",
+                        f"{name}: {got}",
                         f"{name} of shape {shape}",
                         "derive every size from what build() and forward() are given",
                     )
-                if not value.isfinite().all():
-                    raise Broken(
-                        f"{what}, batch {batch}",
-                        f"{name} has NaN or infinity",
-                        "finite numbers",
-                        "look for divisions by zero, logarithms and uninitialized tensors",
-                    )
+            require_finite(
+                {name: outputs[name] for name in expected},
+                f"{what}, batch {batch}",
+                "look for divisions by zero, logarithms and uninitialized tensors",
+            )
             if not same(before, inputs):
                 raise Broken(
                     f"{what}, batch {batch}",
@@ -137,11 +136,7 @@ def modes(bench: Bench) -> str:
                 "every submodule follows",
                 "call super().train(mode) in your train()",
             )
-    for name, value in bench.call(module, inputs).items():
-        if not value.isfinite().all():
-            raise Broken(
-                "a call in training mode", f"{name} is not finite", "finite numbers", "see dropout"
-            )
+    require_finite(bench.call(module, inputs), "a call in training mode", "see dropout")
     module.eval()
     if any(m.training for m in module.modules()):
         raise Broken("eval() after train()", "it stays in training mode", "evaluation mode", "")
@@ -193,14 +188,11 @@ def dtypes(bench: Bench) -> str:
                 "look for values computed in lower precision, or cast to a fixed dtype",
             )
         with torch.autocast("cpu", torch.bfloat16):
-            for name, value in bench.call(module, inputs).items():
-                if not value.isfinite().all():
-                    raise Broken(
-                        "bfloat16 by autocast",
-                        f"{name} is not finite",
-                        "finite numbers",
-                        "use -inf masks and epsilons that bfloat16 can hold",
-                    )
+            require_finite(
+                bench.call(module, inputs),
+                "bfloat16 by autocast",
+                "use -inf masks and epsilons that bfloat16 can hold",
+            )
     return "float64 agrees with float32, bfloat16 by autocast is finite"
 
 
@@ -280,61 +272,11 @@ def gradients(bench: Bench) -> str:
             "look for no_grad(), detach() and .data on the way",
         )
     total.backward()
-    for name, p in module.named_parameters():
-        if not p.requires_grad:
-            continue
-        if p.grad is None or not p.grad.any():
-            raise Broken(
-                f"backward() from the outputs, {len(names)} tensors that train",
-                f"no gradient reaches '{name}'",
-                "a gradient in everything that trains: optimizers and several GPUs rely on it",
-                "use it in forward(), remove it, or requires_grad_(False)",
-            )
-        if not p.grad.isfinite().all():
-            raise Broken(
-                "backward() from the outputs",
-                f"the gradient of '{name}' is not finite",
-                "finite numbers",
-                "look for sqrt(0), norms of zero and logarithms",
-            )
+    tried = f"backward() from the outputs, {len(names)} tensors that train"
+    require_gradients(module, tried, nonzero=True)
     return f"{len(names)} tensors train, a finite gradient reaches each"
 
 
 def _given(bench: Bench) -> dict[str, Any]:
     spec = bench.spec
     return {n: getattr(spec, n) for n in spec.model_fields_set - {"name", "freeze"}}
-
-
-def widest_gap(
-    a: dict[str, Tensor], b: dict[str, Tensor], allowed: float = 0
-) -> tuple[str, float] | None:
-    """The first output that differs by more than `allowed`, relative to its largest value."""
-    for name, value in a.items():
-        other = b[name]
-        if value.shape != other.shape:
-            return name, float("inf")
-        scale = value.detach().abs().max().clamp(min=1e-6) if value.numel() else 1.0
-        worst = float((value - other).detach().abs().max() / scale) if value.numel() else 0.0
-        if not worst <= allowed:
-            return name, worst
-    return None
-
-
-def one_of(inputs: Any, index: int) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[index : index + 1]
-    if isinstance(inputs, dict):
-        return {k: v if k == "grids" else one_of(v, index) for k, v in inputs.items()}
-    if isinstance(inputs, list):
-        return [one_of(v, index) for v in inputs]
-    return inputs
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return bool(torch.equal(a, b))
-    if isinstance(a, dict):
-        return all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return all(same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)

@@ -121,7 +121,7 @@ def labels_for(batch: int, size: tuple[int, int], classes: int) -> Any:
 
 @functools.cache
 def everything() -> Components:
-    """What is installed."""
+    """The installed components."""
     from mfuser.plugins.discovery import installed_components
 
     return installed_components()

@@ -15,7 +15,7 @@ from mfuser.testing.partners import tiny
 from mfuser.testing.verdict import Broken, NotTried
 
 NUMBERS = (-1, 0, 7, 1.5)
-"""What every numeric option is set to: below, at and beside the usual values."""
+"""Values for every numeric option: below, at and beside the usual ones."""
 
 
 def has_its_name(spec: type[Spec], components: Components) -> str:
@@ -29,7 +29,7 @@ def has_its_name(spec: type[Spec], components: Components) -> str:
                 "a name of its own: with both installed no command works",
                 f'rename it: class {spec.__name__}({spec.__bases__[0].__name__}, name="…")',
             )
-    return f"'{spec.component()}' is no other component's"
+    return f"'{spec.component()}' is the only one of that name"
 
 
 def has_help(spec: type[Spec]) -> str:
@@ -41,7 +41,7 @@ def has_help(spec: type[Spec]) -> str:
             f"the docstring of {spec.__name__}",
             "there is none",
             "one line for `mfuser list`, then a line per option",
-            f'write """What {spec.component()} does.""" below the class line',
+            'write a line below the class: """Each encoder reads the other by attention."""',
         )
     return f'"{line}"'
 
@@ -90,7 +90,7 @@ def refuses_unknown_keys(spec: Spec, components: Components) -> str:
 
 
 def refuses_bad_values(spec: Spec, components: Components) -> str:
-    """Every numeric option at -1, 0, 7 and 1.5, every choice at a word that is none"""
+    """Every numeric option at -1, 0, 7 and 1.5, every choice at an unknown word"""
     if spec.kind not in BENCHES:
         raise NotTried("only modules are built from odd values")
     bench_class = BENCHES[spec.kind]
@@ -115,17 +115,17 @@ def refuses_bad_values(spec: Spec, components: Components) -> str:
                 raise _unrefused(given, bench.describe(case), str(error), spec) from error
             refused += 1
         except Exception as error:
-            came = f"{type(error).__name__}: {str(error)[:200]}"
-            raise _unrefused(given, bench.describe(case), came, spec) from error
+            got = f"{type(error).__name__}: {str(error)[:200]}"
+            raise _unrefused(given, bench.describe(case), got, spec) from error
     if not tried:
         raise NotTried("there is no numeric option and no choice")
     return f"{tried} odd values: {refused} refused with a reason, {tried - refused} work"
 
 
-def _unrefused(given: str, case: str, came: str, spec: Spec) -> Broken:
+def _unrefused(given: str, case: str, got: str, spec: Spec) -> Broken:
     return Broken(
         f"{given}, built and run for {case}",
-        came,
+        got,
         "it works, or it is refused with a reason before anything runs",
         f"narrow the field's type in {type(spec).__name__} (PositiveInt, Field(ge=0, lt=1), "
         "Literal, a model_validator), or raise MFuserError in build()",

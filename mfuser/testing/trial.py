@@ -10,6 +10,7 @@ from mfuser.errors import PluginError
 from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
 from mfuser.plugins.contracts import origin
+from mfuser.testing.compare import require_gradients
 from mfuser.testing.partners import CLASSES, IMAGE, ROLES, labels_for
 from mfuser.testing.verdict import Broken, NotTried
 
@@ -86,20 +87,4 @@ def _gradients(model: DGSSModel, place: str) -> None:
         module = getattr(module, name)
     if module is None:
         return
-    for name, p in module.named_parameters():
-        if not p.requires_grad:
-            continue
-        if p.grad is None:
-            raise Broken(
-                "backward() from the losses of a training step",
-                f"no gradient reaches '{name}'",
-                "a gradient in everything that trains",
-                "use it in forward(), remove it, or requires_grad_(False)",
-            )
-        if not p.grad.isfinite().all():
-            raise Broken(
-                "backward() from the losses of a training step",
-                f"the gradient of '{name}' is not finite",
-                "finite numbers",
-                "look for sqrt(0), norms of zero and logarithms",
-            )
+    require_gradients(module, "backward() from the losses of a training step")

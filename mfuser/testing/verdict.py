@@ -1,4 +1,4 @@
-"""Verdicts: what was tried, what came, what is expected, and what to change."""
+"""Verdicts: what was tried, what was got, what is expected, and what to change."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Outcome = Literal["passed", "failed", "skipped"]
 class Verdict:
     """The outcome of one check.
 
-    came, expected, fix: of a failure; of a skipped check, came is the reason. fault: equal for
+    got, expected, fix: of a failure; of a skipped check, got is the reason. fault: equal for
     checks that one and the same fault has failed.
     """
 
     check: str
     outcome: Outcome
     tried: str
-    came: str = ""
+    got: str = ""
     expected: str = ""
     fix: str = ""
     seconds: float = 0.0
@@ -33,13 +33,13 @@ class Verdict:
         if self.outcome == "passed":
             return f"ok    {self.check}: {self.tried}"
         if self.outcome == "skipped":
-            return f"--    {self.check}: not tried: {self.came}" + (
+            return f"--    {self.check}: not tried: {self.got}" + (
                 f"; {self.fix}" if self.fix else ""
             )
         lines = [
             f"FAIL  {self.check}",
             f"        tried     {self.tried}",
-            f"        came      {self.came}",
+            f"        got       {self.got}",
         ]
         lines += [f"        expected  {self.expected}"] if self.expected else []
         lines += [f"        fix       {self.fix}"] if self.fix else []
@@ -60,7 +60,7 @@ class Report:
 
     @property
     def faults(self) -> list[list[Verdict]]:
-        """What failed, by fault: the first check that met it, then those it stopped as well."""
+        """Failed checks, by fault: the first that met it, then those it stopped as well."""
         found: dict[str, list[Verdict]] = {}
         for verdict in self.failed:
             found.setdefault(verdict.fault or verdict.check, []).append(verdict)
@@ -93,11 +93,11 @@ class Report:
 
 
 class Broken(Exception):
-    """A promise that is not kept, found by a check."""
+    """A requirement that is not met, found by a check."""
 
-    def __init__(self, tried: str, came: str, expected: str, fix: str) -> None:
-        super().__init__(came)
-        self.tried, self.came, self.expected, self.fix = tried, came, expected, fix
+    def __init__(self, tried: str, got: str, expected: str, fix: str) -> None:
+        super().__init__(got)
+        self.tried, self.got, self.expected, self.fix = tried, got, expected, fix
 
 
 class NotTried(Exception):
@@ -124,7 +124,7 @@ def judge(checks: Iterable[tuple[str, Callable[[], str]]], spec: type) -> list[V
         except Broken as broken:
             fault = _fault(broken.__cause__, spec) or f"{broken}; {broken.fix}"
             verdict = Verdict(
-                name, "failed", broken.tried, broken.came, broken.expected, broken.fix, fault=fault
+                name, "failed", broken.tried, broken.got, broken.expected, broken.fix, fault=fault
             )
         except Exception as error:
             verdict = Verdict(
@@ -142,7 +142,7 @@ def judge(checks: Iterable[tuple[str, Callable[[], str]]], spec: type) -> list[V
 
 
 def _fault(error: BaseException | None, spec: type) -> str:
-    """What went wrong at the bottom, and where; "" without an error."""
+    """The error at the root, and where; "" without an error."""
     if error is None:
         return ""
     first = root(error)

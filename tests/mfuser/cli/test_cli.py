@@ -230,3 +230,23 @@ def test_a_run_copied_elsewhere_is_whole(
     result = mfuser("evaluate", "mine.safetensors", "--registry", write_registry(), "--json")
     assert result.code == 0 and json.loads(result.out)["pairing"] == "plain"
     assert (inside / "report.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import mfuser",
+        "from mfuser import MFuserError, hookimpl, TokenShape, FusionSpec, Options",
+        "from mfuser.cli import main; main(['--help'])",
+        "from mfuser.cli import main; main(['train', '--help'])",
+        "from mfuser.cli import main; main(['list', 'nothing-of-the-kind', '--all'])",
+    ],
+)
+def test_what_needs_no_torch_does_not_import_it(code: str) -> None:
+    """torch takes a second or more; help, completion and writing specs do without."""
+    check = (
+        "import atexit, os, sys; heavy = {'torch', 'numpy', 'timm', 'transformers'};\n"
+        "atexit.register(lambda: heavy & set(sys.modules) and os._exit(77))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", check + code], capture_output=True, text=True)
+    assert ran.returncode != 77 and "Traceback" not in ran.stderr, ran.stderr

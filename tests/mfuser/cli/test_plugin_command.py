@@ -65,7 +65,7 @@ def test_check_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert shown["passed"] and shown["seconds"] < 60
     (component,) = shown["components"]
     assert (component["kind"], component["name"]) == ("dataset", "my_dataset")
-    assert {"check", "outcome", "tried", "came", "expected", "fix"} <= set(component["checks"][0])
+    assert {"check", "outcome", "tried", "got", "expected", "fix"} <= set(component["checks"][0])
 
 
 BROKEN = """

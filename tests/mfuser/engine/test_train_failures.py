@@ -13,6 +13,7 @@ from mfuser import DataError, Registry
 from mfuser.data.images import UnreadableImage
 from mfuser.data.sampling import ShuffledSampler
 from mfuser.engine import checkpoints
+from mfuser.engine.diagnose import DIVERGED
 from mfuser.engine.train import Diverged, Trainer, train
 
 
@@ -28,6 +29,9 @@ def test_a_loss_that_is_no_number(tiny: Registry, begin: Any, tmp_path: Path) ->
     run = begin("plain", "lr=1e30", "min_lr=0", "save_every=1000")
     with pytest.raises(Diverged, match=r"the loss is nan at step \d .*lower lr = 1e\+30"):
         train(tiny, run, tmp_path / "r")
+    # Nothing was saved to go on from, but what explains it stays.
+    assert (tmp_path / "r" / "run.json").is_file() and (tmp_path / "r" / DIVERGED).is_file()
+    assert not (tmp_path / "r" / checkpoints.LAST).exists()
 
 
 def test_weights_that_are_no_numbers_are_not_saved(

@@ -127,7 +127,7 @@ def test_segment_is_the_average_over_windows(model: DGSSModel, size: tuple[int, 
     model.eval()
     images = torch.rand(2, 3, *size)
     with torch.no_grad():
-        expected = naive(model._scores, images, (64, 96), (43, 64))
+        expected = naive(model.scores, images, (64, 96), (43, 64))
     got = model.segment(images)
     assert got.shape == (2, 19, *size)
     # Windows in other batches: float32 sums in another order.
@@ -135,7 +135,7 @@ def test_segment_is_the_average_over_windows(model: DGSSModel, size: tuple[int, 
     several = model.segment(images, window_batch=3)
     torch.testing.assert_close(several, expected, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        dense = naive(model._scores, images, (64, 96), (20, 30))
+        dense = naive(model.scores, images, (64, 96), (20, 30))
     torch.testing.assert_close(model.segment(images, stride=(20, 30)), dense, rtol=1e-4, atol=1e-5)
 
 

@@ -96,7 +96,7 @@ def test_faults_are_found_and_the_fix_is_named(how: str, check: str, said: str) 
     assert check in verdicts, report
     verdict = verdicts[check]
     assert said in str(verdict)
-    assert verdict.tried and verdict.came and verdict.expected and verdict.fix
+    assert verdict.tried and verdict.got and verdict.expected and verdict.fix
 
 
 def test_sound_adapter_passes() -> None:
@@ -122,8 +122,8 @@ def test_conforms_raises_with_all_that_failed() -> None:
 def test_in_a_pairing_the_wrong_shape_is_named() -> None:
     report = check_component(faulty("shape"), pairings=1)
     (verdict,) = [v for v in report.failed if v.check.startswith("with ")]
-    assert "fusion 'fault' (plugin " in verdict.came
-    assert "the offset of the vlm has shape" in verdict.came
+    assert "fusion 'fault' (plugin " in verdict.got
+    assert "the offset of the vlm has shape" in verdict.got
 
 
 def spec_with(**members: Any) -> type[FusionSpec]:
@@ -259,7 +259,7 @@ def test_an_exception_names_the_authors_line() -> None:
 
     (verdict,) = judge([("a check", check)], Fault)
     assert verdict.outcome == "failed" and verdict.tried == "What was tried"
-    assert "KeyError" in verdict.came and "test_testing.py, line" in verdict.fix
+    assert "KeyError" in verdict.got and "test_testing.py, line" in verdict.fix
 
 
 @pytest.mark.parametrize("name", ["no_fusion", "mfuser_plugins.fusion.none"])
@@ -297,7 +297,7 @@ def test_causes_point_into_the_plugin() -> None:
     """Not into torch, which raised, nor into our code, which found a wrong result."""
     for spec in (crashing(), faulty("shape")):
         for verdict in check_component(spec, pairings=1).failed:
-            named = [text for text in (verdict.came, verdict.fix) if ", line " in text]
+            named = [text for text in (verdict.got, verdict.fix) if ", line " in text]
             assert all(f"{__file__}, line " in text for text in named), verdict
             assert named or verdict.check not in ("determinism", "with tuning lora")
 
