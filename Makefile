@@ -4,13 +4,32 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 
-.PHONY: demo test check lint types imports docs coverage reference format wheel clean
+.PHONY: demo test test-versions check lint types imports docs coverage reference format wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mfuser train demo --out $(OUT) $(if $(wildcard $(OUT)/run.json),--resume)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=
+
+# A short set of tests with the lowest allowed version of each core dependency and with the newest:
+# two environments of about 6 GB each, kept for the next run. README says when it last passed.
+VERSION_TESTS ?= tests/mfuser/model tests/mfuser/config tests/mfuser/test_specs.py \
+	tests/mfuser/engine/test_checkpoints.py tests/plugins/backbones/test_weights.py \
+	tests/plugins/backbones/test_wrapped_weights.py tests/plugins/backbones/test_timm.py \
+	tests/plugins/backbones/test_dual_encoder.py tests/plugins/tuning tests/kernels/test_scan_values.py
+
+test-versions: .venv-lowest/.installed .venv-newest/.installed
+	.venv-lowest/bin/python -m pytest -p no:cacheprovider $(VERSION_TESTS)
+	.venv-newest/bin/python -m pytest -p no:cacheprovider $(VERSION_TESTS)
+
+.venv-lowest/.installed .venv-newest/.installed: .venv-%/.installed: pyproject.toml tests/versions.py
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet packaging tomli
+	.venv-$*/bin/python tests/versions.py $* > .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet --upgrade -r .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
 
 # What the last `make test` did not reach, least covered first.
 coverage: $(VENV)/.installed-dev
@@ -59,4 +78,4 @@ $(VENV)/.installed-dev: $(VENV)/.made pyproject.toml
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -184,16 +184,23 @@ class HuggingFaceBeitStepper(HuggingFaceStepper):
             )
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
-        model = self.model
-        tokens = model.embeddings(images)
-        if model.shared_position_bias is None:
-            return tokens, (images.shape[2:], None)
-        bias = model.shared_position_bias(
-            self.grid_of(self.image_size),
-            interpolate_pos_encoding=True,
-            dim_size=tokens.shape[1],
-        )
+        tokens = self._tokens(images)
+        bias = self._shared_bias()
+        if bias is not None:
+            bias = bias(
+                self.grid_of(self.image_size),
+                interpolate_pos_encoding=True,
+                dim_size=tokens.shape[1],
+            )
         return tokens, (images.shape[2:], bias)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        tokens: Tensor = self.model.embeddings(images)
+        return tokens
+
+    def _shared_bias(self) -> Any:
+        """The module that makes the bias of all layers; None where each has its own."""
+        return self.model.shared_position_bias
 
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
         size, bias = state
@@ -205,17 +212,13 @@ class HuggingFaceBeitStepper(HuggingFaceStepper):
 class Data2VecStepper(HuggingFaceBeitStepper):
     """data2vec-vision: as BEiT; embeddings and layers return tuples."""
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Any]:
-        tokens = self.model.embeddings(images)[0]
+    def _tokens(self, images: Tensor) -> Tensor:
+        tokens: Tensor = self.model.embeddings(images)[0]
+        return tokens
+
+    def _shared_bias(self) -> Any:
         encoder = self.model.encoder
-        if not encoder.has_relative_position_bias:
-            return tokens, (images.shape[2:], None)
-        bias = encoder.relative_position_bias(
-            self.grid_of(self.image_size),
-            interpolate_pos_encoding=True,
-            dim_size=tokens.shape[1],
-        )
-        return tokens, (images.shape[2:], bias)
+        return encoder.relative_position_bias if encoder.has_relative_position_bias else None
 
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
         size, bias = state
