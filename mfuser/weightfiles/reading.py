@@ -59,13 +59,15 @@ def _mapping(*_: Any) -> dict[Any, Any]:
 
 
 def read_content(
-    path: Path, error: type[MFuserError] = WeightsError, what: str = "truncated or no weights file"
+    path: Path,
+    error: type[MFuserError] = WeightsError,
+    what: str = "truncated or not a weights file",
 ) -> Content:
     """What a .safetensors file, a torch.save file or a TorchScript archive holds.
 
     The format is told by the content, not by the suffix. Tensors are mapped from the file where
     the format allows. Raises `error` if the file is truncated, is in another format, or holds
-    objects that code would have to run for; what: the words for a file that is neither.
+    objects that code would have to run for; what: the wording for a file that is neither.
     """
     if (other := _other_format(path)) is not None:
         raise error(f"{path} cannot be read: {other}")

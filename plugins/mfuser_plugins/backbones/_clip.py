@@ -138,7 +138,7 @@ class ClipBackbone(Stepped, VisionLanguageBackbone):
 
     def train(self, mode: bool = True) -> ClipBackbone:
         super().train(mode)
-        # Towers of timm (ViTamin) bring stochastic depth that nobody asked for: it stays off.
+        # timm's towers (ViTamin) have stochastic depth of their own, which stays off.
         for module in self.modules() if self.drop_path else ():
             if isinstance(module, DropPath):
                 module.train(mode)
@@ -175,7 +175,7 @@ class CocaBackbone(ClipBackbone):
     """CoCa, whose attention pool has 256 queries of another width than the tokens.
 
     The global embedding is the library's. No token can be a query, so the dense ones are each
-    token's own value through the pool: what the pool would give if it attended to that alone.
+    token's own value through the pool: what it would return if it attended to that token only.
     """
 
     def project(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from mfuser_plugins.backbones._stepping import Size, Stepped, Stepper
 class Layout:
     """Where a model type keeps its parts. Names differ between types and between versions.
 
-    prefix: tokens before the patches, registers aside. pre_norm: a norm after `embeddings`.
+    prefix: tokens before the patches, not counting registers. pre_norm: a norm after `embeddings`.
     interpolate: whether `embeddings` must be told to resample positions. rope: whether the layers
     take rotary positions.
     """
@@ -180,7 +180,7 @@ class HuggingFaceBeitStepper(HuggingFaceStepper):
         if size[0] % self.patch_size[0] or size[1] % self.patch_size[1]:
             raise MFuserError(
                 f"{type(self.model).__name__} takes images of whole patches, multiples of "
-                f"{self.patch_size[0]} pixels; {size[0]}x{size[1]} is none"
+                f"{self.patch_size[0]} pixels; {size[0]}x{size[1]} is not"
             )
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
@@ -263,7 +263,7 @@ class Aimv2Stepper(HuggingFaceStepper):
         own, _ = self._sizes(self.model.get_submodule(self.layout.kernel))
         if not self.model.config.is_native and (size != own or patch_size != self.patch_size):
             raise MFuserError(
-                f"this AIMv2 model has positions for images of {own[0]}x{own[1]} alone; use that "
+                f"this AIMv2 model has positions for images of {own[0]}x{own[1]} only; use that "
                 "image_size, or a model with is_native = true"
             )
         super()._resize(size, patch_size)

@@ -119,7 +119,7 @@ def from_config(
 
 
 def _misfit(model: Any, info: Any, unused: tuple[str, ...]) -> str:
-    """What from_pretrained left without a value; empty if nothing."""
+    """What from_pretrained could not fill, in words; empty if nothing."""
     missing = sorted(k for k in info["missing_keys"] if not k.startswith(unused))
     wrong = sorted(str(k) for k in info["mismatched_keys"])
     if not missing and not wrong:
@@ -129,7 +129,7 @@ def _misfit(model: Any, info: Any, unused: tuple[str, ...]) -> str:
 
 
 def _found(source: str, load: Callable[..., Any]) -> Any:
-    """What a from_pretrained method gives for a folder or a hub name. Raises WeightsError if it is
+    """Call a from_pretrained method for a folder or a hub name. Raises WeightsError if it is
     absent or broken."""
     folder = Path(source).expanduser()
     is_path = folder.is_dir() or source.startswith((".", "/", "~")) or source.count("/") > 1

@@ -1,7 +1,7 @@
-"""Position tables and patch kernels for other grids and patch sizes.
+"""Resampling of position tables and patch kernels for other grids and patch sizes.
 
 Conventions differ between libraries and change features (antialiasing changes the cubic
-coefficient, hence also enlarging), so they are options.
+coefficient, and so affects upsampling too), so they are options.
 """
 
 from __future__ import annotations

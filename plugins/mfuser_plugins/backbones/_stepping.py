@@ -1,4 +1,4 @@
-"""What the built-in backbones share: a stepper per model family, the backbone around it."""
+"""Shared by the built-in backbones: a stepper per model family and the backbone around it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Size = tuple[int, int]
 
 
 class Stepper(ABC):
-    """How one family of library models is stepped, written against its class.
+    """Steps the models of one family block by block; written against the library's class.
 
-    It refers to the model and owns no parameter. `tables` are the parameters that depend on the
-    image or patch size.
+    It refers to the model and owns no parameters. `tables` names the parameters whose shape depends
+    on the image or patch size.
     """
 
     embed_dim: int
@@ -39,7 +39,7 @@ class Stepper(ABC):
 
     @abstractmethod
     def grid_of(self, size: Size) -> Size:
-        """Patches (h, w) of an image; what does not fill a patch at the right and bottom is cut."""
+        """Patch grid (h, w) of an image; partial patches at the right and bottom are cropped."""
 
     @abstractmethod
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
@@ -55,7 +55,7 @@ class Stepper(ABC):
 
     @abstractmethod
     def _resize(self, size: Size, patch_size: Size) -> None:
-        """Give the tables the shapes of another size; values are set by `_fill`."""
+        """Resize the tables for another image or patch size; `_fill` sets their values."""
 
     @abstractmethod
     def _fill(self, source: dict[str, Tensor], source_grid: Size) -> None:
@@ -69,7 +69,7 @@ class Stepper(ABC):
         if (size, patch_size) == (self.image_size, self.patch_size):
             return
         tables = self._tables()
-        # On the meta device (a layout without weights) nothing has a value to differ.
+        # On the meta device (a model laid out without weights) there are no values to compare.
         if any(not v.is_meta and _differs(v, self._written[k]) for k, v in tables.items()):
             self._keep_source()
         source, (source_size, source_patch) = self._source, self._source_size
@@ -151,6 +151,6 @@ def check_size(images: Tensor, size: Size) -> None:
 
 
 def freeze(module: nn.Module, frozen: bool) -> None:
-    """Train nothing in `module`, or leave it as the library made it."""
+    """Freeze `module`, or leave its parameters as the library set them."""
     if frozen:
         module.requires_grad_(False)

@@ -45,8 +45,8 @@ def check_context(context: Tensor | None, width: int, slots: int, positions: int
 class ClipText:
     """The text side of an open_clip model. Refers to the model, owns no parameter.
 
-    Plain CLIP keeps the parts on the model, CustomTextCLIP in `model.text`; a TextTransformer
-    alone will do.
+    Plain CLIP keeps the parts on the model, CustomTextCLIP in `model.text`; a bare
+    TextTransformer works, too.
     """
 
     takes_class_token = False
@@ -143,7 +143,7 @@ def tokenize(tokenizer: Any, names: list[str], slots: int, vocabulary: int) -> T
     if len(names) and int(ids.max()) >= vocabulary:
         raise MFuserError(
             f"the tokenizer gives id {int(ids.max())}, and the text encoder knows "
-            f"{vocabulary} tokens: they do not belong together"
+            f"{vocabulary} tokens: the two do not match"
         )
     return ids
 

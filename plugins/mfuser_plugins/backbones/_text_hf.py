@@ -72,7 +72,7 @@ class Tokenizer:
         if len(rows) and int(ids.max()) >= self.vocabulary:
             raise MFuserError(
                 f"the tokenizer '{self.source}' gives id {int(ids.max())}, and the text encoder "
-                f"knows {self.vocabulary} tokens: they do not belong together"
+                f"knows {self.vocabulary} tokens: the two do not match"
             )
         return ids
 
@@ -95,7 +95,7 @@ class TextEncoder(nn.Module):
 class HuggingFaceText(TextEncoder):
     """An encoder of transformers that takes `inputs_embeds`: BERT, MiniLM, MPNet, T5, …
 
-    pooling: "mean" over all tokens that are no padding, "cls" for the first.
+    pooling: "mean" over all tokens but padding; "cls": the first token.
     """
 
     def __init__(self, source: str, pooling: str, weights: str | None = None) -> None:
@@ -150,7 +150,7 @@ class NewText(TextEncoder):
         from mfuser_plugins.backbones._text import ClipText
 
         if width % heads:
-            raise MFuserError(f"text.width = {width} is no multiple of text.heads = {heads}")
+            raise MFuserError(f"text.width = {width} is not a multiple of text.heads = {heads}")
         self.tokenizer = SimpleTokenizer()
         self.model = TextTransformer(
             context_length=self.POSITIONS,

@@ -16,8 +16,8 @@ from mfuser_plugins.backbones._text import ClipText, check_context, inject
 class CocaText(ClipText):
     """CoCa appends a class token, pools it before the norm, and masks padding.
 
-    The class column of its mask stands in front in the published weights: a fault that they were
-    trained with (`correct_cls_mask`).
+    In the published models the class column of the mask comes first, a bug they were trained with
+    (`correct_cls_mask`).
     """
 
     takes_class_token = True
@@ -38,7 +38,7 @@ class CocaText(ClipText):
         last = parts.cls_emb.to(dtype).expand(len(ids), 1, -1)
         tokens = torch.cat([tokens, last], dim=1)
         length = tokens.shape[1]
-        # Context is no padding: any other id will do.
+        # Context must not count as padding: any other id works.
         filled = ids.new_full((len(ids), n), parts.pad_id + 1)
         filled = torch.cat([ids[:, :1], filled, ids[:, 1:]], dim=1)
         mask = parts._build_additive_mask(filled, length, tokens.dtype)

@@ -26,16 +26,16 @@ SPARE = (
 
 
 class TimmStepper(Stepper):
-    """What the families have in common: `patch_embed`, `blocks`, `set_input_size`.
+    """Common to the families: `patch_embed`, `blocks`, `set_input_size`.
 
     model: as `strip` leaves it.
     """
 
     has_table: ClassVar[bool] = True
     """Whether the class has a `pos_embed`: a table, or None. Files saved at another size are
-    then loaded at theirs."""
+    then loaded at that size."""
     any_prefix: ClassVar[bool] = True
-    """Whether the class says how many prefix tokens its blocks see; else they see none."""
+    """Whether the class has `num_prefix_tokens`; otherwise its blocks see no prefix tokens."""
 
     def __init__(self, model: Any, how: Resampling) -> None:
         self.model = model
@@ -61,7 +61,7 @@ class TimmStepper(Stepper):
 
     @property
     def _stem(self) -> Any:
-        """What makes patches of images."""
+        """The module that turns images into patches."""
         return self.model.patch_embed
 
     def _table_names(self) -> list[str]:
@@ -104,14 +104,14 @@ class TimmStepper(Stepper):
     def resize(self, size: Size, patch_size: Size) -> None:
         if not self.plain and patch_size != self.patch_size:
             raise MFuserError(
-                "patch_size cannot be changed: this model's stem is no single kernel that could be "
-                f"resampled; its patches are of {self.patch_size[0]} pixels in all"
+                "patch_size cannot be changed: this model's stem has no single kernel that could "
+                f"be resampled; its patches span {self.patch_size[0]} pixels"
             )
         super().resize(size, patch_size)
 
     def _resize(self, size: Size, patch_size: Size) -> None:
         with warnings.catch_warnings():
-            # timm's resampling of bias tables indexes in a way that PyTorch warns of.
+            # timm's resampling of bias tables indexes in a way that PyTorch warns about.
             warnings.filterwarnings("ignore", module="timm.layers.interpolate")
             self.model.set_input_size(img_size=size, patch_size=patch_size if self.plain else None)
 
@@ -128,7 +128,7 @@ class TimmStepper(Stepper):
     def _patches(self, images: Tensor) -> Tensor:
         embed = self.model.patch_embed
         if self.plain and not embed.strict_img_size:
-            # Only models of one fixed size drop the pixels that fill no patch; the others assert.
+            # Only models of one fixed size crop partial patches; the others assert.
             grid = self.grid_of(self.image_size)
             images = images[..., : grid[0] * self.patch_size[0], : grid[1] * self.patch_size[1]]
         return embed(images)

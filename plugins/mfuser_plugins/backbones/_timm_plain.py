@@ -31,7 +31,7 @@ class RelPosStepper(TimmStepper):
 
 
 class HandSizedStepper(TimmStepper):
-    """Classes with a position table and no `set_input_size`, whose blocks see patches alone."""
+    """Classes with a position table and no `set_input_size`, whose blocks see patches only."""
 
     any_prefix = False
     _position_prefix = 0
@@ -127,7 +127,7 @@ class AnySizeStepper(TimmStepper):
         return size[0] // h, size[1] // w
 
     def _cut(self, images: Tensor) -> Tensor:
-        """Without what fills no patch."""
+        """Without partial patches."""
         (h, w), (p, q) = self.grid_of(self.image_size), self._patch()
         return images[..., : h * p, : w * q]
 
@@ -159,7 +159,7 @@ class NaFlexStepper(AnySizeStepper):
 
 
 class XcitStepper(AnySizeStepper):
-    """XCiT: every block wants the grid. The class token joins behind the last block, through class
+    """XCiT: every block takes the grid. The class token joins behind the last block, through class
     attention of its own, which is left out."""
 
     any_prefix = False
@@ -173,7 +173,7 @@ class XcitStepper(AnySizeStepper):
         return self._stem.patch_size, self._stem.patch_size
 
     def grid_of(self, size: Size) -> Size:
-        # Convolutions of stride 2 with padding: what fills no patch makes one.
+        # Convolutions of stride 2 with padding: a partial patch counts as one.
         patch, _ = self._patch()
         return -(-size[0] // patch), -(-size[1] // patch)
 
@@ -193,8 +193,8 @@ class XcitStepper(AnySizeStepper):
 
 
 class EncoderStepper(AnySizeStepper):
-    """Image encoders of language models, alone or inside a classifier of timm, which is taken off
-    with their projector."""
+    """Image encoders of language models, alone or inside a timm classifier, which is removed
+    along with the projector."""
 
     projector = ""
 

@@ -56,7 +56,7 @@ class StagedStepper(TimmStepper):
 
     def _default_size(self) -> tuple[Size, Size]:
         stride = int(self.model.feature_info[len(self._stages) - 1]["reduction"])
-        # A kernel of the stem is not that of the patches, so it is not resampled.
+        # The stem's kernel does not cover a whole patch, so it is not resampled.
         self.plain = False
         return self._library_size(stride), (stride, stride)
 
@@ -65,7 +65,7 @@ class StagedStepper(TimmStepper):
         return int(h), int(w)
 
     def _channels_last(self, maps: Tensor) -> Tensor:
-        """What the stages before give -> (B, h, w, D), as the blocks want it."""
+        """Output of the preceding stages -> (B, h, w, D), the layout of the blocks."""
         return maps
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
@@ -102,7 +102,7 @@ class SwinStepper(StagedStepper):
         return h, w
 
     def _resize(self, size: Size, patch_size: Size) -> None:
-        # The model's own set_input_size wants the stages that are left out.
+        # The model's own set_input_size needs the stages that were removed.
         self._stem.set_input_size(img_size=size)
         h, w = self._stem.grid_size
         for i, (stage, window) in enumerate(zip(self._stages, self.windows, strict=True)):
@@ -212,7 +212,7 @@ class HieraStepper(TimmStepper):
         if size[0] % self.UNIT or size[1] % self.UNIT:
             raise MFuserError(
                 f"Hiera takes images of whole mask units, multiples of {self.UNIT} pixels; "
-                f"{size[0]}x{size[1]} is none"
+                f"{size[0]}x{size[1]} is not"
             )
         model, table = self.model, self.model.pos_embed
         stride, schedule = model.patch_stride, model.unroll.schedule

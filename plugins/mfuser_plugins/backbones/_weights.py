@@ -55,7 +55,7 @@ def read_tensors(path: Path) -> Tensors:
     """Names -> tensors of a weights file, on the CPU, without the usual wrappers around all names.
 
     For files of which no model says what names to look for. Raises WeightsError if the file is
-    truncated, is no weights file, or holds anything that would have to be executed.
+    truncated, is not a weights file, or holds anything that would have to be executed.
     """
     tensors = flat(read_content(path))
     prefix = common_prefix(tensors)

@@ -1,4 +1,4 @@
-"""What the libraries' architectures are, as found by laying each out (benchmarks/pairs.py)."""
+"""Facts about the libraries' architectures, found by laying each out (benchmarks/pairs.py)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def known(library: str) -> dict[str, dict[str, Any]]:
 
 
 def listed(library: str) -> list[BackboneInfo]:
-    """The architectures of a library; those the catalog does not hold were not tried."""
+    """The architectures of a library; those missing from the catalog were not tried."""
     found = known(library)
     licenses = {"timm": timm_licenses, "open_clip": open_clip_licenses}.get(library, dict)()
     return [entry(name, found.get(name), licenses.get(name)) for name in candidates(library)]
@@ -95,7 +95,7 @@ def open_clip_licenses() -> dict[str, str]:
 
 
 def open_clip_license(model: str, tag: str) -> str | None:
-    """What timm states of the same weights' image tower; open_clip itself states nothing.
+    """The license timm states for the same image tower; open_clip itself states none.
 
     Found by the place on the hub, which many weights share with timm's; else, for a tower of
     timm's, the license of that architecture's weights if there is only one.

@@ -106,7 +106,7 @@ class OpenClipSpec(LibrarySpec, VisionLanguageSpec, name="open_clip"):
         if source is not None:
             load(model, source, self.model, self.weights, bool(cfg.get("quick_gelu")))
         if "multimodal_cfg" in cfg:
-            # What CoCa writes captions with.
+            # CoCa's caption decoder, which nothing here reads.
             model.text_decoder = None
         backbone.adapt(self.class_embeddings, self.drop_path, self.tanh_gelu, self.context_length)
         freeze(model, self.freeze)
@@ -141,7 +141,7 @@ def merge(cfg: dict[str, Any], options: dict[str, Any]) -> None:
 
 
 def find_tag(model: str, tag: str, quick_gelu: bool) -> dict[str, Any]:
-    """What open_clip knows of a tag. Raises WeightsError if the tag or its activation differs."""
+    """open_clip's metadata of a tag. Raises WeightsError if the tag or its activation differs."""
     import open_clip
 
     miniature = known()

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class TimmSpec(LibrarySpec, VisionSpec, name="timm"):
     """A vision transformer of the timm library: ViT, EVA, DINOv3, BEiT, SAM, NaFlex, CaiT, XCiT, …
 
-    Staged models (Swin, Swin v2, ConvNeXt, Hiera) serve through their longest stage: what is
-    before it makes the tokens, what follows it is left out. `mfuser list backbones --all` lists
+    Of staged models (Swin, Swin v2, ConvNeXt, Hiera) the longest stage is used: the stages before
+    it produce the tokens, those after it are dropped. `mfuser list backbones --all` lists
     the models.
 
     model: timm's name, with or without a tag: "vit_large_patch14_dinov2.lvd142m".

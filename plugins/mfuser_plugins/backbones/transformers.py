@@ -169,7 +169,7 @@ def _prepare(backbone: Stepped, spec: HuggingFaceSpec, image_size: Size) -> None
     freeze(backbone, spec.freeze)
     for name, parameter in backbone.named_parameters():
         if name.endswith("mask_token"):
-            # Of pre-training by masking; nothing here reads it.
+            # Only masked pre-training reads it.
             parameter.requires_grad_(False)
     backbone.resize(image_size, spec.patch_size)
     mean, std = spec.mean, spec.std

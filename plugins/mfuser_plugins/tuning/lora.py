@@ -89,8 +89,8 @@ def merge(model: nn.Module) -> nn.Module:
 class LoraSpec(TuningSpec, name="lora"):
     """LoRA: trained low-rank updates of the linear layers in the encoders' blocks.
 
-    encoders: ["vfm"], ["vlm"]; None: those that are there. Text encoders are left alone.
-    rank: of the updates; alpha: they count alpha / rank times. None: once.
+    encoders: ["vfm"], ["vlm"]; None: every encoder of the pairing. Text encoders are not changed.
+    rank: of the updates. alpha: updates are scaled by alpha / rank; None: by 1.
     layers: patterns of the layers' paths within a block, as the library names them: "*",
         "*attn*", "mlp.*", "attn.qkv".
     """

@@ -197,7 +197,7 @@ def test_resize_starts_from_the_original_tables() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(MFuserError, match="multiples of 32 pixels; 240x224 is none"):
+    with pytest.raises(MFuserError, match="multiples of 32 pixels; 240x224 is not"):
         build("hiera_tiny_224", (240, 224))
     with pytest.raises(MFuserError, match="no single kernel"):
         build("swin_tiny_patch4_window7_224", (224, 224), patch_size=8)

@@ -138,7 +138,7 @@ def test_pairs_equal_the_library(kind: str) -> None:
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:
-    with pytest.raises(MFuserError, match="multiples of 16 pixels; 70x64 is none"):
+    with pytest.raises(MFuserError, match="multiples of 16 pixels; 70x64 is not"):
         vision("beit", BIAS, (70, 64))
     backbone = vision("siglip2_vision_model", SIGLIP2, (70, 100))
     assert backbone.grid == (4, 6)

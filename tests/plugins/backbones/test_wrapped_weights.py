@@ -283,7 +283,7 @@ def test_records_of_training_frameworks_do_not_stand_in_the_way(
     (lambda p: p.write_text('{"weight_map": {"a": "model-1.safetensors"}}'), "index of 1 files"),
     (lambda p: np.save(p.open("wb"), np.ones(3)), "a NumPy file"),
     (lambda p: p.write_bytes(b"GGUF" + bytes(40)), "a GGUF file"),
-    (lambda p: p.write_bytes(b""), r"truncated or no weights file \(0 bytes"),
+    (lambda p: p.write_bytes(b""), r"truncated or not a weights file \(0 bytes"),
 ])  # fmt: skip
 def test_what_is_no_backbone_is_named_for_what_it_is(
     write: Callable[[Path], Any], message: str, tmp_path: Path
