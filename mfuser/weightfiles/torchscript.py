@@ -50,6 +50,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return _Module
+        # Pickles of tensors name this private function; there is no public one that does its work.
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return torch._utils._rebuild_tensor_v2
         if (module, name) == ("collections", "OrderedDict"):
@@ -81,6 +82,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
             if len(flat) < numel:
                 raise zipfile.BadZipFile(f"storage {key} is cut short")
+            # `_rebuild_tensor_v2` takes this class, which warns unless told that torch itself asks.
             return torch.storage.TypedStorage(
                 wrap_storage=flat.untyped_storage(), dtype=dtype, _internal=True
             )

@@ -52,6 +52,7 @@ class ClipStepper(Stepper):
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
         tower = self.tower
         if self.class_embeddings == 1:
+            # Private, but the only place where open_clip stops before its blocks.
             return tower._embeds(images), None
         patches = tower.conv1(images).flatten(2).transpose(1, 2)
         first = (self.class_embeddings * tower.class_embedding).expand(len(patches), 1, -1)
