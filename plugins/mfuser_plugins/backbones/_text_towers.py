@@ -41,7 +41,7 @@ class CocaText(ClipText):
         # Context must not count as padding: any other id works.
         filled = ids.new_full((len(ids), n), parts.pad_id + 1)
         filled = torch.cat([ids[:, :1], filled, ids[:, 1:]], dim=1)
-        # Private; the public forward takes no tokens, and this mask keeps the bug of the class column.
+        # Private: the public forward takes no tokens, and this mask has the class column's bug.
         mask = parts._build_additive_mask(filled, length, tokens.dtype)
         if parts.attn_mask is not None:
             mask = parts.attn_mask[:length, :length][None] + mask

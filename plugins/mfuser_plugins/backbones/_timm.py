@@ -1,8 +1,8 @@
 """timm's vision transformers, stepped: the base of all, and the ViT, EVA and BEiT families.
 
-timm's public methods run all blocks at once, so `_pos_embed` (`_forward_embeds` in NaFlexVit), which
-is private, is called here and in the modules beside: there is no public way to the tokens before the
-first block. The tests compare every family with the library's own forward.
+timm's public methods run all blocks at once, and there is no public way to the tokens before the
+first: here and in the modules beside `_pos_embed` (`_forward_embeds` in NaFlexVit) is called though
+private. The tests compare every family with the library's own forward.
 """
 
 from __future__ import annotations
