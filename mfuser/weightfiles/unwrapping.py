@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -152,7 +152,7 @@ def take(
     tensors = flat(content)
     if part is not None:
         tensors = _below(tensors, part, content)
-    parts = _parts(tensors, names, _swapped(content))
+    parts = [_without_counters(p, names) for p in _parts(tensors, names, _swapped(content))]
     refused: WeightsError | None = None
     for candidate in parts:
         try:
@@ -234,8 +234,22 @@ def _part(tensors: dict[str, Tensor], prefix: str, swapped: bool, found: int = 0
         kind = "averaged"
     if swapped and words[0] in ("state_dict", "ema_state_dict"):
         kind = "averaged" if words[0] == "state_dict" else "second"
-    below = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    below = {
+        name[len(prefix) :]: value
+        for name, value in tensors.items()
+        if name.startswith(prefix) and not is_optimizer(name)
+    }
     return Part(prefix, below, kind, found)
+
+
+def _without_counters(part: Part, names: Collection[str]) -> Part:
+    """The part without numbers and generator states that stand beside the weights by themselves."""
+    kept = {
+        name: value
+        for name, value in part.tensors.items()
+        if name in names or "." in name or (value.dim() > 0 and value.is_floating_point())
+    }
+    return replace(part, tensors=kept)
 
 
 def _counts_averages(tensors: dict[str, Tensor], prefix: str) -> bool:

@@ -219,6 +219,7 @@ PUBLISHED = (
     "positional_embedding",
     "token_embedding.weight",
     "ln_final.weight",
+    "input_resolution",
     "image_encoder.model.patch_emb.0.block.conv.weight",
 )
 """Names by which files in another naming are recognized: BAAI's, Apple's, plain CLIP's."""

@@ -167,13 +167,14 @@ def test_mistakes_are_named(tmp_path: Any) -> None:
         build({"package": "no-such-text"})
     with pytest.raises(WeightsError, match="holds no model"):
         build({"package": "pydantic"})
-    with pytest.raises(WeightsError, match="no config.json"):
-        build({"model": str(tmp_path)})
     for wrong in ({}, {"model": "random", "package": "x"}):
         with pytest.raises(ValidationError, match="either 'model'.*or 'package'"):
             build(wrong)
-    with pytest.raises(MFuserError, match="no multiple of text.heads"):
+    with pytest.raises(MFuserError, match="not a multiple of text.heads"):
         build({"model": "random", "width": 30, "heads": 4})
+    pytest.importorskip("transformers")
+    with pytest.raises(WeightsError, match="no config.json"):
+        build({"model": str(tmp_path)})
 
 
 def test_text_models_without_embedded_input_are_refused(tmp_path: Any) -> None:
@@ -190,8 +191,7 @@ def test_text_models_without_embedded_input_are_refused(tmp_path: Any) -> None:
 @pytest.fixture
 def architecture(tmp_path: Path) -> Path:
     """A folder with configurations and tokenizer, and no weights at all."""
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     transformers.BertConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
         vocab_size=100, architectures=["BertModel"],
@@ -205,7 +205,6 @@ def architecture(tmp_path: Path) -> Path:
 
 def test_laying_out_reads_no_weights(architecture: Path) -> None:
     """Of the image tower, of the text tower, and of a tower in a tower."""
-    pytest.importorskip("transformers")
     pairing = PairingSpec.model_validate(
         {
             "vlm": {

@@ -272,7 +272,7 @@ def test_positions_are_resampled_as_in_the_released_models(
     for name in ("pos_embed", "patch_embed.proj.weight"):
         # The same interpolation on another PyTorch: rounding only.
         torch.testing.assert_close(
-            state[name], file[f"eva.dst.{target}.{name}"], rtol=1e-5, atol=1e-6
+            state[name], file[f"eva.dst.{target}.{name}"], rtol=1e-5, atol=2e-6
         )
 
 

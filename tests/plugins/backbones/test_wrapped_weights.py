@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -114,10 +114,12 @@ def wrap(state: State, layers: list[tuple[str, bool]], beside: list[str]) -> dic
 
 
 @given(
-    layers=st.lists(LAYER, min_size=1, max_size=4),
+    layers=st.lists(LAYER, max_size=4),
     beside=st.lists(st.sampled_from(sorted(BESIDE)), unique=True, max_size=4),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
+@example(layers=[], beside=sorted(BESIDE), dtype=torch.float32)
+@example(layers=[("_orig_mod", False)], beside=["optimizer"], dtype=torch.float32)
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_any_nesting_of_wrappers_and_prefixes(
     layers: list[tuple[str, bool]], beside: list[str], dtype: torch.dtype, tmp_path: Path
