@@ -34,6 +34,8 @@ from mfuser.files import clear_leftovers, replacing
 from mfuser.model.assembly import build_model, unfilled
 from mfuser.model.dgss import DGSSModel
 from mfuser.released import recognize, translate
+from mfuser.weightfiles.contents import described
+from mfuser.weightfiles.unwrapping import foreign
 
 FORMAT = "mfuser-1"
 MODEL, OPTIMIZER = "model.", "optimizer."
@@ -198,13 +200,18 @@ def read(path: Path) -> Checkpoint:
             meta = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
+        if (other := foreign(path)) is not None:
+            raise CheckpointError(
+                f"{path} is not a checkpoint of this project: {other}; released models are "
+                "converted by `mfuser convert`"
+            ) from error
         raise DamagedError(
             f"{path} is not a whole safetensors file ({error}); copy or download it again"
         ) from error
     if meta.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} holds tensors but is not a checkpoint of this project (format "
-            f"{meta.get('format', 'none')!r}, expected {FORMAT!r})"
+            f"{meta.get('format', 'none')!r}, expected {FORMAT!r}): {described(tensors)}"
         )
     checksum = meta.pop(CHECKSUM, None)  # files from before have none
     if checksum is not None and checksum != _checksum(tensors, meta):

@@ -72,7 +72,7 @@ def read_content(
     if (other := _other_format(path)) is not None:
         raise error(f"{path} cannot be read: {other}")
     try:
-        if _is_safetensors(path):
+        if is_safetensors(path):
             return _safetensors(path)
         return Content(path, _torch(path))
     except MFuserError:
@@ -86,7 +86,8 @@ def _head(path: Path, length: int = 512) -> bytes:
         return file.read(length)
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is safetensors, by its first bytes, or is meant to be by its suffix."""
     head = _head(path, 9)
     if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
         return True

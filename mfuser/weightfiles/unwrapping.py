@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from mfuser.errors import WeightsError, suggest
 from mfuser.weightfiles.contents import described, is_optimizer, without_model
-from mfuser.weightfiles.reading import Content
+from mfuser.weightfiles.reading import Content, is_safetensors, read_content
 
 NOISE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch.compile, FSDP and activation checkpointing put into names, at any depth."""
@@ -104,6 +105,19 @@ def flat(content: Content) -> dict[str, Tensor]:
             f"{content.path} holds no named tensors, so it is not a weights file{_keys(content)}"
         )
     return tensors
+
+
+def foreign(path: Path) -> str | None:
+    """What a file is that is not safetensors; None for one that is, or is meant to be."""
+    if is_safetensors(path):
+        return None
+    try:
+        content = read_content(path)
+        tensors = flat(content)
+    except WeightsError as error:
+        return str(error).removeprefix(f"{path} ")
+    held = without_model(tensors, content.metadata) or described(tensors)
+    return f"it was written by torch.save or torch.jit and holds {held}"
 
 
 def _keys(content: Content) -> str:

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -321,3 +322,19 @@ def test_complete_file_of_a_model_that_computes_with_its_parameters(
     again, _ = load_model(path)
     image = torch.rand(1, 3, 64, 96)
     assert torch.equal(model.segment(image), again.segment(image))
+
+
+@pytest.mark.parametrize(("write", "message"), [
+    (lambda p: torch.save({"state_dict": {"backbone.blocks.0.norm.weight": torch.ones(2)}}, p),
+     "written by torch.save .* holds .*backbone.*mfuser convert"),
+    (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "pointer of Git LFS"),
+    (lambda p: p.write_text("<html>"), "is not a checkpoint of this project.*web page"),
+    (lambda p: save_file({"patch_embed.proj.weight": torch.ones(8, 3, 4, 4)}, p),
+     "not a checkpoint of this project .*transformer of width 8"),
+])  # fmt: skip
+def test_files_of_others_are_named_for_what_they_are(
+    write: Any, message: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "best.pth")
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.read(tmp_path / "best.pth")
