@@ -34,7 +34,7 @@ def read_released(path: Path) -> Released:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
-    content = read_content(path, CheckpointError, "cut off or no checkpoint")
+    content = read_content(path, CheckpointError, "cut off or no checkpoint", mapped=True)
     tree = content.tree
     if not isinstance(tree, Mapping):
         raise CheckpointError(f"{path} holds a {type(tree).__name__}, not a table of tensors")

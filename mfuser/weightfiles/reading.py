@@ -62,19 +62,22 @@ def read_content(
     path: Path,
     error: type[MFuserError] = WeightsError,
     what: str = "truncated or not a weights file",
+    *,
+    mapped: bool = False,
 ) -> Content:
     """What a .safetensors file, a torch.save file or a TorchScript archive holds.
 
-    The format is told by the content, not by the suffix. Tensors are mapped from the file where
-    the format allows. Raises `error` if the file is truncated, is in another format, or holds
-    objects that code would have to run for; what: the wording for a file that is neither.
+    The format is told by the content, not by the suffix. Raises `error` if the file is truncated,
+    is in another format, or holds objects that code would have to run for; what: the wording for a
+    file that is neither. mapped: tensors of a torch.save file may stay in the file, which then must
+    not change while they are used.
     """
     if (other := _other_format(path)) is not None:
         raise error(f"{path} cannot be read: {other}")
     try:
         if is_safetensors(path):
             return _safetensors(path)
-        return Content(path, _torch(path))
+        return Content(path, _torch(path, mapped))
     except MFuserError:
         raise
     except Exception as fault:
@@ -103,20 +106,22 @@ def _safetensors(path: Path) -> Content:
         return Content(path, tensors, file.metadata() or {})
 
 
-def _torch(path: Path) -> Any:
+def _torch(path: Path, mapped: bool) -> Any:
     with torch.serialization.safe_globals(_plain_values() + _records(path)):
         try:
-            if path.suffix == ".safetensors":
-                # torch.load goes by the suffix where it is given a path.
-                with path.open("rb") as file:
-                    return torch.load(file, map_location="cpu", weights_only=True)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if mapped and path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
-            if "TorchScript" in str(error):
-                return read_torchscript(path)
-            if "mmap can only be used" not in str(error):
+            if "mmap can only be used" not in str(error) and "TorchScript" not in str(error):
                 raise
-            return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            # Not by its path, whose suffix torch.load goes by.
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except RuntimeError as error:
+            if "TorchScript" not in str(error):
+                raise
+            return read_torchscript(path)
 
 
 def _plain_values() -> list[Any]:
