@@ -25,9 +25,11 @@ Tensors = dict[str, Tensor]
 
 SPARE = (
     r"(head|head_dist|lm_head|cls_pt_layers)\."
+    r"|(loss\w*|criterion|decode_head|auxiliary_head|\w+_head|projector|predictor|prototypes)\."
+    r"|decoder_\w+"
     r"|mask_token$|masked_embed$|.*relative_position_index$"
 )
-"""Classifiers, pretraining heads and index buffers: not part of a backbone."""
+"""Classifiers, heads and decoders of pretraining, losses, index buffers: not part of a backbone."""
 
 
 class TimmStepper(Stepper):
