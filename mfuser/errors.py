@@ -106,7 +106,7 @@ def explained(error: ValidationError, owner: str, keys: Iterable[str]) -> Valida
     Called where both are known: in the table's own class.
     """
     from pydantic import ValidationError
-    from pydantic_core import InitErrorDetails, PydanticCustomError
+    from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
     names = sorted(keys)
     takes = f"{owner or 'this table'} takes {listed(names) or 'no options'}"
@@ -120,8 +120,10 @@ def explained(error: ValidationError, owner: str, keys: Iterable[str]) -> Valida
             kind, ctx = _UNKNOWN, {"text": f"there is no such key; {near}"}
         elif kind == "missing" and own:
             kind, ctx = _MISSING, {"text": "missing" + (f"; {owner} needs it" if owner else "")}
-        if kind in (_UNKNOWN, _MISSING):
-            kind = PydanticCustomError(kind, "{text}", ctx)
+        try:
+            PydanticKnownError(kind, ctx)
+        except KeyError:  # ours, or one that a plugin's validator raised
+            kind = PydanticCustomError(kind, "{text}", {"text": details["msg"], **ctx})
         return InitErrorDetails(type=kind, ctx=ctx, loc=loc, input=given)
 
     return ValidationError.from_exception_data(

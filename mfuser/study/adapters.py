@@ -92,15 +92,8 @@ def work(job: dict[str, Any], registry: Registry) -> None:
     device = job["device"] or adapter_cost.default_device()
     machine = adapter_cost.machine(device)
     console, label = Console(), str(job["label"])
-    cost = adapter_cost.adapter_cost(
-        spec,
-        label,
-        width=study.width,
-        grid=study.grid,
-        prefix=study.prefix,
-        batch=study.batch,
-        device=device,
-    )
+    sizes: dict[str, Any] = {"width": study.width, "batch": study.batch, "device": device}
+    cost = adapter_cost.adapter_cost(spec, label, grid=study.grid, prefix=study.prefix, **sizes)
     growth = None
     if study.curve:
         with console.task(label, len(study.curve)) as task:
@@ -109,10 +102,8 @@ def work(job: dict[str, Any], registry: Registry) -> None:
                 label,
                 tokens=study.curve,
                 limit=study.limit,
-                width=study.width,
-                batch=study.batch,
-                device=device,
                 on_point=lambda p: task.advance(note=f"{p.tokens:,} tokens"),
+                **sizes,
             )
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)

@@ -178,7 +178,7 @@ def _variant(
 
 
 def _place(registry: Registry, name: str) -> str:
-    return registry.place("study", name)
+    return registry.place("study", name, "axes")
 
 
 def _trained(pairing: PairingSpec) -> int | None:

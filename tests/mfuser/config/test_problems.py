@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
-from mfuser import MFuserError, PairingSpec, build_model, load_registry
+from mfuser import MFuserError, Options, PairingSpec, build_model, load_registry
 from mfuser.config.study import StudySpec
 from mfuser.config.tables import Table, located, parse_settings
 from mfuser.errors import brief
@@ -364,6 +365,24 @@ def test_keys_are_found_by_line(tmp_path: Path, path: str, line: int | None) -> 
     file.write_text(LINES.replace('"timm",\n  model', '"timm", model').replace("= 1\n\n", "= 1\n"))
     expected = str(file) if line is None else f"{file}:{line if line < 4 else line - 1}"
     assert located(str(file), tuple(path.split("."))) == expected
+
+
+def test_errors_of_a_plugin_s_own_kind_are_kept() -> None:
+    class Even(Options):
+        width: int
+        depth: int = 1
+
+        @field_validator("width")
+        @classmethod
+        def _even(cls, width: int) -> int:
+            if width % 2:
+                raise PydanticCustomError("odd", "{given} is {odd}", {"given": width, "odd": "odd"})
+            return width
+
+    with pytest.raises(ValidationError) as caught:
+        Even.model_validate({"width": 3, "dept": 2})
+    assert [e["type"] for e in caught.value.errors()] == ["odd", "unknown_key"]
+    assert brief(caught.value) == "width = 3: 3 is odd (and 1 more)"
 
 
 def test_settings_of_one_option_are_one_table() -> None:
