@@ -53,7 +53,7 @@ class CheckpointError(MFuserError):
 
 
 class ElsewhereError(MFuserError):
-    """What another process of this command failed with; that one says it."""
+    """The failure of another process of this command, which reports it itself."""
 
 
 class MissingExtraError(MFuserError):

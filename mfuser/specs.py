@@ -61,7 +61,7 @@ class Options(BaseModel):
 
     @classmethod
     def describes(cls) -> str:
-        """Whose options these are, for messages: "fusion 'mvfuser'"; "" if no component's."""
+        """The owner of these options, for messages: "fusion 'mvfuser'"; "" if not a component."""
         return ""
 
     @model_validator(mode="wrap")

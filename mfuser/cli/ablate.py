@@ -214,7 +214,7 @@ def _list(jobs: list[Job], folder: Path, as_json: bool) -> None:
 
 
 def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the options given change of the study's table."""
+    """The changes that the given options make to the study's table."""
     from mfuser.config.tables import parse_settings
 
     named = ("base", "recipe", "source", "targets")

@@ -1,4 +1,4 @@
-"""What is installed here, and what each optional part is missing."""
+"""The state of an installation: versions, devices, plugins, and missing optional parts."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class PromptSpec(Options):
 
 
 class MergeSpec(Options):
-    """How the two final token sequences become one visual embedding: x_vlm + P(x_vfm).
+    """The merge of the two final token sequences into one visual embedding: x_vlm + P(x_vfm).
 
     vfm_norm: apply the VFM's final norm first (off in the released CLIP models).
     project: a linear map P. None: only where the widths differ.

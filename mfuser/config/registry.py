@@ -69,7 +69,7 @@ def load_registry(
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a key is written: in `file`, in the table `name` of its kind."""
+    """The place where a key is written: in `file`, in the table `name` of its kind."""
 
     file: str
     name: str

@@ -36,7 +36,7 @@ def _flat(axes: Any) -> Any:
 
 
 class PaperReference(Options):
-    """Which published figures belong to which variant.
+    """The published figures that belong to the variants.
 
     table: number of the paper's table. rows: label of a variant -> row of the table; left out, the
     labels are the rows.

@@ -136,7 +136,7 @@ class Components:
         raise ValueError(f"no {what} component is called '{name}'{self._instead(name, names)}")
 
     def _instead(self, name: str, names: Iterable[str]) -> str:
-        """What a name may stand for that none of the wanted kinds has."""
+        """Alternatives to a name that none of the wanted kinds has."""
         others = [k.replace("_", "-") for k, found in self._by_kind.items() if name in found]
         text = f"; it is a {others[0]} component{suggest('', names)}" if others else ""
         text = text or suggest(name, names)

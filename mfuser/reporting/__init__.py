@@ -1,1 +1,1 @@
-"""What people read: reports, tables, pictures, descriptions, costs."""
+"""Output to read: reports, tables, pictures, descriptions, costs."""

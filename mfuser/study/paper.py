@@ -61,7 +61,7 @@ def row(reference: PaperReference, label: str) -> dict[str, Any] | None:
 
 
 def differences(registry: Registry, run: RunSpec, wanted: dict[str, Any]) -> list[str]:
-    """How a run's protocol and models differ from those of a row of the paper; [] if they do not.
+    """The differences of a run's protocol and models from those of a row of the paper.
 
     Where weights come from is not compared (a local file is as good as the hub), except that
     "random" never counts as equal, and a row that only its weights identify names a part of theirs.

@@ -125,7 +125,7 @@ class MaskDecoder(Decoder):
 
 @torch.no_grad()
 def background(masks: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Where each query need not look: (B, Q, h, w) logits -> (B, Q, N), bool, N = that shape.
+    """The pixels hidden from each query: (B, Q, h, w) logits -> (B, Q, N), bool, N = that shape.
 
     A query whose whole mask is background looks everywhere.
     """

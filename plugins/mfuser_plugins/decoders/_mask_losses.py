@@ -90,7 +90,7 @@ class MaskLosses:
 
 
 def class_masks(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Which classes are there, and where.
+    """The classes present in each image, and their masks.
 
     labels (B, H, W) -> present (B, K), bool; masks (n, 1, H, W), float32. Ignored pixels are
     outside every mask, and count as such.

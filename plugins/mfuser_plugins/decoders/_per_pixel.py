@@ -1,4 +1,4 @@
-"""What decoders share that answer for each pixel: cross-entropy, and logits at any size."""
+"""Base of decoders that classify each pixel: cross-entropy, and logits at any size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the two halves of the Mask2Former decoder share: attention, feed-forward, positions."""
+"""Parts of both halves of the Mask2Former decoder: attention, feed-forward, positions."""
 
 from __future__ import annotations
 

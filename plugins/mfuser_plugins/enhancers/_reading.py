@@ -1,4 +1,4 @@
-"""What the enhancers share that let class texts read the image at a width of their own."""
+"""Base of enhancers in which class texts read the image, at a width of their own."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class ReadingEnhancer(TextEnhancer):
 
 
 def read_image(scan: nn.Module, text: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
-    """What a scan over [text ; image ; text] adds to either copy of the text (paper, eq. 8).
+    """The outputs of a scan over [text ; image ; text] at either copy of the text (paper, eq. 8).
 
     text (B, K, D), visual (B, T, D) -> (B, K, D) twice. The scan reads one way: the second copy has
     seen the whole image, the first tells the image tokens what to be read for.

@@ -1,4 +1,4 @@
-"""What adapters share that work at one width: maps to it and back, order, near-zero offsets."""
+"""Base of adapters that work at one width: maps to it and back, order, near-zero offsets."""
 
 from __future__ import annotations
 
