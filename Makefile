@@ -53,6 +53,7 @@ docs: $(VENV)/.installed-dev
 
 reference: $(VENV)/.installed-dev
 	$(BIN)/python -m mfuser.cli.reference > docs/reference.md
+	$(BIN)/python docs/draw_architecture.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
