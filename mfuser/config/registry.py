@@ -95,7 +95,8 @@ class Registry:
                 elif key == "data":
                     declared |= _declared_roots(file, value)
                 elif key == "plugins":
-                    requested = {**dict.fromkeys(_asked(file, value), file), **requested}
+                    for plugin in _asked(file, value):
+                        requested.setdefault(plugin, file)
                 else:
                     raise RegistryError(
                         f"{tables.located(file, (key,))}: no table is called [{key}]"

@@ -299,6 +299,13 @@ def test_every_other_table(write_registry: Write, table: str, text: str, message
     assert re.match(re.escape(file) + f"({message})", said), said
 
 
+def test_plugins_load_in_the_order_in_which_they_are_asked_for(write_registry: Write) -> None:
+    """Those of the command line first; each once. (A run records them in this order.)"""
+    names = ["mfuser_plugins.fusion.mvfuser", "mfuser_plugins.fusion.none"]
+    file = write_registry(f'[plugins]\nload = ["{names[0]}", "{names[1]}"]', bare=True)
+    assert load_registry(file, plugins=[names[1]]).plugins == (names[1], names[0])
+
+
 def test_a_folder_stated_for_a_name_like_it_is_mentioned(write_registry: Write) -> None:
     file = write_registry('[data]\ncityscape = "somewhere"', bare=True)
     registry = load_registry(file, data_roots=["acdd=/x"])
