@@ -151,7 +151,8 @@ def parse(line: str, words: list[str], registry: Registry, text: str) -> None:
         assert name in command.commands, f"{line}: there is no command '{name}'"
         command = command.commands[name]
     try:
-        context = command.make_context("mfuser", list(words))
+        # With the settings of the whole: a command keeps the names of its help option.
+        context = command.make_context("mfuser", list(words), **cli.context_settings)
     except click.exceptions.Exit:
         return  # --help, --version
     except click.ClickException as error:
