@@ -93,7 +93,7 @@ REGISTRY = [
         '[pairing.bad]\nextends = "plain"\nfusion.eveny = 2',
         "bad",
         [],
-        r"registry\.toml:\d+ \[pairing\.bad\]: fusion\.eveny: there is no such key.*ev",
+        r"registry\.toml:\d+ \[pairing\.bad\]: fusion\.eveny: there is no .*'every'",
     ),
     (
         "wrong type",
