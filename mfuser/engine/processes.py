@@ -6,6 +6,7 @@ and no process waits for another that has gone.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import time
@@ -100,7 +101,8 @@ class Processes:
     def same_buffers(self, model: nn.Module) -> None:
         """Give all the first one's running statistics, which are those that it saves."""
         if self.count > 1:
-            broadcast([b for b in model.buffers() if b.device == self.accelerator.device])
+            kind = self.accelerator.device.type  # on CPUs its index is the process's
+            broadcast([b for b in model.buffers() if b.device.type == kind])
 
     def say_why(self, error: BaseException) -> None:
         """Leave this process's reason to end for the others, and for torchrun's summary."""
@@ -128,7 +130,8 @@ class Processes:
 def processes(
     precision: str = "no", device: str | None = None, joined: Processes | None = None
 ) -> Iterator[Processes]:
-    """Connect the processes that a launcher started, and part from them afterwards.
+    """Connect the processes that a launcher started; they part when they end or one fails, since
+    they cannot meet twice at one address.
 
     joined: those of the surrounding command, which stay connected. Raises MFuserError where what
     launched them cannot work, or where another process has gone.
@@ -137,10 +140,11 @@ def processes(
         yield joined
         return
     check_launch()
-    # Accelerate keeps one state per Python process, its precision and process group included, and
-    # has no public way to put it away; a program may train with several precisions one by one.
-    AcceleratorState._reset_state(reset_partial_state=True)
+    # Accelerate keeps one state per Python process, its precision and device included, and has no
+    # public way to put it away; a program may train with several of them one by one.
+    AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
     together = Processes(_accelerator(precision, device))
+    atexit.register(_part)
     try:
         check_connected(together.count)
         yield together
@@ -152,9 +156,13 @@ def processes(
         together.say_why(error)
         _record(error)
         raise
-    finally:
-        together.accelerator.end_training()
-        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _part() -> None:
+    """End the process group, and with it what others wait for."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _accelerator(precision: str, device: str | None) -> Accelerator:

@@ -82,6 +82,10 @@ def test_training_with_two_is_one_run(tiny: Registry, two: Any, tmp_path: Path) 
         assert mine["step"] == theirs["step"]
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert mine["loss_align"] == pytest.approx(theirs["loss_align"], rel=1e-4)
+    # What was evaluated is what was saved, in both: not the second one's running statistics.
+    again = evaluate(folder, registry=tiny, device="cpu", out=tmp_path / "again", quiet=True)
+    for name, domain in again.report.domains.items():
+        assert domain.miou == pytest.approx(report["domains"][name]["miou"], abs=1e-6)
     saved = checkpoints.read(folder / checkpoints.FINAL).model
     for name, parameter in one.model.named_parameters():
         if parameter.requires_grad:
