@@ -33,6 +33,6 @@ def defined_at(thing: Any) -> str:
 
 
 def place(error: BaseException, spec: type) -> str:
-    """Where the component of `spec` raised, or is defined where what it returned is at fault."""
+    """Where the component of `spec` raised; if it raised nothing, where its build is defined."""
     package = spec.__module__.split(".")[0]
     return raised_in(error, package) or defined_at(getattr(spec, "build", spec)) or defined_at(spec)

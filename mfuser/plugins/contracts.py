@@ -33,7 +33,7 @@ def origin(spec: Spec) -> str:
 
 
 def undisturbed(spec: Spec, build: Callable[[], T]) -> T:
-    """The result of `build`, a call of the spec's own; what it changes elsewhere is put back.
+    """The result of calling the spec's own `build`; what that changes in the process is put back.
 
     The changes are named by a PluginWarning.
     """
@@ -51,7 +51,7 @@ def undisturbed(spec: Spec, build: Callable[[], T]) -> T:
 def built(
     spec: Spec, expected: Callable[..., T], build: Callable[[], Any], optional: bool = False
 ) -> T:
-    """The result of `build`, a call of the spec's own: an `expected`, marked with its origin.
+    """The result of calling the spec's own `build`: an `expected`, marked with its origin.
 
     optional: None will do too. Raises PluginError that names the component, and the line of it
     that raised, if it raises or returns anything else.
@@ -91,8 +91,7 @@ def complete(backbone: VisionBackbone) -> None:
 
 
 def freezes(backbone: VisionBackbone, freeze: bool) -> None:
-    """Raises PluginError for a backbone that trains although it is frozen, or does not although it
-    should."""
+    """Raises PluginError for a backbone that trains with freeze = true or does not with false."""
     trains = [
         name
         for name, parameter in backbone.named_parameters()

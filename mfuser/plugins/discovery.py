@@ -1,7 +1,7 @@
 """Finding plugins, and the frozen dictionary of the components they offer.
 
-A plugin is a stranger's code. Whatever it raises, changes, prints or asks for, it is named and the
-others go on working.
+A plugin is a stranger's code. If it fails or changes the process, it is named, and the others go on
+working.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ _USE = {
 def write(name: str, kind: str, folder: Path) -> list[Path]:
     """Write the package `name` (my-plugin or my_plugin) into `folder`, new or empty.
 
-    Returns the files. Raises PluginError for a name that cannot be one, that hides an installed
-    module or component, and for a folder that holds something.
+    Returns the files. Raises PluginError for a name that is not a package name or is taken,
+    and for a folder that is not empty.
     """
     module = _module(name, kind)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -80,7 +80,7 @@ def _template(name: str) -> str:
 def _module(name: str, kind: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", name) or keyword.iskeyword(name):
         raise PluginError(
-            f"'{name}' cannot name a package: small letters, digits, and single - or _ between "
+            f"'{name}' is not a package name: lowercase letters, digits, and single - or _ between "
             "them, e.g. my-fusion"
         )
     module = name.replace("-", "_")

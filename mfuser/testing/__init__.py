@@ -133,7 +133,7 @@ def check_plugin(
 
 
 def plugin_components(name: str) -> tuple[Components, list[Component]]:
-    """All components, the plugin `name` loaded, and those that it offers."""
+    """All components, with the plugin `name` loaded, and those of that plugin."""
     from mfuser.plugins.discovery import load_components, offered_by
 
     # Its name may be taken: that is a finding, and the rest is checked all the same.

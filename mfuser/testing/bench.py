@@ -47,7 +47,7 @@ class Bench(ABC):
 
     @abstractmethod
     def make(self, case: Any) -> nn.Module | None:
-        """The component's module; None where it has none by design."""
+        """The component's module; None where its build returns None."""
 
     @abstractmethod
     def inputs(self, case: Any, batch: int) -> Inputs:

@@ -75,11 +75,11 @@ def samples(bench: DatasetBench) -> str:
                 f"int64 {image.shape[:2]}, as the image",
                 "convert with .astype(np.int64); never resize labels smoothly",
             )
-        strange = sorted(set(np.unique(label).tolist()) - {*dataset.class_ids, IGNORE})
-        if strange:
+        unknown = sorted(set(np.unique(label).tolist()) - {*dataset.class_ids, IGNORE})
+        if unknown:
             raise Broken(
                 what,
-                f"the label values {strange[:5]}",
+                f"the label values {unknown[:5]}",
                 f"values of class_ids, or {IGNORE} for ignored pixels",
                 "map raw values to class ids on reading, the rest to 255",
             )

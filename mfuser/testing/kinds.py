@@ -77,7 +77,7 @@ def resizing(bench: Bench) -> str:
             try:
                 module.resize(other)
             except MFuserError:
-                continue  # it says what it cannot do
+                continue  # refused with a reason
             fresh = bench.build(other)
             if tuple(module.grid) != tuple(fresh.grid):
                 raise Broken(
@@ -94,7 +94,7 @@ def resizing(bench: Bench) -> str:
         raise Broken(
             f"resize() to {done} and back to {case}",
             f"{gap[0]} differs by {gap[1]:.2g} (relative)",
-            "what it was: positions are resampled from the original table",
+            "the same as before: positions are resampled from the original table",
             "keep the table as loaded, and resample from it on every resize()",
         )
     return f"a wrong size is refused; {', '.join(f'{h}x{w}' for h, w in done)} and back agree"

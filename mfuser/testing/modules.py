@@ -20,10 +20,10 @@ CLOSE = 1e-4
 
 
 def module_of(bench: Bench, case: Any, seed: int = 0) -> Any:
-    """A module in evaluation mode. Raises NotTried where there is none by design."""
+    """A module in evaluation mode. Raises NotTried where build() returns None."""
     module = bench.build(case, seed)
     if module is None:
-        raise NotTried("build() returns None: there is no module by design")
+        raise NotTried("build() returns None, so there is no module")
     return module.eval()
 
 
@@ -40,7 +40,7 @@ def odd_shapes(bench: Bench) -> str:
             module = module_of(bench, case)
         except MFuserError as error:
             if error.__cause__ is None and tried:
-                continue  # it says what it cannot do
+                continue  # refused with a reason
             raise
         for batch in (1, 3):
             inputs = bench.feed(case, batch)
@@ -251,7 +251,7 @@ def gradients(bench: Bench) -> str:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(3)
         for p in module.parameters():
-            # Zero-initialized scales hide what lies behind them.
+            # A scale that starts at zero would stop the gradient of everything before it.
             if p.requires_grad:
                 p.add_(0.05 * torch.randn_like(p))
     inputs = bench.feed(case)

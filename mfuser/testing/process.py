@@ -30,7 +30,7 @@ def imports(spec: type[Spec], components: Components) -> str:
 
 
 def builds(bench: Bench) -> str:
-    """build() and what it changes in the process"""
+    """The process before and after build()"""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         module_of(bench, first(bench))

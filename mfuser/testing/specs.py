@@ -1,4 +1,4 @@
-"""Checks of a spec: its help, its options, what it refuses."""
+"""Checks of a spec: its name, help and options."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def refuses_unknown_keys(spec: Spec, components: Components) -> str:
         return "an option that does not exist"
     raise Broken(
         "{ no_such_option = 1 }",
-        "it was taken without a word",
+        "it was accepted",
         "a ValidationError that names the key",
         'leave model_config alone: specs forbid what they do not know (extra="forbid")',
     )
@@ -92,7 +92,7 @@ def refuses_unknown_keys(spec: Spec, components: Components) -> str:
 def refuses_bad_values(spec: Spec, components: Components) -> str:
     """Every numeric option at -1, 0, 7 and 1.5, every choice at an unknown word"""
     if spec.kind not in BENCHES:
-        raise NotTried("only modules are built from odd values")
+        raise NotTried("datasets are not built from unusual values")
     bench_class = BENCHES[spec.kind]
     tried = refused = 0
     for field, value in _values(type(spec)):
@@ -119,7 +119,7 @@ def refuses_bad_values(spec: Spec, components: Components) -> str:
             raise _unrefused(given, bench.describe(case), got, spec) from error
     if not tried:
         raise NotTried("there is no numeric option and no choice")
-    return f"{tried} odd values: {refused} refused with a reason, {tried - refused} work"
+    return f"{tried} unusual values: {refused} refused with a reason, {tried - refused} work"
 
 
 def _unrefused(given: str, case: str, got: str, spec: Spec) -> Broken:
@@ -133,7 +133,7 @@ def _unrefused(given: str, case: str, got: str, spec: Spec) -> Broken:
 
 
 def _values(spec: type[Spec]) -> Iterator[tuple[str, Any]]:
-    """(field, odd value) for the numeric fields and choices that the spec itself adds."""
+    """(field, unusual value) for the numeric fields and choices that the spec itself adds."""
     for name, info in spec.model_fields.items():
         if name == "name":
             continue

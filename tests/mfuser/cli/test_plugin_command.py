@@ -153,7 +153,7 @@ def test_what_an_import_changes_fails_the_check(tmp_path: Path, mfuser: Run) -> 
         (("check",), "Missing argument 'MODULE'"),
         (("new", "x"), "Missing option '--kind'"),
         (("new", "x", "--kind", "fision"), "is not one of"),
-        (("new", "My Plugin", "--kind", "fusion"), "cannot name a package"),
+        (("new", "My Plugin", "--kind", "fusion"), "is not a package name"),
         (("new", "timm", "--kind", "backbone"), "a module 'timm' is installed already"),
         (("new", "mvfuser", "--kind", "fusion"), "a fusion component is called 'mvfuser'"),
         (("nwe", "x"), "did you mean 'new'"),
