@@ -43,8 +43,8 @@ COMMANDS = {
     "plugin new": "NAME --json --kind --out",
     "predict": f"RUN IMAGES --classes --device --out --recursive --scale --scores --set --skip-bad "
     f"--stride {SHARED}",
-    "train": "PAIRING --no-evaluate --out --recipe --resume --seed --set --set-recipe --source "
-    f"--steps --targets {WORK}",
+    "train": "PAIRING --no-evaluate --out --recipe --replay --resume --seed --set --set-recipe "
+    f"--source --steps --targets {WORK}",
     "world pretrain": "TOWER --decay --json --out --save-every --seed --steps --without",
 }
 
