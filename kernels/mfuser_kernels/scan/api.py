@@ -8,8 +8,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from mfuser_kernels.scan import backends, op
+from mfuser_kernels.scan import autograd, backends, mamba, op, reference
 from mfuser_kernels.scan.inputs import ScanInputs, check
+
+# Backends that are functions with an autograd of their own.
+COMPOSITE = {"reference": reference.scan, "mamba_ssm": mamba.scan}
 
 
 @overload
@@ -117,18 +120,16 @@ def selective_scan(
         u, delta = u.transpose(1, 2), delta.transpose(1, 2)
         z = None if z is None else z.transpose(1, 2)
     name = backends.choose(backend, u.device.type, u.dtype, initial_state is not None)
-    if name in backends.COMPOSITE:
-        x = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
-        out, last_state = backends.module(name).scan(x)
+    x = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+    if name in COMPOSITE:
+        out, last_state = COMPOSITE[name](x)
     else:
-        training = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in tensors.values()
-        )
-        out, last_state, _ = op.selective_scan(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, training, name
-        )
+        # torch.compile knows no autograd.Function that has a jvp, but the operator made of it.
+        run = op.selective_scan if torch.compiler.is_compiling() else autograd.Scan.apply
+        training = autograd.needs_gradients(x.tensors())
+        out, last_state, _ = run(*x.tensors(), delta_softplus, training, name)
     if layout == "bdl":
-        out = out.transpose(1, 2)
+        out = out.transpose(1, 2).contiguous()  # mamba-ssm's callers may take a view
     return (out, last_state) if return_last_state else out
 
 

@@ -23,7 +23,6 @@ MODULES = {
     "associative": "mfuser_kernels.scan.associative",
 }
 AUTO = ("triton", "mamba_ssm", "cpu", "chunked")  # in the order of preference
-COMPOSITE = ("reference", "associative", "mamba_ssm")  # they bring an autograd of their own
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ def module(name: str, asked: str = "backend") -> ModuleType:
 
     Each has `unusable() -> str`, the reason why it cannot run on this machine, and
     `refuses(device, dtype, initial_state) -> str`, why it cannot run such inputs; empty if it can.
-    A composite one has `scan(x) -> (out, last_state)`; the others have `saved_shape(x)`,
-    `forward(x, training) -> (out, last_state, saved)` and
+    `reference` and `mamba_ssm` have `scan(x) -> (out, last_state)`; the others have
+    `saved_shape(x)`, `forward(x, training) -> (out, last_state, saved)` and
     `backward(x, d_out, d_last_state, saved) -> nine gradients`.
     """
     if name not in MODULES:

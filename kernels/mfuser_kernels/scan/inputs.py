@@ -6,7 +6,7 @@ G groups of channels that share B and C.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from mfuser_kernels.errors import ScanError
 
 LOG2_E = 1.4426950408889634  # decays are computed as 2^(delta A log2(e))
+TENSORS = 9  # fields of ScanInputs that are tensors: the first nine
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -64,23 +65,6 @@ class ScanInputs:
             self.z,
             self.delta_bias,
             self.initial_state,
-        )
-
-    def with_tensors(self, tensors: tuple[Tensor | None, ...]) -> ScanInputs:
-        u, delta, A, B, C, D, z, delta_bias, initial_state = tensors
-        assert u is not None and delta is not None and A is not None
-        assert B is not None and C is not None
-        return replace(
-            self,
-            u=u,
-            delta=delta,
-            A=A,
-            B=B,
-            C=C,
-            D=D,
-            z=z,
-            delta_bias=delta_bias,
-            initial_state=initial_state,
         )
 
 

@@ -1,8 +1,10 @@
-"""The torch operators: shapes for tracing, autograd, and the count of floating-point operations.
+"""The torch operators: their schemas, shapes for tracing, and the count of floating-point operations.
 
-Two operators, forward and backward, opaque to torch.compile, so that every backend survives it,
-autocast, checkpointing and FlopCounterMode alike. They are registered with torch.library.Library:
-the first call of an operator made by torch.library.custom_op imports torch._dynamo, 1.4 s.
+`selective_scan` has derivatives (autograd.py); it consists of `selective_scan_forward` and
+`selective_scan_backward`, which torch.compile sees as two opaque calls, so that every backend
+survives it, autocast, checkpointing and FlopCounterMode alike. They are registered with
+torch.library.Library: the first call of an operator made by torch.library.custom_op imports
+torch._dynamo, 1.4 s.
 """
 
 from __future__ import annotations
@@ -14,35 +16,36 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mfuser_kernels.scan import backends, memory
-from mfuser_kernels.scan.inputs import ScanInputs
+from mfuser_kernels.scan.inputs import TENSORS, ScanInputs
 from mfuser_kernels.scan.reference import compute_dtype
 
-TENSORS = 9  # differentiable arguments, in the order of ScanInputs.tensors()
+# As in ScanInputs.
+NINE = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? delta_bias, Tensor? initial_state"
+)
+FORWARD = f"({NINE}, bool delta_softplus, bool training, str backend) -> (Tensor, Tensor, Tensor)"
+# Always nine results: torch.autograd.grad(is_grads_batched=True) can take no list.
+BACKWARD = (
+    f"({NINE}, Tensor? d_out, Tensor? d_last_state, Tensor saved, "
+    f"bool delta_softplus, str backend) -> ({', '.join(['Tensor'] * TENSORS)})"
+)
 
 
-def _forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    training: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, L, D), last state (B, D, N), and what the backend keeps for its backward."""
-    x = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
-    if u.device.type == "cpu":
+    *inputs, training, backend = arguments
+    x = ScanInputs(*inputs)
+    if x.batch == 0:
+        return _fake_forward(*arguments)
+    if x.u.device.type == "cpu":
         memory.keep_freed()
-    return backends.module(backend).forward(x, training)
+    out, last_state, saved = backends.module(backend).forward(x, training)
+    return out, last_state, saved
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_forward` makes of the same arguments, without numbers."""
+    """Tensors of the shapes, dtypes and strides that `_forward` returns, without values."""
     *inputs, training, backend = arguments
     x = ScanInputs(*inputs)
     u, state = x.u, compute_dtype(x.u.dtype)
@@ -54,81 +57,43 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _gradients(
-    d_out: Tensor | None,
-    d_last_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
-    backend: str,
-) -> list[Tensor]:
-    """Gradients of the tensors that are not None, in their order, shapes and dtypes."""
-    x = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
-    grads = backends.module(backend).backward(x, d_out, d_last_state, saved)
-    return [
-        g.to(t.dtype).reshape(t.shape)
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The nine gradients, contiguous, each in the dtype of its tensor; (0,) where that is None.
+
+    If the forward kept nothing (`saved` is empty), it is run again.
+    """
+    *tensors, d_out, d_last_state, saved, delta_softplus, backend = arguments
+    x = ScanInputs(*tensors, delta_softplus)
+    if x.batch == 0:
+        return tuple(map(torch.zeros_like, _fake_backward(*arguments)))
+    run = backends.module(backend)
+    if not saved.numel():
+        saved = run.forward(x, True)[2]
+    grads = run.backward(x, d_out, d_last_state, saved)
+    return tuple(
+        x.u.new_empty(0) if t is None else g.to(t.dtype).reshape(t.shape).contiguous()
         for g, t in zip(grads, x.tensors(), strict=True)
-        if t is not None and g is not None
-    ]
-
-
-def _fake_gradients(d_out: Any, d_last_state: Any, *arguments: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in arguments[:TENSORS] if t is not None]
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:TENSORS], output[2])
-    ctx.delta_softplus, _, ctx.backend = inputs[TENSORS:]
-
-
-def _backward(
-    ctx: Any, d_out: Tensor | None, d_last_state: Tensor | None, d_saved: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    *tensors, saved = ctx.saved_tensors
-    if d_out is None and d_last_state is None:
-        return (None,) * (TENSORS + 3)
-    grads = iter(
-        selective_scan_backward(
-            d_out, d_last_state, *tensors, saved, ctx.delta_softplus, ctx.backend
-        )
     )
-    return (*(None if t is None else next(grads) for t in tensors), None, None, None)
 
 
-def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    pass
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    u = arguments[0]
+    return tuple(u.new_empty(0) if t is None else t.new_empty(t.shape) for t in arguments[:TENSORS])
 
 
-def _second_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("the selective scan offers no second derivatives; backend 'reference' does")
-
-
-_library = torch.library.Library("mfuser", "FRAGMENT")
-for _name, _run, _fake in (
-    ("selective_scan", _forward, _fake_forward),
-    ("selective_scan_backward", _gradients, _fake_gradients),
+library = torch.library.Library("mfuser", "FRAGMENT")
+for _name, _schema, _run, _fake in (
+    ("selective_scan", FORWARD, _forward, _fake_forward),
+    ("selective_scan_forward", FORWARD, _forward, _fake_forward),
+    ("selective_scan_backward", BACKWARD, _backward, _fake_backward),
 ):
-    _library.define(_name + torch.library.infer_schema(_run, mutates_args=()))
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mfuser::{_name}", _fake, lib=_library)
+    library.define(_name + _schema)
+    library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mfuser::{_name}", _fake, lib=library)
 
 selective_scan = torch.ops.mfuser.selective_scan.default
+selective_scan_forward = torch.ops.mfuser.selective_scan_forward.default
 selective_scan_backward = torch.ops.mfuser.selective_scan_backward.default
-torch.library.register_autograd(
-    "mfuser::selective_scan", _backward, setup_context=_setup, lib=_library
-)
-torch.library.register_autograd(
-    "mfuser::selective_scan_backward", _second_backward, setup_context=_second_setup, lib=_library
-)
 
 
 def scan_flops(batch: int, length: int, width: int, states: int, skip: bool, gate: bool) -> int:
@@ -141,17 +106,14 @@ def scan_flops(batch: int, length: int, width: int, states: int, skip: bool, gat
     return batch * length * width * (7 * states + 2 + 2 * skip + 2 * gate)
 
 
-@register_flop_formula(torch.ops.mfuser.selective_scan)
-def _flops(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *_: Any, **__: Any) -> int:
-    batch, length, width = u
-    return scan_flops(batch, length, width, A[1], D is not None, z is not None)
+@register_flop_formula([torch.ops.mfuser.selective_scan, torch.ops.mfuser.selective_scan_forward])
+def _flops(*shapes: Any, **_: Any) -> int:
+    u, _delta, A, _B, _C, D, z, *_rest = shapes
+    (batch, length, width), states = u, A[1]
+    return scan_flops(batch, length, width, states, D is not None, z is not None)
 
 
 @register_flop_formula(torch.ops.mfuser.selective_scan_backward)
-def _flops_backward(
-    d_out: Any, d_last: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any,
-    *_: Any, **__: Any,
-) -> int:  # fmt: skip
+def _flops_backward(*shapes: Any, **_: Any) -> int:
     # Recomputing the states costs one forward, the reverse recurrence and its five sums about two.
-    batch, length, width = u
-    return 3 * scan_flops(batch, length, width, A[1], D is not None, z is not None)
+    return 3 * _flops(*shapes)

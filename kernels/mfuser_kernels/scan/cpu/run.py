@@ -46,7 +46,9 @@ class Layout:
         self.x = x
         self.share, self.width = padded(x)
         self.fill = self.share - x.width // x.groups
-        self.dtype = torch.bfloat16 if x.u.dtype == torch.bfloat16 else torch.float32
+        rows = [t.dtype for t in (x.u, x.delta, x.z) if t is not None]
+        # One width for all rows, and none of them rounded on the way in.
+        self.dtype = torch.bfloat16 if set(rows) == {torch.bfloat16} else torch.float32
         self.variant = Variant(
             states=x.states,
             bf16=self.dtype == torch.bfloat16,
