@@ -1,4 +1,4 @@
-"""Selective scan for any device, from pip alone: it depends on torch, everything else is optional.
+"""The selective scan for any device, from pip alone: only torch is required, the rest is optional.
 
 >>> from mfuser_kernels import selective_scan
 >>> y = selective_scan(u, delta, A, B, C, D, layout="bld")

@@ -1,4 +1,4 @@
-"""Inputs and measures that the tests and the benchmarks of the scan share."""
+"""Inputs and error measures shared by the tests and the benchmarks of the scan."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def scan_inputs(
 ) -> dict[str, Any]:
     """Arguments of a scan in layout "bld", with Mamba's initial A and delta (its section 3.6).
 
-    `constant` holds the letters of the matrices that are the same at every step; `groups` is the
+    `constant` names the matrices that are constant over time ("B", "C" or "BC"); `groups` is the
     number of groups of B and C, None for the three-axis form.
     """
     random = torch.Generator().manual_seed(seed)
@@ -79,7 +79,7 @@ def run_scan(
 ) -> dict[str, Tensor]:
     """Outputs "out" and "last_state", and the gradient of a fixed random sum of both, by name.
 
-    `dtype` converts every tensor first, to compute what was rounded in a higher precision.
+    With `dtype`, every tensor is converted first: rounded inputs, computed in a higher precision.
     """
     leaves: dict[str, Any] = {
         name: t.detach().to(dtype or t.dtype).requires_grad_() if isinstance(t, Tensor) else t
@@ -114,7 +114,7 @@ def errors(
 ) -> dict[str, float]:
     """Relative RMS error of each output and gradient against the reference in float64.
 
-    `exact` is what `run_scan` found with that, for who asks about several backends.
+    To compare several backends, pass the result of `run_scan` for the reference as `exact`.
     """
     exact = exact or run_scan(inputs, "reference", torch.float64, state_grad)
     found = run_scan(inputs, backend, None, state_grad)

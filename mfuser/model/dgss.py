@@ -153,8 +153,16 @@ class DGSSModel(nn.Module):
             with torch.no_grad():
                 if text is None and self.encoder.vlm is not None:
                     text = self.text()
+
+                def scores(windows: Tensor) -> Tensor:
+                    if len(windows):
+                        return self.scores(windows, text)
+                    # An empty batch has empty scores; backbones cannot reshape it.
+                    shape = (0, len(self.classes), *self.spec.image_size)
+                    return windows.new_empty(shape, dtype=next(self.parameters()).dtype)
+
                 return sliding_window(
-                    lambda windows: self.scores(windows, text),
+                    scores,
                     as_unit_range(images),
                     self.spec.image_size,
                     stride,

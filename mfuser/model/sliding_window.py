@@ -102,7 +102,7 @@ def sliding_window(
     for start in range(0, len(origins), at_once):
         batch = origins[start : start + at_once]
         crops = [images[..., y : y + window[0], x : x + window[1]] for y, x in batch]
-        parts = at_least_float32(scores(torch.cat(crops))).split(len(images))
+        parts = at_least_float32(scores(torch.cat(crops))).unflatten(0, (len(batch), len(images)))
         for (y, x), part in zip(batch, parts, strict=True):
             if total is None:
                 total = part.new_zeros(len(images), part.shape[1], height, width)

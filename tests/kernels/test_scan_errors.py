@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import types
+
 import pytest
 import torch
 
@@ -72,6 +75,24 @@ def test_missing_compiler_names_the_extra(monkeypatch):
     assert backends.choose("auto", "cpu", torch.float32, False) == "chunked"
     with pytest.raises(ScanError, match=r"mfuser\[cpu\]"):
         call(backend="cpu")
+
+
+def test_the_mamba_extra_says_how_its_kernel_is_built(monkeypatch):
+    """mamba-ssm leaves Mamba-1's kernel out unless told, and then imports all the same."""
+    from mfuser_kernels.scan import mamba
+
+    reasons = [mamba.unusable.__wrapped__()]
+    find, load = backends.importlib.util.find_spec, importlib.import_module
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "mamba_ssm" or find(name))
+    monkeypatch.setattr(
+        "importlib.import_module",
+        lambda name: (
+            types.SimpleNamespace(selective_scan_cuda=None) if name == mamba.MODULE else load(name)
+        ),
+    )
+    reasons.append(mamba.unusable.__wrapped__())
+    assert "not installed" in reasons[0] and "without Mamba-1's CUDA kernel" in reasons[1]
+    assert all("MAMBA_KEEP_CUDA_BUILD=TRUE pip install" in reason for reason in reasons)
 
 
 def test_backends_are_listed_with_reasons():

@@ -95,6 +95,25 @@ def test_mixed_dtypes(backend):
     assert_close(inputs, backend, 1e-2)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("rounded", ["u", "delta", "z", "B", "C", "initial_state"])
+def test_each_input_keeps_its_own_precision(rounded, backend):
+    """One input in bfloat16 rounds none of the others: as exact as if it came in float32."""
+    inputs = scan_inputs(1, 300, 24, 5, start=True)
+    inputs["delta"] = 0.05 * inputs["delta"]  # bfloat16 changes it by a fiftieth of its size
+    inputs[rounded] = inputs[rounded].bfloat16()
+    state_error = errors(inputs, backend)["last_state"]
+    assert state_error < 1e-6
+    widened = dict(inputs, **{rounded: inputs[rounded].float()})
+    found, exact = run_scan(inputs, backend), run_scan(widened, backend)
+    assert found["out"].dtype == inputs["u"].dtype
+    assert torch.equal(found["out"], exact["out"].to(found["out"].dtype))
+    for name in ("delta", "z", "A", "B"):
+        if rounded != "u":  # of that the output is rounded, and with it the gradient that comes in
+            of_own = exact[f"grad {name}"].to(found[f"grad {name}"].dtype)
+            assert torch.equal(found[f"grad {name}"], of_own), name
+
+
 def extreme(name):
     inputs = scan_inputs(2, 200, 40, 4, gate=False)
     if name == "huge delta":
@@ -200,7 +219,7 @@ def test_layouts_agree_and_take_any_strides(backend):
     for name in ("B", "C"):
         moved[name] = inputs[name].permute(0, 2, 3, 1)
     out = selective_scan(**moved, backend=backend)
-    assert out.shape == (2, 40, 65)
+    assert out.shape == (2, 40, 65) and out.is_contiguous()  # callers of mamba-ssm take views
     assert torch.equal(out.transpose(1, 2), expected)
     wide = torch.randn(2, 65, 80)[..., ::2]  # every second channel
     assert torch.equal(

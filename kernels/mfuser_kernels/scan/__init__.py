@@ -1,1 +1,1 @@
-"""The selective scan: one operator, one naive reference, one file or folder for each backend."""
+"""The selective scan: one operator, one naive reference, one module or package per backend."""

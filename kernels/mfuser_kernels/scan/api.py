@@ -1,4 +1,4 @@
-"""The function that users call: checks, brings both layouts to (B, L, D), calls the operator."""
+"""The public function: checks its arguments, converts to (B, L, D) and calls the operator."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from mfuser_kernels.scan import autograd, backends, mamba, op, reference
+from mfuser_kernels.scan import associative, autograd, backends, mamba, op, reference
 from mfuser_kernels.scan.inputs import ScanInputs, check
 
-# Backends that are functions with an autograd of their own.
-COMPOSITE = {"reference": reference.scan, "mamba_ssm": mamba.scan}
+# Backends with an autograd of their own.
+COMPOSITE = {
+    "reference": reference.scan,
+    "associative": associative.scan,
+    "mamba_ssm": mamba.scan,
+}
 
 
 @overload
@@ -71,14 +75,14 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan of Mamba (arXiv 2312.00752, section 3), with every gradient.
 
-    The call of mamba-ssm's `selective_scan_fn` works unchanged; `scan/reference.py` states the
+    Calls to mamba-ssm's `selective_scan_fn` work unchanged; `scan/reference.py` states the
     equations.
 
     Args:
         u: input, (B, D, L), or (B, L, D) with layout "bld".
-        delta: step size before bias and softplus, the shape of u, no unit.
+        delta: step size before bias and softplus, the shape of u, dimensionless.
         A: state decay, real, (D, N); usually negative.
-        B: input matrix. One for all steps (D, N), or one for each step: (B, N, L) or
+        B: input matrix. Constant over time, (D, N), or one per step: (B, N, L) or
             (B, G, N, L) in layout "bdl", (B, L, N) or (B, L, G, N) in layout "bld", where
             each of the G groups serves D / G neighboring channels.
         C: output matrix, shaped like any B.
@@ -90,15 +94,16 @@ def selective_scan(
         initial_state: state before the first step, (B, D, N); zero if not given.
         layout: "bdl" as in mamba-ssm, or "bld", which needs no transposing copy.
         backend: "auto", or a name that `mfuser_kernels.backends()` lists. The environment
-            variable MFUSER_SCAN_BACKEND takes the place of "auto".
+            variable MFUSER_SCAN_BACKEND overrides "auto".
 
     Returns:
-        out in the shape, layout and dtype of u; with return_last_state, also the last state,
-        (B, D, N) in float32 (float64 if u is).
+        out in the shape, layout and dtype of u, contiguous; with return_last_state, also the last
+        state, (B, D, N) in float32 (float64 if u is).
 
     Raises:
         ScanError: a ValueError: shapes that do not fit, a complex or integer tensor, tensors on
             different devices, an unknown backend or one that cannot run here.
+        NotImplementedError: a derivative other than the gradient, from backend "mamba_ssm".
     """
     tensors = {
         "u": u,
@@ -124,12 +129,12 @@ def selective_scan(
     if name in COMPOSITE:
         out, last_state = COMPOSITE[name](x)
     else:
-        # torch.compile knows no autograd.Function that has a jvp, but the operator made of it.
+        # torch.compile rejects an autograd.Function that has a jvp, but accepts the operator.
         run = op.selective_scan if torch.compiler.is_compiling() else autograd.Scan.apply
         training = autograd.needs_gradients(x.tensors())
         out, last_state, _ = run(*x.tensors(), delta_softplus, training, name)
     if layout == "bdl":
-        out = out.transpose(1, 2).contiguous()  # mamba-ssm's callers may take a view
+        out = out.transpose(1, 2).contiguous()  # so that .view works, as with mamba-ssm
     return (out, last_state) if return_last_state else out
 
 

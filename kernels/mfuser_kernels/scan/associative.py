@@ -42,7 +42,8 @@ def scan(x: ScanInputs) -> tuple[Tensor, Tensor]:
     if x.D is not None:
         y = y + x.D.to(dtype) * u
     if x.z is not None:
-        y = y * F.silu(x.z.to(dtype))
+        z = x.z.to(dtype)
+        y = y * (z * torch.sigmoid(z))  # silu; the backward of F.silu has no forward mode
     return y.to(x.u.dtype), states[:, -1]
 
 

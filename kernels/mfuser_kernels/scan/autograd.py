@@ -1,8 +1,9 @@
 """Derivatives of the scan in every mode, and vmap.
 
-Gradients run on the backend of the forward. What goes beyond them, tangents and derivatives of
-gradients, differentiates the equations in reference.py and takes their time and memory. vmap makes
-the mapped axis more channels of one scan, in groups with a B and C of their own.
+Gradients are computed by the backend that ran the forward. Tangents (forward mode) and derivatives
+of gradients are obtained by differentiating the step-by-step equations of reference.py, at their
+cost in time and memory. vmap turns the mapped axis into additional channels of a single scan, with
+B and C in separate groups.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Optionals = Sequence[Tensor | None]
 
 
 class Scan(torch.autograd.Function):
-    """The operator `selective_scan`: its arguments, its results."""
+    """The scan; arguments and results are those of the operator `selective_scan`."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensors:
@@ -55,19 +56,19 @@ class Scan(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         fold = Fold(info.batch_size, in_dims, arguments)
         delta_softplus, _, backend = arguments[TENSORS:]
-        # Not as the caller says, but as the folded tensors do: where only the scan around vmap has
-        # gradients, the backward of each mapped one folds again and recomputes.
+        # The caller's flag was computed inside vmap, where requires_grad may be hidden. A backward
+        # that is itself mapped folds on its own and recomputes what the forward did not save.
         training = needs_gradients(fold.tensors)
         out, last_state, saved = Scan.apply(*fold.tensors, delta_softplus, training, backend)
         return (fold.undo(out, ROWS), fold.undo(last_state, STATE), saved), (ROWS, STATE, None)
 
 
 class ScanBackward(torch.autograd.Function):
-    """The operator `selective_scan_backward`: its arguments, its results."""
+    """Its gradients; arguments are those of the operator `selective_scan_backward`."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensors:
-        """Of the tensors that are not None."""
+        """Gradients of the tensors that are not None."""
         grads = op.selective_scan_backward(*arguments)
         return tuple(
             grad for grad, t in zip(grads, arguments[:TENSORS], strict=False) if t is not None
@@ -106,8 +107,8 @@ class ScanBackward(torch.autograd.Function):
 
 
 def inside_transform() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp, ...) is at work."""
-    # torch.autograd.Function asks the same; torch offers no public way.
+    """Whether a torch.func transform (vmap, grad, jvp, ...) is active."""
+    # torch.autograd.Function uses the same call; there is no public one.
     return bool(torch._C._are_functorch_transforms_active())
 
 
@@ -116,7 +117,7 @@ def needs_gradients(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def _differentiable(*arguments: Any) -> Tensors:
-    if inside_transform():  # torch.compile then leaves the call to Scan, outside its graph
+    if inside_transform():  # on this error torch.compile breaks the graph and calls Scan instead
         raise NotImplementedError(
             "the operator mfuser::selective_scan supports no torch.func transform except vmap; "
             "call mfuser_kernels.selective_scan, and not inside torch.compile(fullgraph=True)"
@@ -129,10 +130,10 @@ op.library.impl("selective_scan", _differentiable, "Autograd")
 
 
 class Equations:
-    """The scan and its gradients as functions of tensors alone, made of torch's own operators.
+    """The scan and its gradients as functions of tensors only, built from torch's own operators.
 
-    tensors: the nine of ScanInputs, and for `gradients` also d_out and d_last_state. The functions
-    take those that are not None.
+    tensors: the nine of ScanInputs; for `gradients`, followed by d_out and d_last_state. The
+    functions take those that are not None.
     """
 
     def __init__(self, tensors: Optionals, delta_softplus: bool) -> None:
@@ -143,8 +144,9 @@ class Equations:
     def scan(self, *given: Tensor) -> Tensors:
         """out and the last state."""
         places = iter(given)
-        tensors: list[Any] = [next(places) if there else None for there in self.there[:TENSORS]]
-        return reference.scan(ScanInputs(*tensors, delta_softplus=self.delta_softplus))
+        tensors = (next(places) if there else None for there in self.there[:TENSORS])
+        inputs: Any = (*tensors, self.delta_softplus)
+        return reference.scan(ScanInputs(*inputs))
 
     def gradients(self, *given: Tensor) -> Tensors:
         """Gradients of those of the nine tensors that are not None."""
@@ -158,10 +160,10 @@ class Equations:
         return pull(tuple(d_outputs))
 
     def tangents(self, function: Callable[..., Tensors], tangents: Optionals) -> Tensors:
-        """Tangents of what one of the functions above returns, at `given`.
+        """Tangents of the results of one of the functions above, at `given`.
 
-        By reverse mode twice: the vjp is linear in its argument, and the transpose of that map is
-        the jvp. torch.func.jvp would not do: in forward mode no second one may begin.
+        Reverse mode applied twice: the vjp is linear in its argument, and its transpose is the
+        jvp. torch.func.jvp does not work here, because forward mode cannot be nested.
         """
         outputs, pull = vjp(function, *self.given)
         _, push = vjp(lambda *d_outputs: pull(d_outputs), *map(torch.zeros_like, outputs))
@@ -174,21 +176,21 @@ class Equations:
 
 
 def vjp(function: Callable[..., Tensors], *primals: Tensor) -> tuple[Tensors, Pull]:
-    """The results, and the function from their gradients to those of the primals."""
+    """The results, and the function that maps their gradients to gradients of the primals."""
     found: Any = torch.func.vjp(function, *primals)
     results, pull = found
     return results, pull
 
 
-# Where the channels, or the groups of channels, are in the shape of a tensor.
+# Axis of the channels, or of the groups of channels, in each kind of tensor.
 ROWS, MATRIX, STATE, WEIGHTS = 2, 2, 1, 0
 
 
 class Fold:
-    """The inputs of `size` scans as those of one with `size` times the channels and groups."""
+    """The inputs of `size` scans as those of one with `size` times as many channels and groups."""
 
     def __init__(self, size: int, in_dims: Sequence[int | None], tensors: Optionals) -> None:
-        """in_dims: where the axis of the scans is in each tensor, None if it serves them all."""
+        """in_dims: axis of each tensor that runs over the scans, None if they share the tensor."""
         self.size = size
 
         def matrix(i: int) -> int:
@@ -208,5 +210,6 @@ class Fold:
         return t.movedim(0, axis).flatten(axis, axis + 1)
 
     def undo(self, t: Tensor, axis: int) -> Tensor:
-        """The axis of the scans again, before the channels."""
-        return t.unflatten(axis, (self.size, t.shape[axis] // self.size))
+        """Split the scans off again, as an axis before that of the channels."""
+        split = (self.size, t.shape[axis] // self.size)
+        return t.reshape(*t.shape[:axis], *split, *t.shape[axis + 1 :])

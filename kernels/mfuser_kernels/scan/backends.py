@@ -1,4 +1,4 @@
-"""Which backends there are, which can run here, and which one `auto` takes."""
+"""The backends: which exist, which can run on this machine, and which one `auto` picks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from mfuser_kernels.errors import ScanError
 
 ENVIRONMENT = "MFUSER_SCAN_BACKEND"
-# A module is imported when its backend is first looked at.
+# A module is imported when its backend is first inspected.
 MODULES = {
     "triton": "mfuser_kernels.scan.gpu",
     "mamba_ssm": "mfuser_kernels.scan.mamba",
@@ -22,12 +22,12 @@ MODULES = {
     "reference": "mfuser_kernels.scan.reference",
     "associative": "mfuser_kernels.scan.associative",
 }
-AUTO = ("triton", "mamba_ssm", "cpu", "chunked")  # in the order of preference
+AUTO = ("triton", "mamba_ssm", "cpu", "chunked")  # in order of preference
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the scan, and why it cannot run here if it cannot."""
+    """One implementation of the scan and, if it cannot run on this machine, the reason."""
 
     name: str
     usable: bool
@@ -38,20 +38,21 @@ def module(name: str, asked: str = "backend") -> ModuleType:
     """The module of a backend.
 
     Each has `unusable() -> str`, the reason why it cannot run on this machine, and
-    `refuses(device, dtype, initial_state) -> str`, why it cannot run such inputs; empty if it can.
-    `reference` and `mamba_ssm` have `scan(x) -> (out, last_state)`; the others have
-    `saved_shape(x)`, `forward(x, training) -> (out, last_state, saved)` and
+    `refuses(device, dtype, initial_state) -> str`, the reason why it cannot run such inputs; both
+    are empty if it can.
+    `reference`, `associative` and `mamba_ssm` have `scan(x) -> (out, last_state)`; the others
+    have `saved_shape(x)`, `forward(x, training) -> (out, last_state, saved)` and
     `backward(x, d_out, d_last_state, saved) -> nine gradients`.
     """
     if name not in MODULES:
         near = difflib.get_close_matches(name, MODULES, n=1)
         hint = f", did you mean {near[0]!r}" if near else ""
-        raise ScanError(f"{asked} is not known{hint}; there are: auto, {', '.join(MODULES)}")
+        raise ScanError(f"{asked} is unknown{hint}; available: auto, {', '.join(MODULES)}")
     return importlib.import_module(MODULES[name])
 
 
 def backends() -> list[Backend]:
-    """Every backend with whether it can run on this machine, and the reason if not."""
+    """Every backend: whether it can run on this machine and, if not, the reason."""
     found = []
     for name in MODULES:
         reason = module(name).unusable()
@@ -86,6 +87,6 @@ def _exporting() -> bool:
     return bool(asks and asks())
 
 
-# torch.compile takes the choice as a constant. This is all that torch.compiler's decorator
-# assume_constant_result does, but calling that here would import torch._dynamo, over a second.
+# torch.compile treats the choice as a constant. torch.compiler.assume_constant_result does no more
+# than this, but calling it here would import torch._dynamo, which takes over a second.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]

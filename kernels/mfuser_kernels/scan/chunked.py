@@ -3,8 +3,8 @@
 The sequence is cut into spans, the spans into chunks of 32 steps. A span walks through all its
 chunks at once: 32 steps give each chunk's own end state, a short loop carries states from chunk
 to chunk, and 32 steps more give every state. The backward recomputes each span from its start
-state and runs the same three phases in reverse. Where one step alone keeps a CPU busy, a span is
-one chunk, and the last of the three phases is the only one.
+state and runs the same three phases in reverse. Where a single step keeps a CPU busy, a span is one
+chunk, and only the last phase runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHUNK = 32
 # Bytes of one tensor (B, span, D, N): a few of them should fit a CPU's last-level cache.
 SPAN_BYTES = {"cpu": 4 << 20}
 SPAN_BYTES_DEVICE = 256 << 20
-# From this many states (B D N) on, a step takes a CPU longer than calling torch does.
+# From this many states (B D N) on, computing a step takes a CPU longer than calling torch.
 BUSY = 8192
 
 
@@ -53,15 +53,16 @@ def saved_shape(x: ScanInputs) -> tuple[int, ...]:
 
 
 def state_shape(x: ScanInputs) -> tuple[int, ...]:
-    """(B, G, N, E): channels last, for they are many and torch's loops run along the last axis."""
+    """(B, G, N, E): channels last: they are many, and torch's loops run along the last axis."""
     return (x.batch, x.groups, x.states, x.width // x.groups)
 
 
 class Buffers:
-    """Memory for the tensors (T, B, K, G, N, E), one of each name for all spans.
+    """Memory for tensors (T, B, K, G, N, E), one per name, reused by all spans.
 
-    Allocated anew, megabytes each, their pages may be given back and faulted in again every time.
-    Their steps are kept too: cutting a tensor into steps takes a third as long as computing them.
+    If each span allocated its own, megabytes each, their pages might be returned to the system and
+    faulted in again every time. The views of single steps are kept too: slicing a tensor into steps
+    takes a third as long as computing them.
     """
 
     def __init__(self) -> None:
@@ -82,9 +83,9 @@ class Buffers:
 
 
 class Span:
-    """One span's slice of the inputs, padded to whole chunks of steps that change no state.
+    """One span's slice of the inputs, padded to whole chunks with steps that change no state.
 
-    Letters after the glossary: K chunks, T steps of a chunk, E = D / G channels of a group.
+    Beyond the glossary in inputs.py: K chunks, T steps of a chunk, E = D / G channels of a group.
     """
 
     def __init__(self, x: ScanInputs, start: int, stop: int, buffers: Buffers) -> None:
@@ -102,11 +103,11 @@ class Span:
             self.delta = self.raw
         if x.delta_softplus:
             self.delta = F.softplus(self.raw)
-        if self.pad:  # softplus of the padding is not zero, and zero is what leaves a state alone
+        if self.pad:  # softplus(0) is not 0, and only a step size of 0 leaves the state unchanged
             self.delta = self.delta.masked_fill(self.padding(), 0)
         self.du = self.delta * self.u
         self.A = self.table(x.A)  # (G, N, E)
-        self.rate = self.A * LOG2_E  # torch's exp2 takes a CPU a third of the time of its exp
+        self.rate = self.A * LOG2_E  # on a CPU torch's exp2 takes a third of the time of exp
         self.B, self.C = self.cut_matrix(x.B), self.cut_matrix(x.C)
 
     def cut(self, t: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class Span:
         return (self.delta.sum(0).unsqueeze(-2) * self.rate).exp2_()
 
     def scan_back(self, d_y: Tensor, d_end: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the states, once `scan` has run, and what the span before is to carry."""
+        """Gradients of the states, after `scan` has run, and of the state before the span."""
         d_states = self.buffers.product("d_states", d_y.unsqueeze(-2), self.C)
         decay, ends = self.buffers.tensors["decay"], d_end.unsqueeze(1)
         steps = self.buffers.steps["d_states"][-2::-1]
@@ -299,7 +300,7 @@ def backward(
 
 
 def _unfilled(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient of t: zeros if spans add to it, else (each span has its steps) uninitialized."""
+    """Buffer for the gradient of t: zeros if spans add to it, else (each fills its steps) empty."""
     make = torch.zeros if t.dim() <= 2 else torch.empty
     return make(t.shape, dtype=dtype, device=t.device)
 

@@ -1,4 +1,4 @@
-"""What a backend receives: checked tensors in one layout.
+"""The inputs of a backend: checked tensors in one layout.
 
 Glossary of the shapes in this package: B batch, L sequence, D width (channels), N state,
 G groups of channels that share B and C.
@@ -79,7 +79,7 @@ def _check_kind(tensors: dict[str, Tensor | None], u: Tensor) -> None:
         if not isinstance(t, Tensor):
             raise ScanError(f"{name} must be a torch tensor, got {type(t).__name__}")
         if t.is_complex():
-            raise ScanError(f"{name} is complex ({t.dtype}), only a real scan is offered")
+            raise ScanError(f"{name} is complex ({t.dtype}), only real scans are supported")
         if t.dtype not in DTYPES:
             raise ScanError(
                 f"{name} has dtype {t.dtype}, expected float32, bfloat16, float16 or float64"

@@ -1,4 +1,4 @@
-"""Memory on a CPU: where fresh pages come from, they cost as much as a scan.
+"""Memory on a CPU: faulting in fresh pages can take as long as a scan.
 
 Linux zeroes a page when it is first written, 2 us for 4 kB on a virtual machine.
 """
@@ -18,28 +18,28 @@ GLIBC_LARGEST = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uninitialized; on Linux, a large one lets its fresh memory come in pieces of 2 MB.
+    """Uninitialized; on Linux, a large tensor asks for pages of 2 MB.
 
-    4 kB pages cost 0.8 us for each of 512-channel tokens when first written, against 2.0 us for
-    the scan itself (one thread, L = 65,536). The hint covers the whole pages that the tensor lies
-    in: an allocation of its own starts on a 2 MB border, and the tensor 64 bytes later.
+    Pages of 4 kB cost 0.8 us per token of 512 channels when first written, compared with 2.0 us for
+    the scan itself (one thread, L = 65,536). The hint covers all pages that the tensor touches: a
+    large allocation starts on a 2 MB boundary, and the tensor 64 bytes later.
     """
     t = torch.empty(shape, dtype=dtype)
     if t.nbytes >= HUGE_PAGE and sys.platform == "linux":
         start = t.data_ptr() // HUGE_PAGE * HUGE_PAGE
         end = -(-(t.data_ptr() + t.nbytes) // HUGE_PAGE) * HUGE_PAGE
-        _madvise()(start, end - start, MADV_HUGEPAGE)  # a hint: whether it is taken is no matter
+        _madvise()(start, end - start, MADV_HUGEPAGE)  # only a hint, harmless if ignored
     return t
 
 
 @cache
 def keep_freed() -> None:
-    """Let glibc keep up to 60 MB that were freed, as in any process that has freed a large tensor.
+    """Make glibc keep up to 60 MB of freed memory, as after any large tensor has been freed.
 
-    It returns free memory beyond twice the largest block freed so far, of those up to 32 MB. The
-    tensors of one step are often just above that for their own size, and get fresh pages in every
-    step: 18 ms of scan, forward and backward, became 19 to 27. So free a block of nearly that size
-    once; its pages are never touched.
+    glibc returns free memory beyond twice the largest block freed so far (counting blocks up to
+    32 MB). The tensors of one training step often exceed just that, and get fresh pages in every
+    step: a scan of 18 ms, forward and backward, took 19 to 27 ms. Freeing one block of nearly 32 MB
+    prevents it; the pages of that block are never touched.
     """
     if sys.platform == "linux":
         torch.empty(GLIBC_LARGEST - HUGE_PAGE, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The torch operators: their schemas, shapes for tracing, and the count of floating-point operations.
+"""The torch operators: schemas, shapes for tracing, and the count of floating-point operations.
 
 `selective_scan` has derivatives (autograd.py); it consists of `selective_scan_forward` and
 `selective_scan_backward`, which torch.compile sees as two opaque calls, so that every backend
@@ -40,7 +40,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _fake_forward(*arguments)
     if x.u.device.type == "cpu":
         memory.keep_freed()
-    out, last_state, saved = backends.module(backend).forward(x, training)
+    out, last_state, saved = map(_plain, backends.module(backend).forward(x, training))
     return out, last_state, saved
 
 
@@ -62,8 +62,9 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 
     If the forward kept nothing (`saved` is empty), it is run again.
     """
-    *tensors, d_out, d_last_state, saved, delta_softplus, backend = arguments
-    x = ScanInputs(*tensors, delta_softplus)
+    d_out, d_last_state, saved, delta_softplus, backend = arguments[TENSORS:]
+    inputs: Any = (*arguments[:TENSORS], delta_softplus)
+    x = ScanInputs(*inputs)
     if x.batch == 0:
         return tuple(map(torch.zeros_like, _fake_backward(*arguments)))
     run = backends.module(backend)
@@ -71,9 +72,18 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         saved = run.forward(x, True)[2]
     grads = run.backward(x, d_out, d_last_state, saved)
     return tuple(
-        x.u.new_empty(0) if t is None else g.to(t.dtype).reshape(t.shape).contiguous()
+        x.u.new_empty(0) if t is None else _plain(g.to(t.dtype).reshape(t.shape))
         for g, t in zip(grads, x.tensors(), strict=True)
     )
+
+
+def _plain(t: Tensor) -> Tensor:
+    """Contiguous in memory of its own, as fake tensors and tangents are.
+
+    Compiled code relies on the strides and the offset, forward mode on the size of the memory.
+    """
+    t = t.contiguous()
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:

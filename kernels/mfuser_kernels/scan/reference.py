@@ -1,4 +1,4 @@
-"""The selective scan, step by step: the documentation of the operator and the oracle of its tests.
+"""The selective scan, step by step: the definition of the operator, ground truth of its tests.
 
 For each batch item and channel d, with N states (Mamba, arXiv 2312.00752, equation 2 with the
 discretization of its section 3.2; MFuser, arXiv 2504.03193, uses it unchanged inside MVFuser):
@@ -19,7 +19,7 @@ from mfuser_kernels.scan.inputs import ScanInputs
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Float64 stays; everything else is computed, and its state kept, in float32."""
+    """float64 stays; everything else is computed, with its state, in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -58,7 +58,8 @@ def scan(x: ScanInputs) -> tuple[Tensor, Tensor]:
     if x.D is not None:
         y = y + x.D.to(dtype) * u
     if x.z is not None:
-        y = y * F.silu(x.z.to(dtype))
+        z = x.z.to(dtype)
+        y = y * (z * torch.sigmoid(z))  # silu; the backward of F.silu has no forward mode
     return y.to(x.u.dtype), state
 
 

@@ -174,6 +174,15 @@ def test_strides_that_do(model: DGSSModel) -> None:
             model.segment(images, window_batch=window_batch)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("size", [(64, 96), (101, 133)])
+def test_segment_of_an_empty_batch_is_empty(model: DGSSModel, size: tuple[int, int]) -> None:
+    for images in (torch.rand(0, 3, *size), torch.zeros(0, 3, *size, dtype=torch.uint8)):
+        scores = model.segment(images)
+        assert scores.shape == (0, 19, *size) and scores.dtype == torch.float32
+    with pytest.raises(MFuserError, match="smaller than the window"):
+        model.segment(torch.rand(0, 3, 60, 96))
+
+
 def test_no_window_is_lost_to_gaps() -> None:
     ones = sliding_window(lambda w: w[:, :1] * 0 + 1, torch.rand(1, 3, 50, 70), (20, 30), (20, 30))
     assert torch.equal(ones, torch.ones(1, 1, 50, 70))

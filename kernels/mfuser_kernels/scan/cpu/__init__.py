@@ -1,4 +1,4 @@
-"""Backend `cpu`: vector code for this processor, compiled by LLVM through llvmlite, from pip."""
+"""Backend `cpu`: vector code for this processor, compiled by LLVM (llvmlite, from pip)."""
 
 from __future__ import annotations
 

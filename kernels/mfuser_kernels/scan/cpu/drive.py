@@ -1,7 +1,7 @@
-"""What each thread of a scan runs, as LLVM IR: take the next task of a job until none is left.
+"""The loop that each thread of a scan runs, as LLVM IR: take tasks of a job until none is left.
 
-Not in Python, where a thread would wait for the interpreter's lock after each task, and on waking
-often finds itself on another thread's processor.
+In Python, a thread would wait for the interpreter's lock after each task, and would often wake up
+on another thread's processor.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ TASK_SIZE = 4  # numbers: batch item, first and last lane block, index of the pa
 
 
 class Job(ctypes.Structure):
-    """Tasks `next` to `stop` of a table, and scratch memory for each thread; all 64-bit numbers.
+    """Tasks `next` to `stop` of a table, and scratch memory for each thread; 64-bit integers.
 
-    `threads` counts those that have begun, so that each finds its own scratch.
+    `threads` counts the threads that have started, so that each finds its own scratch.
     """
 
     _fields_ = [
@@ -44,7 +44,7 @@ def add_driver(module: Value, kernel: Value, name: str) -> None:
         return b.load(field(name), align=8)
 
     def take(name: str) -> Value:
-        """The field's value, which is one more for the next who asks."""
+        """Read and increment a field, atomically."""
         return b.atomic_rmw("add", field(name), const(1), "monotonic")
 
     fields, tasks, scratch = (

@@ -1,10 +1,10 @@
 """The CPU kernels as LLVM IR, written for one number of states and one set of options.
 
-Here what both share, and the forward; the backward is in reverse.py. The time loop is inside, the
-states of W channels stay in registers, and A comes multiplied by log2(e), so that a decay is one
-exp2. The forward keeps the state at the start of each chunk only; the backward recomputes chunk by
-chunk from there, last chunk first. Tasks are (batch item, range of lane blocks); no two tasks write
-to one place, so results do not depend on the threads.
+This module has the forward and what both directions share; the backward is in reverse.py. The time
+loop is inside, the states of W channels stay in registers, and A is given multiplied by log2(e), so
+that a decay is one exp2. The forward saves the state only at the start of each chunk;
+the backward recomputes chunk by chunk from there, last chunk first. Tasks are (batch item, range of
+lane blocks); no two tasks write to the same place, so results do not depend on the threads.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from mfuser_kernels.scan.cpu.vector import (
     loop,
 )
 
-CHUNK = 64  # steps between kept states
+CHUNK = 64  # steps between saved states
 AHEAD, CACHE_LINE = 16, 64  # steps, 0.7 microseconds, several memory accesses; bytes
-LANES = 16  # 32 run no faster: what is theirs no longer fits 32 registers
-# Fractions of a rounding step between -1/2 and 1/2, evenly spread in every run of them (the digits
-# of the index in reverse), and the exponent of 2 that moves a float32 just below 1 by that step.
+LANES = 16  # 32 are no faster: their values no longer fit 32 registers
+# Fractions of a rounding step between -1/2 and 1/2, spread evenly over every run of steps (the
+# index with its bits reversed), and the exponent of 2 that moves a float32 just below 1 by
+# one such step.
 DITHER = tuple((int(f"{i:010b}"[::-1], 2) + 0.5) / 1024 - 0.5 for i in range(1024))
 STEP_BELOW_ONE = 2.0**-24 / LN_2
 
@@ -49,7 +50,7 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """What a kernel is compiled for."""
+    """The options that a kernel is compiled for."""
 
     states: int
     bf16: bool
@@ -134,7 +135,7 @@ class Kernel:
         """Prefetch the rows of some steps later.
 
         A row lies 4 D bytes after the one before, beyond the reach of the processor's own
-        prefetcher: without this, L = 65,536 took twice as long for each token as L = 2,594.
+        prefetcher: without this, a token took twice as long at L = 65,536 as at L = 2,594.
         """
         self.fetch(names, self.b.add(row, self.times(self.row, AHEAD)), write)
 
@@ -151,11 +152,11 @@ class Kernel:
     def decay(self, t: Value, delta: Value, A: Value) -> Value:
         """exp(delta A) of a step, with A log2(e) given; right on average over the steps.
 
-        Of a decay close to 1 float32 keeps little: 1 - 1e-8 is 1, and a constant one is off to the
-        same side at every step. Over 20,000 steps that came to 4e-4. So the exponent is moved by
-        less than a rounding step to and fro, which costs nothing in a multiply-add: now 4e-6. The
-        sum that takes the decay must round once, h = fma(decay, h, ...), or there is a bias again.
-        Of exactly 1 nothing is moved; above 1, where rounding steps are twice as long, too little.
+        float32 resolves little close to 1: 1 - 1e-8 rounds to 1, and a constant decay is rounded to
+        the same side at every step. Over 20,000 steps the error came to 4e-4. Dithering the
+        exponent by less than a rounding step, which is free in a multiply-add, reduces it to 4e-6.
+        The sum that uses the decay must round once, h = fma(decay, h, ...), or the bias returns. A
+        decay of exactly 1 stays 1; above 1 rounding steps are twice as large, and it is too little.
         """
         return self.v.exp2(self.v.fma(delta, A, self.dither(t)), self.variant.may_grow)
 
@@ -190,8 +191,8 @@ class Kernel:
     def finish(self) -> str:
         self.b.ret_void()
         add_driver(self.module, self.function, self.name)
-        # LLVM leaves the stack at 16 bytes; a spilled vector of 64 would lie in two cache lines.
-        # Of the driver too: the task may become a part of it.
+        # LLVM aligns the stack to 16 bytes; a spilled vector of 64 could straddle two cache lines.
+        # The driver needs it too, since the task may be inlined into it.
         return str(self.module).replace(")\n{", ') "stackrealign"\n{')
 
 
@@ -200,13 +201,13 @@ def forward_kernel(variant: Variant, name: str) -> str:
     k = Kernel(variant, name, LANES)
     b, v, n_ = k.b, k.v, k.n
     state, A = n_.variable(), n_.variable()
-    # Two sums over states by turns: in one, each state would wait for the state before.
+    # Two alternating sums over states: with one, each state would wait for the previous state.
     ys = n_.scalar(), n_.scalar()
     turns = itertools.cycle(ys)
     ready = {name: n_.scalar() for name in ("delta", "u", "gate")}
 
     def prepare(t: Value, bias: Value) -> None:
-        """What one step needs for every state."""
+        """Compute what one step needs for all its states."""
         row = b.mul(t, k.row)
         k.fetch_ahead(("u", "delta", "z"), row)
         k.fetch_ahead(("out",), row, write=True)
@@ -233,8 +234,8 @@ def forward_kernel(variant: Variant, name: str) -> str:
             du = v.mul(delta, u)
             b.store(v.mul(D, u), ys[0])
             b.store(v.c(0.0), ys[1])
-            # The next step's, here already: nothing in this step waits for it, so the time that
-            # softplus takes from its input to its output is spent on states. 10 % of the forward.
+            # Prepare the next step now: nothing in this step waits for it, so the latency of
+            # softplus overlaps with the work on the states. This saves 10 % of the forward.
             after = b.add(t, const(1))
             prepare(b.select(b.icmp_signed("<", after, last), after, last), bias)
 

@@ -1,7 +1,7 @@
-"""The backward of the CPU scan as LLVM IR: recompute a chunk, then walk it backwards.
+"""The backward of the CPU scan as LLVM IR: recompute a chunk, then walk through it backwards.
 
-Eight states at a time, so that on a processor with 32 vector registers their h, A, q and dA stay
-in registers over the time loops; held in memory they cost a store each for every step.
+It handles eight states at a time, so that on a processor with 32 vector registers their h, A, q and
+dA stay in registers during the time loops; in memory, each would cost one store per step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STEP_FIELDS = ("delta", "slope", "g", "du", "sum_A", "sum_B", "y")
 
 
 def scratch_floats() -> int:
-    """Size of the buffer each thread brings along: it should fit half an L2 cache."""
+    """Size of each thread's scratch buffer, which should fit in half an L2 cache."""
     return LANES * ((CHUNK + 1) * 2 * GROUP + CHUNK * len(STEP_FIELDS))
 
 
@@ -56,8 +56,8 @@ def backward_kernel(variant: Variant, name: str) -> str:
 def total_kernel(variant: Variant, name: str) -> str:
     """LLVM IR that adds up the tasks' shares of dB and dC, first to last of their vectors.
 
-    torch.sum would do, but wakes OpenMP's threads, which then spin for milliseconds on the
-    processors that our next call needs.
+    torch.sum would work, but wakes OpenMP's threads, which then spin for milliseconds on the
+    processors that the next call needs.
     """
     k = Kernel(variant, name, GROUP)
     b, v = k.b, k.v
@@ -96,7 +96,7 @@ class StateGroup:
 
     @contextmanager
     def chunk_sum(self, name: str, place: Value) -> Iterator[Value]:
-        """A variable, zero at first, that is added to the float64 table of that name in the end."""
+        """A variable, zero at first, that is added to the float64 table of that name at the end."""
         variable, b, v = self.states.variable(), self.k.b, self.k.v
         for n in self.numbers:
             self.set(variable, n, v.c(0.0))
@@ -151,7 +151,7 @@ class Backward(Kernel):
         return base, self.b.add(offset, const(self.bytes))
 
     def prepare(self, block: Value) -> None:
-        """What each step needs for every state."""
+        """Compute what each step needs for all its states."""
         b, v, variant = self.b, self.v, self.variant
         # The next lane block of these rows, or the first one of the chunk before.
         size = LANES * self.itemsize
@@ -199,7 +199,7 @@ class Backward(Kernel):
         group.write(q, "state", self.tables)
 
     def step(self, t: Value, group: StateGroup, A: Value, h: Value) -> None:
-        """Recompute one step and keep what the way back needs."""
+        """Recompute one step and keep what the walk back needs."""
         b, v = self.b, self.v
         self.fetch(("u", "delta", "z", "d_out"), b.add(b.mul(t, self.row), self.to_next))
         delta, du = self.recall("delta", t), self.recall("du", t)
@@ -221,8 +221,8 @@ class Backward(Kernel):
     ) -> None:
         """One step of the reverse recurrence; `later` has q of the step after, then of this one.
 
-        dC is summed here, although h_t was there on the way forward: that way's exponentials keep
-        all of the processor's vector units busy, and this one's multiply-adds half of them.
+        dC is summed here, although h_t was known on the walk forward: there the exponentials keep
+        all vector units of the processor busy, here the multiply-adds keep half of them busy.
         """
         b, v = self.b, self.v
         delta, g, du, sum_A, sum_B = (

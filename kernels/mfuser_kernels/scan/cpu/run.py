@@ -1,4 +1,4 @@
-"""Lays the tensors out as the CPU kernels read them, and shares the work among threads."""
+"""Lays out the tensors for the CPU kernels and distributes the work among threads."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mfuser_kernels.scan.cpu.drive import TASK_SIZE, Job
 from mfuser_kernels.scan.cpu.kernels import CHUNK, FIELDS, LANES, Variant
 from mfuser_kernels.scan.inputs import LOG2_E, ScanInputs
 
-# Channels of one backward task. Not a matter of the number of threads: each task has its own sum
-# of dB and dC, and their order of addition must not change. 64 channels make 16 tasks of the
-# MVFuser's 2 x 512 and 2.7 MB of partial sums each for dB and dC.
+# Channels of one backward task, whatever the number of threads: each task has its own partial sums
+# of dB and dC, and the order in which they are added must not change. With 64 channels, MVFuser's
+# 2 x 512 make 16 tasks, with 2.7 MB of partial sums each for dB and dC.
 TASK_CHANNELS = 64
-TOTAL_TASKS = 8  # that add up the partial sums
+TOTAL_TASKS = 8  # tasks that add up the partial sums
 # Fewer state updates than this (about 60 us) are not worth a second thread.
 ALONE = 1 << 18
-# Floats between the scratch memories of threads. Processors fetch lines beyond those they read, and
-# took them away from the other thread: the backward with two threads was 1.1 to 1.5 times as long.
+# Floats between the scratch buffers of two threads. Processors prefetch lines beyond those read and
+# took them from the other thread: the backward with two threads took 1.1 to 1.5 times as long.
 APART = 4096
-AT_ONCE = 1 << 28  # state updates before an interrupt is heard, 0.1 s of one thread
+AT_ONCE = 1 << 28  # state updates between checks for an interrupt, 0.1 s of one thread
 
 
 def padded(x: ScanInputs) -> tuple[int, int]:
-    """Channels of a group and of all groups, filled up to whole lane blocks."""
+    """Channels of one group and of all groups, padded to whole lane blocks."""
     share = -(-(x.width // x.groups) // LANES) * LANES
     return share, share * x.groups
 
@@ -40,14 +40,14 @@ def saved_shape(x: ScanInputs) -> tuple[int, ...]:
 
 
 class Layout:
-    """One scan's tensors, made contiguous and padded, and the table that names them."""
+    """One scan's tensors, made contiguous and padded, and the table of their addresses."""
 
     def __init__(self, x: ScanInputs) -> None:
         self.x = x
         self.share, self.width = padded(x)
         self.fill = self.share - x.width // x.groups
         rows = [t.dtype for t in (x.u, x.delta, x.z) if t is not None]
-        # One width for all rows, and none of them rounded on the way in.
+        # The kernels have one dtype for all rows: the one in which none of them is rounded.
         self.dtype = torch.bfloat16 if set(rows) == {torch.bfloat16} else torch.float32
         self.variant = Variant(
             states=x.states,
@@ -103,7 +103,8 @@ class Layout:
         """(..., Dp) to (..., D)."""
         if not self.fill:
             return t
-        return t.unflatten(-1, (self.x.groups, -1))[..., : self.share - self.fill].flatten(-2)
+        by_group: Tensor = t.unflatten(-1, (self.x.groups, self.share))
+        return by_group[..., : self.share - self.fill].flatten(-2)
 
     def untable(self, t: Tensor) -> Tensor:
         """(..., N, Dp) to (..., D, N)."""
@@ -113,18 +114,18 @@ class Layout:
         return memory.empty((self.x.batch, self.x.length, self.width), self.dtype)
 
     def totals(self, *of_item: int) -> Tensor:
-        """Sums over time, nothing added yet."""
+        """Sums over time, zero at first."""
         return torch.zeros((self.x.batch, *of_item), dtype=torch.float64)
 
     def states(self, t: Tensor | None) -> Tensor:
-        """(B, D, N) to a table of its own (B, N, Dp), zero if not given."""
+        """A copy of (B, D, N) as a table (B, N, Dp), zeros if not given."""
         if t is None:
             return torch.zeros((self.x.batch, self.x.states, self.width))
         made = self.table(t)
         return made.clone() if made.data_ptr() == t.data_ptr() else made
 
     def run(self, direction: str, tasks: list[tuple[int, int, int, int]], scratch: int = 0) -> None:
-        """Run tasks (batch item, first block, last, part), each thread with scratch floats."""
+        """Run tasks (batch item, first and last block, partial sum), with scratch per thread."""
         updates = self.x.batch * self.x.length * self.width * self.x.states
         threads = 1 if updates < ALONE else torch.get_num_threads()
         numbers = itertools.chain.from_iterable(tasks)
@@ -151,7 +152,7 @@ def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
     if training:
         lay.hold(saved=saved)
     blocks = lay.width // LANES
-    # Neighboring blocks share the cached B and C, but every thread should find a few tasks.
+    # Neighboring blocks share B and C in the cache, but there should be a few tasks per thread.
     step = max(1, min(2, blocks * x.batch // (4 * torch.get_num_threads())))
     tasks = [
         (item, first, min(first + step, blocks), 0)
@@ -163,7 +164,7 @@ def forward(x: ScanInputs, training: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def matrix_sums(lay: Layout) -> dict[str, Tensor]:
-    """Gradients of B and C, not yet filled in: (N, Dp) each batch item, or (B, L, G, N padded).
+    """Buffers for the gradients of B and C: (N, Dp) per batch item, or (B, L, G, N padded).
 
     The second kind is a sum over channels: each task writes its share, `add_shares` adds them up.
     """
@@ -182,7 +183,7 @@ def matrix_sums(lay: Layout) -> dict[str, Tensor]:
 
 
 def add_shares(lay: Layout, sums: dict[str, Tensor]) -> None:
-    """Fill in what is a sum over channels; both, if both are, have one size."""
+    """Fill in the gradients that are sums over channels; if both are, they have the same size."""
     sizes = [t.numel() for name, t in sums.items() if f"total_{name}" in lay.fields]
     if sizes:
         vectors = sizes[0] // reverse.GROUP

@@ -20,7 +20,7 @@ from mfuser_kernels.scan.inputs import LOG2_E
 F32, I1, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(n) for n in (1, 8, 16, 32, 64))
 PTR = ir.PointerType(I8)
 LN_2 = 0.6931471805599453
-LOG2_E_FLOAT = c_float(LOG2_E).value  # what a float32 keeps of it
+LOG2_E_FLOAT = c_float(LOG2_E).value  # rounded to float32
 # No nnan or ninf: a NaN must reach the output. No reassoc: it folds the magic addition of exp2.
 FLAGS = ("contract", "nsz")
 # 2^f on [-0.5, 0.5], least maximum error with 2^0 exactly 1 (9.1e-8 relative). Exact at 0, because
@@ -103,7 +103,7 @@ class Vector:
         return self.b.bitcast(self.b.shl(self.b.zext(bits, self.int), self.ci(16)), self.float)
 
     def load_unless(self, skip: Value, base: Value, offset: Value) -> Value:
-        """float32 from memory, or zeros without a look at it."""
+        """float32 from memory, or zeros without reading it."""
         bits, at = ir.VectorType(I1, self.lanes), self.pointer(base, offset, self.float)
         name = f"llvm.masked.load.v{self.lanes}f32.p0"
         if llvm_version_info < (16,):
@@ -124,7 +124,7 @@ class Vector:
         bits = self.b.bitcast(x, self.int)
         odd = self.b.and_(self.b.lshr(bits, self.ci(16)), self.ci(1))
         nearest = self.b.lshr(self.b.add(bits, self.b.add(self.ci(0x7FFF), odd)), self.ci(16))
-        # Rounding would carry a NaN with a full mantissa over into infinity or zero.
+        # Rounding up could carry the mantissa of a NaN over into infinity or zero.
         nearest = self.b.select(self.b.fcmp_unordered("uno", x, x), self.ci(0x7FC0), nearest)
         half = ir.VectorType(I16, self.lanes)
         self.b.store(self.b.trunc(nearest, half), self.pointer(base, offset, half), align=2)
@@ -137,7 +137,7 @@ class Vector:
         self.b.store(total, place, align=8)
 
     def prefetch(self, base: Value, offset: Value, write: bool) -> None:
-        """Ask for the cache line at an address; one outside the tensor does no harm."""
+        """Request the cache line at an address; one outside the tensor is harmless."""
         name = "llvm.prefetch.p0" if llvm_version_info >= (16,) else "llvm.prefetch.p0i8"
         kinds = [PTR, I32, I32, I32]
         function = self.b.module.globals.get(name) or ir.Function(
@@ -208,7 +208,7 @@ class Vector:
         return self.power(bits, self.b.fsub(x, near), steps)
 
     def exp_of_minus_abs(self, x: Value) -> Value:
-        """e^-|x|, log2(e) in two parts: of a large product too much is rounded away."""
+        """e^-|x|, with log2(e) in two parts: rounding a large product would lose too much."""
         x = self.at_least(self.b.fneg(self.call("fabs", x)), -126.0 / LOG2_E)
         steps = self.exponent_steps(may_grow=False)
         near, bits = self.nearest(self.mul(x, self.c(LOG2_E)), steps)
@@ -230,8 +230,8 @@ class Vector:
         if steps == 1:
             p = self.b.bitcast(self.polynomial(EXP2, f), self.int)
             return self.b.bitcast(self.b.add(p, self.b.shl(bits, self.ci(23))), self.float)
-        # One multiply-add less than without a table, and those are what takes the time. The factor
-        # of f is a small number, so that only the last rounding counts.
+        # The table saves one multiply-add, and those dominate the time. The factor of f is small,
+        # so that only the last rounding matters.
         power = self.b.add(self.powers(bits), self.b.shl(bits, self.ci(19)))
         power = self.b.bitcast(power, self.float)
         return self.fma(power, self.mul(f, self.polynomial(EXP2_SLOPE, f)), power)
@@ -258,7 +258,7 @@ class Vector:
         return self._softplus(x, self.div(w, self.add(w, self.c(2.0))))
 
     def softplus_and_slope(self, x: Value, w: Value) -> tuple[Value, Value]:
-        """softplus(x) and sigmoid(x) at the price of one division."""
+        """softplus(x) and sigmoid(x) with a single division."""
         one, two = self.add(w, self.c(1.0)), self.add(w, self.c(2.0))
         r = self.div(self.c(1.0), self.mul(one, two))
         slope = self.mul(r, two)

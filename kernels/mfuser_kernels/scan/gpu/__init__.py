@@ -12,7 +12,7 @@ from mfuser_kernels.scan.inputs import ScanInputs
 
 
 def interpreted() -> bool:
-    """Triton runs its kernels in Python, on CPU tensors, for tests."""
+    """Whether Triton runs its kernels in Python on CPU tensors, as in tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

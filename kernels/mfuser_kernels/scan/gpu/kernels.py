@@ -6,7 +6,8 @@ state each starts with; every chunk runs again from there. The backward does the
 
 A program is one warp on a tile of N states x BLOCK_D channels. With 16 x 32 and no promise of
 alignment for the pointers of A and the states, one thread holds all states of one channel: the
-sum over states needs no exchange between threads. Tables are (N, D), A times log2(e), float32.
+sum over states needs no exchange between threads. Tables are (N, D) in float32; A is given
+multiplied by log2(e).
 """
 
 # mypy: ignore-errors
@@ -63,7 +64,7 @@ def _where(L, D, G, N, BLOCK_D: tl.constexpr, NP: tl.constexpr):
 
 @triton.jit
 def _only_if(inside, mask):
-    """mask & inside; Triton 3.9's interpreter makes integers of that for a scalar `inside`."""
+    """mask & inside, which Triton 3.9's interpreter turns into integers if `inside` is a scalar."""
     return tl.where(inside, mask, False)
 
 
@@ -211,7 +212,7 @@ def _advance(
     h, u_ptr, delta_ptr, B_ptr, A, bias, b, t, g, d, n, L, D, G, N, md, m,
     SOFTPLUS: tl.constexpr, CONST_B: tl.constexpr,
 ):  # fmt: skip
-    """The state one step on; steps beyond the end leave it alone."""
+    """The state after one more step; steps beyond the end leave it unchanged."""
     inside = t < L
     u = _row(u_ptr, b, t, d, L, D, _only_if(inside, md))
     delta, _ = _step_size(_row(delta_ptr, b, t, d, L, D, _only_if(inside, md)) + bias, SOFTPLUS)

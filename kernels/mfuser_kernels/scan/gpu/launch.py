@@ -1,4 +1,4 @@
-"""Lays the tensors out as the Triton kernels read them, and launches the phases."""
+"""Lays out the tensors for the Triton kernels and launches the phases."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from mfuser_kernels.scan.gpu import kernels
 from mfuser_kernels.scan.inputs import LOG2_E, ScanInputs
 
-# One warp; multiply-adds fused, which Triton 3.10 will no longer do unasked.
+# One warp; multiply-adds fused, which Triton 3.10 no longer does by default.
 WARP: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
 FORWARD_CHUNK = 96  # 28 chunks of L = 2,594: 896 warps for 2 x 512 channels
 BACKWARD_CHUNK = 48  # twice as many: its warps do more and wait longer
-# States of one program. Forward: 16 for each thread of a warp. Backward: half, since it holds
-# seven such tiles; with 512 sm_90 takes all 255 registers and spills, with 256 it takes 221.
+# States of one program. Forward: 16 per thread of a warp. Backward: half, since it holds seven such
+# tiles; with 512, sm_90 uses all 255 registers and spills, with 256 it uses 221.
 FORWARD_TILE, BACKWARD_TILE = 512, 256
 
 
