@@ -49,7 +49,8 @@ def test_gradcheck_of_the_chunked_backend():
 
 @pytest.mark.parametrize("backend", ["auto", "reference", *BACKENDS])
 def test_compile_without_a_graph_break(backend):
-    inputs = scan_inputs(2, 40, 8, 3, gate=False)
+    length = 6 if backend == "reference" else 40  # its loop over the steps is unrolled
+    inputs = scan_inputs(2, length, 8, 3, gate=False)
 
     def f(u, rest):
         return selective_scan(u * 2, **rest, backend=backend).sin().sum()
