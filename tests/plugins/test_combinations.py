@@ -45,7 +45,7 @@ def overrides(choice: Choice) -> dict[str, Any]:
 def reason(choice: Choice) -> str | None:
     """Why a combination makes no sense: what the refusal must say."""
     fusion, enhancer, decoder, _, towers = choice
-    if towers == "vfm" and decoder in ("text_mask2former", "text_similarity"):
+    if towers == "vfm" and decoder.startswith("text_"):
         return f"decoder '{decoder}' takes class queries from text, and there is no 'vlm'"
     if towers == "vfm" and enhancer != "none":
         return f"enhancer '{enhancer}' works on class text embeddings, and there is no 'vlm'"
@@ -80,7 +80,10 @@ def test_all_parts_are_there() -> None:
         *("self_attention_concat", "self_attention_separate", "bi_deformable_attention"),
     }
     assert set(enhancer) == {"mtenhancer", "mamba_only", "cross_attention", "none"}
-    assert set(decoder) == {"text_mask2former", "mask2former", "linear", "text_similarity"}
+    assert set(decoder) == {
+        *("text_mask2former", "mask2former", "linear", "text_similarity"),
+        *("mlp", "text_mlp", "upernet", "text_upernet", "segmenter", "text_segmenter"),
+    }
 
 
 def test_what_makes_no_sense_is_refused_with_the_reason(tiny: Registry) -> None:

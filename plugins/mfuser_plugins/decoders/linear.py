@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfuser import DecoderOutput, DecoderSpec, hookimpl
-from mfuser_plugins.decoders._per_pixel import PerPixelDecoder
+from mfuser_plugins.decoders._per_pixel import PerPixelDecoder, resized
 
 
 class Linear(PerPixelDecoder):
@@ -23,11 +22,8 @@ class Linear(PerPixelDecoder):
         self.classify = nn.Conv2d(sum(channels), num_classes, 1)
 
     def forward(self, pyramid: list[Tensor], queries: Tensor | None = None) -> DecoderOutput:
-        size = pyramid[0].shape[-2:]
-        levels = [
-            F.interpolate(level, size, mode="bilinear", align_corners=False) for level in pyramid
-        ]
-        return DecoderOutput([self.classify(self.norm(torch.cat(levels, 1)))])
+        size = (pyramid[0].shape[-2], pyramid[0].shape[-1])
+        return DecoderOutput([self.classify(self.norm(torch.cat(resized(pyramid, size), 1)))])
 
 
 class LinearSpec(DecoderSpec, name="linear"):

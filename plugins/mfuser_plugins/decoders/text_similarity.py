@@ -16,8 +16,8 @@ class TextSimilarity(PerPixelDecoder):
     over a temperature.
 
     As MaskCLIP (Zhou et al., ECCV 2022, arXiv 2112.01071, section 3.2) reads a vision-language
-    model's own dense embedding. It has no parameters and reads no pyramid: only the parts before it
-    learn, from its cross-entropy beside the model's own alignment loss.
+    model's own dense embedding. It has no parameters and reads no pyramid: what learns are the
+    parts before it, from its cross-entropy and from the model's own alignment loss.
     """
 
     reads_alignment: ClassVar[bool] = True
