@@ -90,6 +90,8 @@ def test_converted_file_is_all_that_is_needed(
 
     model, checkpoint = load_model(out, load_registry())
     assert checkpoint.step == 20000 and checkpoint.meta["complete"] is True
+    recipe = "paper-clip" if kind == "clip" else "paper"
+    assert checkpoint.meta["run"]["recipe_name"] == recipe
     size = reference.SIZES[kind]["image"]
     images = torch.rand(1, 3, size, size)
     with torch.no_grad():

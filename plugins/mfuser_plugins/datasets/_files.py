@@ -113,11 +113,20 @@ TRAIN_IDS = LabelMap({**{i: i for i in range(19)}, IGNORE: IGNORE})
 
 @dataclass(frozen=True)
 class LabelFiles:
-    """Where labels may lie: `folder`/KEY + `suffix`, for an image whose key is KEY."""
+    """Where labels may lie: `folder`/KEY + `suffix`, for an image whose key is KEY.
+
+    prefix: what the file name in KEY begins with, and what the label's begins with instead.
+    """
 
     folder: Path
     suffix: str
     decode: LabelMap
+    prefix: tuple[str, str] = ("", "")
+
+    def name(self, key: str) -> str:
+        """The label's path below `folder`."""
+        above, slash, name = key.rpartition("/")
+        return above + slash + self.prefix[1] + name.removeprefix(self.prefix[0]) + self.suffix
 
 
 @dataclass(frozen=True)
@@ -284,8 +293,8 @@ def pair_files(
     pairs, without = [], []
     for key, image in sorted(found.items()):
         for files in usable:
-            if key + files.suffix in present[files.folder]:
-                label = files.folder / (key + files.suffix)
+            if files.name(key) in present[files.folder]:
+                label = files.folder / files.name(key)
                 pairs.append(Pair(key, image, label, files.decode))
                 break
         else:
@@ -295,7 +304,7 @@ def pair_files(
         raise DataError(
             f"{name}: {len(without)} of {len(found)} images below {images} have no label: {shown}"
             f"{', …' if len(without) > 3 else ''}; expected for the first: "
-            f"{usable[0].folder / (without[0] + usable[0].suffix)}"
+            f"{usable[0].folder / usable[0].name(without[0])}"
         )
     return pairs
 

@@ -40,6 +40,8 @@ class BinaryMap(LabelMap):
 class PanopticMap(LabelMap):
     """COCO: the color of a pixel is the id of its segment, whose category a JSON file gives.
 
+    R + 256 G + 65536 B is the id; black is ignored.
+
     segments: mask file name -> segment id -> class.
     """
 

@@ -15,9 +15,14 @@ from mfuser_plugins.datasets.acdc import AcdcSpec
 from mfuser_plugins.datasets.bdd100k import Bdd100kSpec
 from mfuser_plugins.datasets.camvid import CamvidSpec
 from mfuser_plugins.datasets.cityscapes import CityscapesSpec
+from mfuser_plugins.datasets.dark_zurich import DarkZurichSpec
 from mfuser_plugins.datasets.gta import GtaSpec
+from mfuser_plugins.datasets.idd import IddSpec
 from mfuser_plugins.datasets.mapillary import MapillarySpec
+from mfuser_plugins.datasets.muses import MusesSpec
 from mfuser_plugins.datasets.synthia import SynthiaSpec
+from mfuser_plugins.datasets.urbansyn import UrbanSynSpec
+from mfuser_plugins.datasets.wilddash2 import WildDash2Spec
 
 # Spec, image folder, image suffix, label folder, label suffix; the split is train.
 LAYOUTS = [
@@ -30,6 +35,13 @@ LAYOUTS = [
     (AcdcSpec(condition="fog"), "rgb_anon/fog/train", "_rgb_anon.png", "gt/fog/train",
      "_gt_labelTrainIds.png"),
     (CamvidSpec(), "train", ".png", "trainannot", ".png"),
+    (DarkZurichSpec(), "rgb_anon/train", "_rgb_anon.png", "gt/train", "_gt_labelTrainIds.png"),
+    (MusesSpec(condition="fog"), "frame_camera/train/fog", "_frame_camera.png",
+     "gt_semantic/train/fog", "_gt_labelTrainIds.png"),
+    (IddSpec(), "leftImg8bit/train", "_leftImg8bit.png", "gtFine/train",
+     "_gtFine_labelcsTrainIds.png"),
+    (UrbanSynSpec(), "rgb", ".png", "ss", ".png"),
+    (WildDash2Spec(), "images", ".jpg", "labels", ".png"),
 ]  # fmt: skip
 EVERY = pytest.mark.parametrize(
     ("spec", "images", "image_suffix", "labels", "label_suffix"),

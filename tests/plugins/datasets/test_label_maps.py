@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis.extra import numpy as npst
 
 from mfuser import IGNORE, DataError
 from mfuser.config.classes import CITYSCAPES
-from mfuser_plugins.datasets import camvid, mapillary, synthia
+from mfuser_plugins.datasets import camvid, idd, mapillary, synthia, urbansyn, wilddash2
 from mfuser_plugins.datasets._files import CITYSCAPES_IDS, TRAIN_IDS, LabelMap
 
 TRAIN_ID = {name: i for i, name in enumerate(CITYSCAPES.names)}
@@ -44,12 +45,81 @@ MAPILLARY_NAMES = (
 )
 
 
-def by_name(names: str) -> dict[int, int]:
-    return {i: TRAIN_ID.get(name, IGNORE) for i, name in enumerate(names.split(", "))}
+def by_name(names: str, also: Mapping[str, int] | None = None) -> dict[int, int]:
+    """Id -> train id of names in the order of their ids; `also`: of names of other classes."""
+    train_ids = {**TRAIN_ID, **(also or {})}
+    return {i: train_ids.get(name, IGNORE) for i, name in enumerate(names.split(", "))}
 
 
 def test_cityscapes_ids_follow_the_names() -> None:
     assert {**by_name(CITYSCAPES_NAMES), IGNORE: IGNORE} == CITYSCAPES_IDS
+
+
+IDD_NAMES = (
+    "road, parking, drivable fallback, sidewalk, rail track, non-drivable fallback, person, "
+    "animal, rider, motorcycle, bicycle, autorickshaw, car, truck, bus, caravan, trailer, "
+    "train, vehicle fallback, curb, wall, fence, guard rail, billboard, traffic sign, traffic "
+    "light, pole, polegroup, obs-str-bar-fallback, building, bridge, tunnel, vegetation, sky, "
+    "fallback background, unlabeled, ego vehicle, rectification border, out of roi, license "
+    "plate"
+)
+IDD_LEVEL3 = (
+    [0, 1, 1, 2, 3, 3, 4, 4, 5, 6, 7, 8, 9, 10, 11]
+    + [12, 12, 12, 12, 13, 14, 15, 16, 17, 18, 19, 20, 20, 21, 22, 23, 23, 24, 25, 25]
+    + [255] * 5
+)
+"""The kit's column level3Id, by id."""
+
+WILDDASH_NAMES = (
+    "unlabeled, ego vehicle, overlay, out of roi, static, dynamic, ground, road, sidewalk, "
+    "parking, rail track, building, wall, fence, guard rail, bridge, tunnel, pole, polegroup, "
+    "traffic light, traffic sign, vegetation, terrain, sky, person, rider, car, truck, bus, "
+    "caravan, trailer, train, motorcycle, bicycle, pickup, van, billboard, street light, road "
+    "marking, junction box, mailbox, manhole, phone booth, pothole, bike rack, traffic sign "
+    "frame, utility pole, motorcyclist, bicyclist, other rider, bird, ground animal, curb, "
+    "traffic sign any, traffic sign back, trash can, other barrier, other vehicle, "
+    "autorickshaw, bench, mountain, tram track, wheeled slow, boat, bike lane, bike lane "
+    "sidewalk, banner, dash cam mount, water, sand, pedestrian area, fire hydrant, cctv camera, "
+    "snow, catch basin, crosswalk plain, crosswalk zebra, manhole sidewalk, curb terrain, "
+    "service lane, curb cut"
+)
+WILDDASH_POLICY = {
+    "road": "road marking, manhole, pothole, tram track, bike lane, pedestrian area, catch basin, "
+    "crosswalk plain, crosswalk zebra, service lane",
+    "sidewalk": "curb, bike lane sidewalk, manhole sidewalk, curb cut",
+    "terrain": "curb terrain",
+    "wall": "other barrier",
+    "pole": "traffic sign frame, utility pole",
+    "rider": "motorcyclist, bicyclist, other rider",
+    "car": "van",
+    "truck": "pickup",
+    "motorcycle": "autorickshaw",
+}
+"""The authors' policy: Cityscapes class -> what else counts as it."""
+
+
+def test_urbansyn_ids_are_train_ids_and_one_for_nothing() -> None:
+    assert {**{i: i for i in range(19)}, 19: IGNORE} == urbansyn.IDS
+
+
+def test_idd_ids_follow_the_names_and_its_levels() -> None:
+    names = IDD_NAMES.split(", ")
+    assert len(names) == len(IDD_LEVEL3) == 40
+    wanted = by_name(IDD_NAMES, {"non-drivable fallback": TRAIN_ID["terrain"]})
+    assert {**wanted, IGNORE: IGNORE} == idd.IDS
+    merged: dict[int, set[int]] = {}
+    for i, level3 in enumerate(IDD_LEVEL3):
+        merged.setdefault(level3, set()).add(wanted[i])
+    for level3, train_ids in merged.items():
+        # Of a level that merges a class of Cityscapes with others, that class; vehicles: ignored.
+        named = sorted(train_ids - {IGNORE}) if level3 != 12 else []
+        assert idd.LEVEL3[level3] == (named[0] if named else IGNORE) and len(named) <= 1, level3
+
+
+def test_wilddash_ids_follow_the_authors_policy() -> None:
+    also = {n: TRAIN_ID[k] for k, others in WILDDASH_POLICY.items() for n in others.split(", ")}
+    assert len(WILDDASH_NAMES.split(", ")) == 81
+    assert {**by_name(WILDDASH_NAMES, also), IGNORE: IGNORE} == wilddash2.IDS
 
 
 def test_synthia_ids_follow_the_names() -> None:

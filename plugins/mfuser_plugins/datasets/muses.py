@@ -1,0 +1,79 @@
+"""MUSES (Brödermann et al., ECCV 2024): four weathers by day and night, 1920x1080.
+
+1500 training and 250 validation images of the frame camera; the other sensors are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Literal, get_args
+
+from mfuser import Dataset, DatasetSpec, hookimpl
+from mfuser_plugins.datasets._files import (
+    CITYSCAPES_IDS,
+    TRAIN_IDS,
+    LabelFiles,
+    LabelMap,
+    Pair,
+    PairedDataset,
+    chosen_split,
+    pair_files,
+    require_root,
+)
+
+Condition = Literal["clear", "fog", "rain", "snow"]
+Time = Literal["day", "night"]
+
+LAYOUT = (
+    "frame_camera/<split>/<weather>/<day or night>/*_frame_camera.png and "
+    "gt_semantic/<split>/<weather>/<day or night>/*_gt_labelTrainIds.png"
+)
+
+
+class MusesSpec(DatasetSpec, name="muses"):
+    """MUSES: Swiss streets in four weathers. As a target it is one domain per weather.
+
+    condition: clear, fog, rain or snow; none means all four.
+    time: day or night; none means both.
+    Reads `frame_camera/` and `gt_semantic/` as unpacked.
+    """
+
+    variant: ClassVar[str | None] = "condition"
+    official: ClassVar[Mapping[str, int]] = {"train": 1500, "val": 250}
+
+    condition: Condition | None = None
+    time: Time | None = None
+
+    def build(self, root: Path | None, split: str) -> Dataset:
+        root = require_root(self, root)
+        split = chosen_split(self, split)
+        pairs: list[Pair] = []
+        for condition in get_args(Condition) if self.condition is None else [self.condition]:
+            part = Path(split, condition, self.time or "")
+            labels = root / "gt_semantic" / part
+            pairs += pair_files(
+                self,
+                root / "frame_camera" / part,
+                ("_frame_camera.png",),
+                [
+                    LabelFiles(labels, "_gt_labelTrainIds.png", TRAIN_IDS),
+                    LabelFiles(labels, "_gt_labelIds.png", LabelMap(CITYSCAPES_IDS)),
+                ],
+                LAYOUT,
+            )
+        return PairedDataset(root, pairs, self.test_size)
+
+    def expand(self) -> list[DatasetSpec]:
+        if self.condition is not None:
+            return [self]
+        return [self.model_copy(update={"condition": c}) for c in get_args(Condition)]
+
+    def label(self) -> str:
+        chosen = "-".join(part for part in (self.condition, self.time) if part)
+        return f"muses:{chosen}" if chosen else "muses"
+
+
+@hookimpl
+def mfuser_components() -> list[type[DatasetSpec]]:
+    return [MusesSpec]
