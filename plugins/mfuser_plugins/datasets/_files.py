@@ -1,4 +1,4 @@
-"""What the readers of official datasets share: pairing files, label maps, precise errors."""
+"""Shared by the readers of official datasets: pairing files, label maps, precise errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mfuser.errors import NoSplitError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 CONVERTED = "_labelTrainIds.png"
-"""What converters append to the name of the label they leave beside the official one."""
+"""Suffix of converted labels that converters write beside the official ones."""
 
 CITYSCAPES_IDS = {
     **dict.fromkeys(range(35), IGNORE),

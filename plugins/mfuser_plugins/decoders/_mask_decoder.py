@@ -1,4 +1,4 @@
-"""Mask2Former's decoder (arXiv 2112.01527), whatever its queries start from."""
+"""Mask2Former's decoder (arXiv 2112.01527), for learned queries and for text queries."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ class MaskDecoder(Decoder):
 def background(masks: Tensor, shape: tuple[int, int]) -> Tensor:
     """The pixels hidden from each query: (B, Q, h, w) logits -> (B, Q, N), bool, N = that shape.
 
-    A query whose whole mask is background looks everywhere.
+    True where the predicted mask is background. A query whose whole mask is background attends
+    everywhere.
     """
     resized = F.interpolate(masks, shape, mode="bilinear", align_corners=False)
     hidden = (resized < 0).flatten(2)

@@ -1,4 +1,4 @@
-"""Losses of a set of masks: matched anew (Mask2Former), or query k answering for class k (tqdm).
+"""Losses of a set of masks, with Hungarian matching (Mask2Former) or fixed matching (tqdm).
 
 Mask2Former's losses on sampled points (arXiv 2112.01527, section 3.3). Letters: n class masks
 present in the batch, image by image, classes ascending; P points.
@@ -17,10 +17,10 @@ from torch import Tensor
 class MaskLosses:
     """The losses of one prediction, weighted.
 
-    num_points: P, per mask and prediction.
-    oversample, importance: P * oversample points are drawn, and of these the most uncertain
-        P * importance kept; the rest of the P is drawn afresh (PointRend, arXiv 1912.08193).
-    no_object: weight of "no object" in the classification.
+    num_points: P, the points sampled per mask and prediction.
+    oversample, importance: P * oversample points are drawn, and the P * importance most uncertain
+        of them are kept; the remaining points are drawn uniformly (PointRend, arXiv 1912.08193).
+    no_object: class weight of "no object".
     """
 
     num_points: int = 12_544
@@ -60,7 +60,7 @@ class MaskLosses:
         (n, 1, H, W); classes (B, Q, K + 1) logits and the queries' labels (B, Q), K "no object".
         """
         loss_cls = labeled_loss(classes, labels, self.no_object)
-        # At least float32: places and sums over thousands of points need it.
+        # At least float32, for the coordinates and for sums over thousands of points.
         chosen = chosen.unsqueeze(1)  # (n, 1, h, w)
         chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
         if len(chosen) == 0:
@@ -81,7 +81,7 @@ class MaskLosses:
         }
 
     def draw(self, masks: Tensor) -> Tensor:
-        """Places to compare at: masks (n, 1, h, w), logits -> (n, P, 2), from the global RNG."""
+        """Sampled points: masks (n, 1, h, w), logits -> (n, P, 2), from the global generator."""
         n = len(masks)
         important = int(self.importance * self.num_points)
         candidates = masks.new_empty(n, int(self.oversample * self.num_points), 2).uniform_()
@@ -93,7 +93,7 @@ def class_masks(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """The classes present in each image, and their masks.
 
     labels (B, H, W) -> present (B, K), bool; masks (n, 1, H, W), float32. Ignored pixels are
-    outside every mask, and count as such.
+    outside every mask, i.e. negatives of each.
     """
     one_hot = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device).view(-1, 1, 1)
     present = one_hot.flatten(2).any(-1)
@@ -130,7 +130,10 @@ def labeled_loss(classes: Tensor, labels: Tensor, no_object: float) -> Tensor:
 
 
 def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """One minus the soft Dice coefficient, mean over masks: (n, P) each, one added to both ends."""
+    """One minus the soft Dice coefficient with 1 added to numerator and denominator, mean over n.
+
+    logits, targets: (n, P).
+    """
     p = logits.sigmoid()
     overlap = 2 * (p * targets).sum(-1)
     return (1 - (overlap + 1) / (p.sum(-1) + targets.sum(-1) + 1)).mean()

@@ -1,4 +1,4 @@
-"""What decoders share that classify pixels one by one: loss, scores, and two ways to classify."""
+"""Shared by decoders that classify each pixel: loss, scores, and two kinds of classifier."""
 
 from __future__ import annotations
 

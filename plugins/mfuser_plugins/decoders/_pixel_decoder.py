@@ -50,10 +50,10 @@ class ConvNorm(nn.Module):
     def reset(self) -> None:
         """Kaiming-normal weights (fan out, ReLU's gain) and zero bias.
 
-        How mmcv's ConvModule starts every convolution, whatever follows it; the released models
-        are built of these. The norm hides the scale in the forward pass, but AdamW's steps, which
-        are as long whatever the weights, do not: at 2048 channels in and 256 out the standard
-        deviation is 0.088, against 0.013 of PyTorch's own start.
+        This is how mmcv's ConvModule, which the released models use, initializes a convolution.
+        The norm after it hides the scale in the forward pass, but not in training: the size of
+        AdamW's steps does not depend on the weights. With 2048 input and 256 output channels the
+        standard deviation is 0.088; with PyTorch's own initialization it is 0.013.
         """
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         if self.conv.bias is not None:

@@ -25,7 +25,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """query (B, Q, D), memory (B, N, D), positions that broadcast to them -> (B, Q, D).
 
-        hidden (B, Q, N): True where a query must not look.
+        hidden (B, Q, N): the attention mask, True where a query may not attend.
         """
         if hidden is not None:
             hidden = hidden.repeat_interleave(self.attn.num_heads, 0)

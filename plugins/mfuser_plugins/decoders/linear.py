@@ -12,8 +12,7 @@ from mfuser_plugins.decoders._per_pixel import PerPixelDecoder, resized
 class Linear(PerPixelDecoder):
     """Batch norm and one linear map on the concatenated levels, at the resolution of the finest.
 
-    The probe of DINOv2's segmentation study (Oquab et al. 2023, section 7.4): what it cannot
-    read off, the features do not hold.
+    The linear evaluation of DINOv2's segmentation study (Oquab et al. 2023, section 7.4).
     """
 
     def __init__(self, channels: tuple[int, ...], num_classes: int) -> None:

@@ -1,4 +1,4 @@
-"""Mask2Former as published: learned queries, matched to the masks that are there."""
+"""Mask2Former as published: learned queries and Hungarian matching."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mfuser_plugins.decoders._mask_losses import MaskLosses, class_masks, sample
 
 
 class Mask2Former(MaskDecoder):
-    """Learned queries; the cheapest one-to-one matching decides which answers for which class.
+    """Learned queries, each assigned to a ground-truth mask or to none by Hungarian matching.
 
-    Cheng et al., CVPR 2022 (arXiv 2112.01527): what Rein decodes with. It takes no text.
+    Cheng et al., CVPR 2022 (arXiv 2112.01527); Rein's decoder. It takes no text.
 
     Raises MFuserError for fewer queries than classes: every class of a crop needs one.
     """
@@ -110,7 +110,7 @@ def assign(costs: np.ndarray) -> np.ndarray:
 class Mask2FormerSpec(MaskDecoderSpec, name="mask2former"):
     """A Mask2Former with learned queries and Hungarian matching. Takes no text.
 
-    queries: as many as classes or more.
+    queries: at least as many as there are classes.
     width, heads: of both transformers; points: samples per head and level of the deformable
         attention.
     pixel_layers, pixel_ffn: of the pixel decoder; layers, ffn: of the query decoder.

@@ -1,4 +1,4 @@
-"""No decoder: the similarity of pixels and class texts is the segmentation (MaskCLIP)."""
+"""Segmentation by the similarity of pixels and class texts alone (MaskCLIP)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class TextSimilarity(PerPixelDecoder):
     over a temperature.
 
     As MaskCLIP (Zhou et al., ECCV 2022, arXiv 2112.01071, section 3.2) reads a vision-language
-    model's own dense embedding. It has no parameters and reads no pyramid: what learns are the
-    parts before it, from its cross-entropy and from the model's own alignment loss.
+    model's own dense embedding. It has no parameters and does not read the pyramid: its
+    cross-entropy and the model's alignment loss train the components before it.
     """
 
     reads_alignment: ClassVar[bool] = True

@@ -46,7 +46,7 @@ class MLP(nn.Sequential):
 
 
 class ReadingEnhancer(TextEnhancer):
-    """text + gamma * f(text, visual), with f at its own width (paper, section 4.2).
+    """text + gamma * f(text, visual), with f at an internal width (paper, section 4.2).
 
     layer: makes one layer of f, (text (B, K, D), visual (B, T, D)) -> (B, K, D).
     """
@@ -90,8 +90,8 @@ def read_image(scan: nn.Module, text: Tensor, visual: Tensor) -> tuple[Tensor, T
 
 
 def _reset(module: nn.Module) -> None:
-    # As released: this includes a scan's dt_proj, whose bias is thereby zero and no longer gives
-    # step sizes of 0.001 to 0.1.
+    # As released. This includes the scan's dt_proj: its bias becomes zero, and step sizes no longer
+    # start between 0.001 and 0.1.
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""A text enhancer that reads the image by cross-attention in place of the scan (paper, table 6)."""
+"""A text enhancer with cross-attention to the image in place of the scan (paper, table 6)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CrossAttentionEnhancer(ReadingEnhancer):
 
 
 class CrossAttentionEnhancerSpec(ReadingSpec, name="cross_attention"):
-    """Class embeddings that have read the image by cross-attention (paper, table 6).
+    """Class embeddings conditioned on the image by cross-attention (paper, table 6).
 
     width: of the enhancer, between projections from and to the joint text-image width.
     heads: of both attentions; they divide the width.

@@ -40,7 +40,7 @@ class MambaOnly(ReadingEnhancer):
 
 
 class MambaOnlySpec(ReadingSpec, name="mamba_only"):
-    """Class embeddings that have read the image by a selective scan alone (paper, table 6).
+    """Class embeddings conditioned on the image by a selective scan alone (paper, table 6).
 
     width: of the enhancer, between projections from and to the joint text-image width; even.
     state_size: N, states per channel of the scan.

@@ -22,7 +22,9 @@ from mfuser_plugins.fusion.mvfuser import MVFuser, MVFuserSpec
 class Layer(nn.Module):
     """Self-attention among classes, a scan over [text ; image ; text], an MLP (eq. 7-10).
 
-    The normalized text enters both copies, and the outputs of both are added to the text.
+    The scan is causal: the image tokens are conditioned on the first copy of the text, and the
+    second copy on the whole image. Both copies are the normalized text, and the outputs of both
+    are added to the text.
     """
 
     def __init__(self, spec: MTEnhancerSpec) -> None:
@@ -46,14 +48,14 @@ class Layer(nn.Module):
 
 
 class MTEnhancer(ReadingEnhancer):
-    """text + gamma * f(text, visual), with f at its own width (paper, section 4.2)."""
+    """text + gamma * f(text, visual), with f at an internal width (paper, section 4.2)."""
 
     def __init__(self, spec: MTEnhancerSpec, text_dim: int) -> None:
         super().__init__(spec, text_dim, lambda: Layer(spec))
 
 
 class MTEnhancerSpec(ReadingSpec, name="mtenhancer"):
-    """MTEnhancer: class embeddings that have read the image, by attention and a selective scan.
+    """MTEnhancer: class embeddings conditioned on the image by attention and a selective scan.
 
     width: of the enhancer, between projections from and to the joint text-image width.
     heads: of the self-attention; they divide the width.

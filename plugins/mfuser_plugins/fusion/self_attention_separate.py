@@ -1,4 +1,4 @@
-"""Each encoder attends to the other, by an attention of its own (paper, table 3)."""
+"""Each encoder attends to the other through its own attention layer (paper, table 3)."""
 
 from __future__ import annotations
 

@@ -391,6 +391,9 @@ def test_the_recipes_of_the_paper_are_the_released_ones() -> None:
     assert (paper.weight_decay, paper.no_decay) == (1e-5, ("norm", "level_embed", "query_embed"))
     assert (clip.weight_decay, clip.no_decay) == (1e-4, ("norm",))
     assert paper.scored == "all" and paper.augmentation.keep == "last"
+    tqdm, rein = reg.recipe("tqdm"), reg.recipe("rein")
+    assert (tqdm.lr, tqdm.lr * tqdm.backbone_lr, tqdm.batch_size) == pytest.approx((1e-5, 1e-6, 8))
+    assert rein.rate(0) == 1 and rein.rate(20000) == pytest.approx(0.5**0.9)
     same = {"weight_decay": paper.weight_decay, "no_decay": paper.no_decay}
     assert clip.model_copy(update=same) == paper
 
