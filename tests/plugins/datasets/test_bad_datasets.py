@@ -21,7 +21,6 @@ from mfuser_plugins.datasets.idd import IddSpec
 from mfuser_plugins.datasets.mapillary import MapillarySpec
 from mfuser_plugins.datasets.muses import MusesSpec
 from mfuser_plugins.datasets.synthia import SynthiaSpec
-from mfuser_plugins.datasets.urbansyn import UrbanSynSpec
 from mfuser_plugins.datasets.wilddash2 import WildDash2Spec
 
 # Spec, image folder, image suffix, label folder, label suffix; the split is train.
@@ -40,7 +39,6 @@ LAYOUTS = [
      "gt_semantic/train/fog", "_gt_labelTrainIds.png"),
     (IddSpec(), "leftImg8bit/train", "_leftImg8bit.png", "gtFine/train",
      "_gtFine_labelcsTrainIds.png"),
-    (UrbanSynSpec(), "rgb", ".png", "ss", ".png"),
     (WildDash2Spec(), "images", ".jpg", "labels", ".png"),
 ]  # fmt: skip
 EVERY = pytest.mark.parametrize(
