@@ -51,6 +51,12 @@ class MLPDecoder(PerPixelDecoder):
         return DecoderOutput([self.classify(mixed, queries)])
 
 
+class TextMLPDecoder(MLPDecoder):
+    """The same for any class texts: nothing in it is learned per class."""
+
+    open_vocabulary: ClassVar[bool] = True
+
+
 class MLPOptions(DecoderSpec):
     """The options of both (documented where they are named)."""
 
@@ -91,7 +97,7 @@ class TextMLPSpec(MLPOptions, name="text_mlp"):
     ) -> MLPDecoder:
         assert text_dim is not None, "a pairing without text is refused"
         classify = TextClassifier(self.width, text_dim, self.temperature, self.component())
-        return MLPDecoder(channels, self.width, self.dropout, classify)
+        return TextMLPDecoder(channels, self.width, self.dropout, classify)
 
 
 @hookimpl

@@ -95,6 +95,12 @@ class UPerNet(PerPixelDecoder):
         return DecoderOutput([self.classify(self.dropout(mixed), queries)])
 
 
+class TextUPerNet(UPerNet):
+    """The same for any class texts: nothing in it is learned per class."""
+
+    open_vocabulary: ClassVar[bool] = True
+
+
 class UPerNetOptions(DecoderSpec):
     """The options of both (documented where they are named)."""
 
@@ -113,8 +119,10 @@ class UPerNetOptions(DecoderSpec):
             )
         return self
 
-    def decoder(self, channels: tuple[int, ...], classify: nn.Module) -> UPerNet:
-        return UPerNet(channels, self.width, self.bins, self.norm_groups, self.dropout, classify)
+    def decoder(
+        self, made: type[UPerNet], channels: tuple[int, ...], classify: nn.Module
+    ) -> UPerNet:
+        return made(channels, self.width, self.bins, self.norm_groups, self.dropout, classify)
 
 
 class UPerNetSpec(UPerNetOptions, name="upernet"):
@@ -126,7 +134,7 @@ class UPerNetSpec(UPerNetOptions, name="upernet"):
     """
 
     def build(self, channels: tuple[int, ...], num_classes: int, text_dim: int | None) -> UPerNet:
-        return self.decoder(channels, ConvClassifier(self.width, num_classes))
+        return self.decoder(UPerNet, channels, ConvClassifier(self.width, num_classes))
 
 
 class TextUPerNetSpec(UPerNetOptions, name="text_upernet"):
@@ -144,9 +152,8 @@ class TextUPerNetSpec(UPerNetOptions, name="text_upernet"):
 
     def build(self, channels: tuple[int, ...], num_classes: int, text_dim: int | None) -> UPerNet:
         assert text_dim is not None, "a pairing without text is refused"
-        return self.decoder(
-            channels, TextClassifier(self.width, text_dim, self.temperature, self.component())
-        )
+        classify = TextClassifier(self.width, text_dim, self.temperature, self.component())
+        return self.decoder(TextUPerNet, channels, classify)
 
 
 @hookimpl

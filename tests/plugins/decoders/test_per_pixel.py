@@ -84,6 +84,21 @@ def test_classes_follow_their_texts(name: str) -> None:
         decoder(levels)
 
 
+ANY_TEXT = {"text_mlp": True, "text_upernet": True, "text_segmenter": False, "mlp": False}
+
+
+@pytest.mark.parametrize(("name", "any_text"), ANY_TEXT.items())
+def test_which_answer_for_any_texts(name: str, any_text: bool) -> None:
+    decoder = build(name).eval()
+    assert decoder.open_vocabulary is any_text
+    if any_text:
+        text = torch.randn(2, CLASSES + 3, TEXT)
+        levels = pyramid()
+        with torch.no_grad():
+            maps, fewer = decoder(levels, text).masks[-1], decoder(levels, text[:, 2:4]).masks[-1]
+        assert torch.allclose(maps[:, 2:4], fewer, atol=1e-5)
+
+
 def test_mlp_is_eq_4_of_segformer() -> None:
     decoder, levels = build("mlp").eval(), pyramid()
     norm = decoder.mix[1]
