@@ -9,6 +9,25 @@ import click
 
 from mfuser.cli import INTERRUPTED, Group, emit
 
+TOWERS = ("vfm", "vlm", "vfm+vlm", "random", "scratch")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+weights_options = (
+    click.option("--vfm", type=click.Path(path_type=Path, exists=True), default=None,
+                 help="Other weights than those that ship, or a pretraining's checkpoint."),
+    click.option("--vlm", type=click.Path(path_type=Path, exists=True), default=None,
+                 help="The same for mini-vlm."),
+)  # fmt: skip
+images_option = click.option(
+    "--images", type=click.IntRange(min=1), default=100, show_default=True,
+    help="Of each domain that is tested.",
+)  # fmt: skip
+
+
+def with_weights(command: Any) -> Any:
+    for option in weights_options:
+        command = option(command)
+    return command
+
 
 @click.group(cls=Group)
 def world() -> None:
@@ -42,7 +61,7 @@ def world() -> None:
 @click.option(
     "--save-every", type=click.IntRange(min=1), default=100, show_default=True, help="In steps."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@json_option
 def pretrain(
     tower: Literal["vfm", "vlm"],
     out: Path | None,
@@ -84,3 +103,90 @@ def pretrain(
         emit({"weights": str(path), "sha256": digest(path), "recipe": plan.as_json()})
     else:
         click.echo(f"weights: {path}\nsha256: {digest(path)}")
+
+
+@world.command()
+@click.argument("names", nargs=-1, type=click.Choice(TOWERS), metavar="[TOWER]...")
+@click.option("--head", type=click.Choice(["linear", "mlp"]), default="linear", show_default=True)
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--train",
+    "train_images",
+    type=click.IntRange(min=16),
+    default=800,
+    show_default=True,
+    help="Images of the source to train on.",
+)
+@click.option("--steps", type=click.IntRange(min=1), default=600, show_default=True)
+@click.option("--development", is_flag=True, help="Test on the development styles instead.")
+@images_option
+@with_weights
+@json_option
+def probe(
+    names: tuple[str, ...],
+    head: Literal["linear", "mlp"],
+    seeds: int,
+    train_images: int,
+    steps: int,
+    development: bool,
+    images: int,
+    vfm: Path | None,
+    vlm: Path | None,
+    as_json: bool,
+) -> None:
+    """Probes on frozen features of TOWERs, trained on the source and tested on unseen domains.
+
+    vfm, vlm, both, a random tower; "scratch" trains the same tower end to end on the source. With
+    vfm+vlm the oracle of the two towers' single probes is scored too: per pixel whichever is right.
+    """
+    from mfuser_streets import evidence
+    from mfuser_streets import probe as probing
+
+    tests = ("game", "development") if development else ("game", *probing.TARGETS)
+    rows = evidence.probes(
+        names or ("random", "vfm", "vlm", "vfm+vlm"), head, seeds, train_images, steps, images,
+        tests, {"vfm": vfm, "vlm": vlm},
+        say=None if as_json else click.echo,
+    )  # fmt: skip
+    if as_json:
+        emit(rows)
+
+
+@world.command()
+@images_option
+@with_weights
+@json_option
+def words(images: int, vfm: Path | None, vlm: Path | None, as_json: bool) -> None:
+    """How well the class words of mini-vlm tell its patches apart: area under the ROC curve."""
+    from mfuser_streets import evidence
+
+    found = evidence.words(images, vlm)
+    if as_json:
+        emit(found)
+        return
+    for domain, aucs in found.items():
+        worst = sorted(aucs, key=lambda name: aucs[name])[:3]
+        told = ", ".join(f"{name} {aucs[name]:.2f}" for name in worst)
+        click.echo(f"{domain}: mean {sum(aucs.values()) / len(aucs):.3f}; lowest {told}")
+
+
+@world.command()
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@with_weights
+def pca(out: Path, vfm: Path | None, vlm: Path | None) -> None:
+    """A picture of what the towers see: main directions of their features, in color, and the map
+    of one class word."""
+    from mfuser_streets import evidence
+
+    evidence.pca_picture(out, vfm, vlm)
+    click.echo(str(out))
+
+
+@world.command()
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+def show(out: Path) -> None:
+    """A picture of the world: the source, the five targets, and every family of the space."""
+    from mfuser_streets import evidence
+
+    evidence.world_picture(out)
+    click.echo(str(out))

@@ -126,6 +126,9 @@ class OpenClipSpec(LibrarySpec, VisionLanguageSpec, name="open_clip"):
 
         from mfuser_plugins.backbones.catalog import open_clip_license
 
+        miniature = known()
+        if (self.model, self.weights) == (miniature.VLM, miniature.VLM):
+            return cast(str, miniature.LICENSE)
         if self.weights not in open_clip.list_pretrained_tags_by_model(self.model):
             return None
         return open_clip_license(self.model, self.weights)

@@ -27,6 +27,7 @@ SIZE = (96, 192)
 """The image size of the position table."""
 MEAN, STD = (0.42, 0.42, 0.42), (0.25, 0.25, 0.25)
 WIDTH, DEPTH, HEADS = 128, 6, 4
+LICENSE = "apache-2.0"
 VFM_MODEL, VFM, VLM = "vit_mini_patch8", "mini-vfm", "mini-vlm"
 CHECKSUMS = FOLDER / "weights.json"
 """SHA-256 of the weights files that ship."""
@@ -62,7 +63,7 @@ def _cfg(**changes: Any) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {f"{VFM_MODEL}.{VFM}": _cfg(file=str(FOLDER / f"{VFM}.safetensors"), license="apache-2.0")}
+    {f"{VFM_MODEL}.{VFM}": _cfg(file=str(FOLDER / f"{VFM}.safetensors"), license=LICENSE)}
 )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import cv2
 import numpy as np
 
@@ -19,7 +17,7 @@ version they were pretrained."""
 SOURCE = "game"
 PRETRAINING = "space"
 DEVELOPMENT = "development"
-Domain = Literal["game", "camera", "fog", "night", "rain", "snow", "space", "development"]
+DOMAINS = (SOURCE, *space.TARGETS, PRETRAINING, DEVELOPMENT)
 SPLITS = ("train", "val")
 
 _STREETS = {SOURCE: 0, DEVELOPMENT: 2, PRETRAINING: 3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from typing import get_args
 
 import cv2
 import numpy as np
@@ -15,9 +16,11 @@ from pydantic import ValidationError
 
 from mfuser import IGNORE
 from mfuser.config.classes import CITYSCAPES
+from mfuser_plugins.datasets import streets
 from mfuser_plugins.datasets.streets import Streets, StreetsSpec
 from mfuser_streets import materials
 from mfuser_streets.geometry import Camera, Painter, Thing, painters_order
+from mfuser_streets.world import scenes, space
 
 DOMAINS = ("game", "camera", "fog", "night", "rain", "snow")
 CLASSES = len(CITYSCAPES.names)
@@ -192,13 +195,23 @@ def test_shifted_as_one_dataset_takes_turns() -> None:
 
 def test_names_and_fingerprints_tell_apart() -> None:
     variants = [dataset(), dataset("fog"), dataset(split="val"), dataset(seed=1),
-                dataset(size=(64, 64)), dataset(count=5)]  # fmt: skip
+                dataset(size=(64, 64)), dataset(count=5), dataset(style={"fog": 0.05}),
+                dataset("space"), dataset("development")]  # fmt: skip
     assert len({d.fingerprint() for d in variants}) == len(variants)
     assert dataset()[4].name == dataset().name(4) == "game_train_0_00004"
 
 
 @pytest.mark.parametrize(
-    "options", [{"domain": "dusk"}, {"size": 0}, {"count": 0}, {"seed": -1}, {"color": "red"}]
+    "options",
+    [
+        {"style": {"fog": 3}},
+        {"style": {"fogg": 0.1}},
+        {"domain": "dusk"},
+        {"size": 0},
+        {"count": 0},
+        {"seed": -1},
+        {"color": "red"},
+    ],
 )
 def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError) as caught:
@@ -206,6 +219,28 @@ def test_bad_options(options: dict[str, object]) -> None:
     assert next(iter(options)) in str(caught.value)
     if "domain" in options:
         assert "'shifted'" in str(caught.value)
+
+
+def test_a_style_can_be_fixed() -> None:
+    """The same street, the same rest of the style: only what is fixed differs."""
+    clear, foggy = dataset("game", "val"), dataset("game", "val", style={"fog": 0.08})
+    assert foggy[2].image.std() < 0.8 * clear[2].image.std()
+    np.testing.assert_array_equal(foggy[2].label, clear[2].label)
+    same = dataset("game", "val", style={"fog": 0.0})
+    np.testing.assert_array_equal(same[2].image, clear[2].image)
+
+
+def test_the_domains_are_those_of_the_world() -> None:
+    assert streets.SOURCE == scenes.SOURCE
+    assert tuple(space.TARGETS) == streets.TARGETS
+    assert {*scenes.DOMAINS, "shifted"} == set(get_args(streets.Domain))
+
+
+def test_families_of_the_space_take_turns() -> None:
+    data = dataset("space")
+    names = [scenes.family("space", i)[0] for i in range(9)]
+    assert names == list(space.PRETRAINING)
+    assert len({digest(data, i) for i in range(9)}) == 9
 
 
 def test_index_out_of_range_ends_iteration() -> None:
