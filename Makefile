@@ -4,10 +4,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 
-.PHONY: demo test test-versions check lint types imports docs coverage reference format wheel clean
+.PHONY: demo demo-scratch test test-versions check lint types imports docs coverage reference format wheel clean
 
+# MFuser on two frozen towers, and beside it what a linear map gets from one of them.
 demo: $(VENV)/.installed
 	$(BIN)/mfuser train demo --out $(OUT) $(if $(wildcard $(OUT)/run.json),--resume)
+	$(BIN)/mfuser train demo-probe --recipe demo --out $(OUT)-probe $(if $(wildcard $(OUT)-probe/run.json),--resume)
+
+# The same model with towers from random numbers, trained whole on the source.
+demo-scratch: $(VENV)/.installed
+	$(BIN)/mfuser train demo-scratch --recipe demo --out $(OUT)-scratch $(if $(wildcard $(OUT)-scratch/run.json),--resume)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=

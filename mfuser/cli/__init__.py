@@ -45,21 +45,29 @@ class Root(Group):
         return sorted({*super().list_commands(ctx), *metadata.entry_points(group=COMMANDS).names})
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Raises PluginError for a plugin's command that cannot be loaded."""
+        """A plugin's command that cannot be loaded says so where it is listed or run."""
         if found := super().get_command(ctx, name):
             return found
         for entry in metadata.entry_points(group=COMMANDS, name=name):
             try:
                 command = entry.load()
             except Exception as error:
-                raise PluginError(
-                    f"the command '{name}' of {entry.value} cannot be loaded: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+                why = f"{type(error).__name__}: {error}"
+                return _broken(name, f"{entry.value} cannot be loaded: {why}")
             if isinstance(command, click.Command):
                 return command
-            raise PluginError(f"the command '{name}': {entry.value} is no click command")
+            return _broken(name, f"{entry.value} is no click command")
         return None
+
+
+def _broken(name: str, why: str) -> click.Command:
+    """In the place of a plugin's command: raises PluginError whatever its arguments."""
+
+    def fail() -> None:
+        raise PluginError(f"the command '{name}' of a plugin: {why}")
+
+    lenient = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    return click.Command(name, context_settings=lenient, callback=fail, help=why)
 
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})

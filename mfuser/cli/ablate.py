@@ -105,7 +105,7 @@ def ablate(
     else:
         assert isinstance(spec, StudySpec)
         plan = _TrainingPlan(registry, study, spec, folder, inputs)
-    _work(plan, study, folder, index, of, dry_run, as_json)
+    work(plan, study, folder, index, of, dry_run, as_json)
 
 
 class _Plan:
@@ -162,9 +162,24 @@ class _AdapterPlan(_Plan):
         return adapters.collect(self.registry, self.name, self.spec, self.adapters, self.jobs)
 
 
-def _work(
-    plan: _Plan, study: str, folder: Path, index: int, of: int, dry_run: bool, as_json: bool
-) -> None:
+def training_plan(
+    registry: Registry, name: str, spec: StudySpec, folder: Path, inputs: Inputs
+) -> _Plan:
+    """What `work` takes, for a study that a command put together."""
+    return _TrainingPlan(registry, name, spec, folder, inputs)
+
+
+def work(
+    plan: _Plan,
+    study: str,
+    folder: Path,
+    index: int,
+    of: int,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool = False,
+) -> Any:
+    """Run what is left of a study; its results are shown and returned (None after a dry run)."""
     from mfuser.engine.console import Console
     from mfuser.reporting.tables import show
     from mfuser.study import runs
@@ -174,7 +189,7 @@ def _work(
     runs.check_study(folder, study, plan.identities)
     if dry_run:
         _list(share, folder, as_json)
-        return
+        return None
     plan.check()
     runs.open_study(folder, study, plan.identities)
     console = Console()
@@ -190,15 +205,16 @@ def _work(
     without_plot = save(results, folder)
     if without_plot:
         console.say(without_plot)
-    if as_json:
+    if as_json and not quiet:
         emit(results.model_dump(mode="json"))
-    else:
+    elif not as_json:
         show(*results.tables(), *results.summary(), f"results: {folder / 'results.md'}")
     if troubles:
         console.say(f"{len(troubles)} of {len(share)} runs did not finish:")
         for job, status, message in troubles:
             console.say(f"  {job.label} {status}: {message}")
         raise click.exceptions.Exit(1)
+    return results
 
 
 def _list(jobs: list[Job], folder: Path, as_json: bool) -> None:

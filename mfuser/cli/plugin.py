@@ -1,4 +1,4 @@
-"""Commands for plugin authors: plugin new, plugin check."""
+"""Commands for plugin authors: plugin new, plugin check, plugin bench."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from mfuser.cli import Group, cli, emit
-from mfuser.cli.options import data_options, json_option
+from mfuser.cli.options import data_options, json_option, out_option, set_option
 from mfuser.plugins.scaffold import KINDS
 
 FAILED = 1
@@ -104,3 +104,52 @@ def check(module: str, pairings: int | None, data_roots: tuple[str, ...], as_jso
         click.echo(f"{module}: {tried} checks in {seconds:.0f} s, {verdict}{left}")
     if not passed:
         raise click.exceptions.Exit(FAILED)
+
+
+@plugin.command()
+@click.argument("module")
+@click.option("--component", default=None, metavar="NAME", help="Which, where MODULE offers more.")
+@set_option
+@click.option("--seeds", default=None, metavar="0,1,…", help="Default: those of the study.")
+@click.option("--steps", type=click.IntRange(min=1), default=None, help="Of every run.")
+@out_option("Default: bench/COMPONENT.")
+@click.option("--dry-run", is_flag=True, help="List the runs and how they stand; run nothing.")
+@json_option
+def bench(
+    module: str,
+    component: str | None,
+    settings: tuple[str, ...],
+    seeds: str | None,
+    steps: int | None,
+    out: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Measure a fusion, enhancer, decoder or tuning part of MODULE against the built-in ones, on
+    frozen towers in miniature: table, plot, and a verdict with its spread.
+
+    MODULE as for `plugin check`; --set gives the part its options. The study is the registry's
+    table [study.bench_KIND], with the part as one more value; what is finished is not run again.
+    OUT/bench.json is what docs/leaderboard.md is made of.
+    """
+    from mfuser.study.bench import offered, prepared, record
+
+    sys.path.insert(0, str(Path.cwd()))
+    chosen = offered(module, component)
+    folder = out or Path("bench") / chosen.name
+    plan = prepared(module, chosen, settings, seeds, steps)
+    from mfuser.cli.ablate import training_plan, work
+    from mfuser.study.runs import Inputs
+
+    inputs = Inputs(plugins=plan.plugins)
+    study = training_plan(plan.registry, plan.study, plan.spec, folder, inputs)
+    results = work(study, plan.study, folder, 0, 1, dry_run, as_json, quiet=True)
+    if results is None:
+        return
+    told = record(results, plan, folder)
+    if as_json:
+        emit(told.model_dump(mode="json"))
+        return
+    for line in told.summary():
+        click.echo(line)
+    click.echo(f"for the leaderboard: {folder / 'bench.json'}")

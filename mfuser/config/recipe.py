@@ -69,6 +69,7 @@ class RecipeSpec(Options):
     on_bad_image: "stop", or "skip" an unreadable image and say so.
     tensorboard: also write event files (needs the extra of that name).
     baselines: the report after training also scores the untrained model.
+    note: what the report should say besides its figures.
     """
 
     steps: PositiveInt
@@ -99,6 +100,7 @@ class RecipeSpec(Options):
     on_bad_image: Literal["stop", "skip"] = "stop"
     tensorboard: bool = False
     baselines: bool = False
+    note: str = ""
 
     @model_validator(mode="after")
     def _fits(self) -> RecipeSpec:

@@ -139,7 +139,7 @@ class Report(Options):
             pairing=run.pairing_name,
             recipe=run.recipe_name,
             protocol=protocol,
-            notes=_notes(model, domains),
+            notes=[*_notes(model, domains), *([recipe.note] if recipe.note else [])],
             classes=list(model.classes),
             domains=domains,
             untrained=untrained,

@@ -45,7 +45,11 @@ COMMANDS = {
     f"--stride {SHARED}",
     "train": "PAIRING --no-evaluate --out --recipe --replay --resume --seed --set --set-recipe "
     f"--source --steps --targets {WORK}",
+    "world pca": "OUT --vfm --vlm",
     "world pretrain": "TOWER --decay --json --out --save-every --seed --steps --without",
+    "world probe": "NAMES --development --head --images --json --seeds --steps --train --vfm --vlm",
+    "world show": "OUT",
+    "world words": "--images --json --vfm --vlm",
 }
 
 PAIRING = """vfm vlm fusion tuning enhancer decoder image_size classes taps prompt merge pyramid

@@ -206,7 +206,7 @@ def test_a_folder_that_is_taken_is_refused_once(trained: Path, two: Any) -> None
     assert ended[0].err.count("already holds a run") == 1 and "mfuser" not in ended[1].err
 
 
-@pytest.mark.parametrize("command", [("predict", "run", "image.png"), ("ablate", "demo_fusion")])
+@pytest.mark.parametrize("command", [("predict", "run", "image.png"), ("ablate", "mini_fusion")])
 def test_commands_of_one_process_say_so(
     mfuser: Any, monkeypatch: pytest.MonkeyPatch, inside: Path, command: tuple[str, ...]
 ) -> None:

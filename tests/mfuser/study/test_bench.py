@@ -1,0 +1,212 @@
+"""`mfuser plugin bench`: a stranger's part against the built-in ones, and the page of records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mfuser.errors import MFuserError, PluginError, RegistryError
+from mfuser.study import bench
+from mfuser.study.paired import compare
+from mfuser.study.report import AVERAGE, Results, Row, Score
+
+SWAP = '''
+import torch
+from torch import nn
+from mfuser import FusionAdapter, FusionSpec, hookimpl
+
+class Swap(FusionAdapter):
+    def __init__(self, vfm, vlm, share):
+        super().__init__()
+        self.to_vfm = nn.Linear(vlm.embed_dim, vfm.embed_dim)
+        self.to_vlm = nn.Linear(vfm.embed_dim, vlm.embed_dim)
+        self.share = nn.Parameter(torch.tensor(share))
+
+    def forward(self, vfm_tokens, vlm_tokens, vfm_grid=None, vlm_grid=None):
+        a, b = vfm_tokens.mean(1, keepdim=True), vlm_tokens.mean(1, keepdim=True)
+        vfm, vlm = self.share * self.to_vfm(b), self.share * self.to_vlm(a)
+        return vfm.expand_as(vfm_tokens), vlm.expand_as(vlm_tokens)
+
+class SwapSpec(FusionSpec, name="swap"):
+    """Each encoder receives a learned share of the other's mean token."""
+    share: float = 0.1
+    def build(self, vfm, vlm):
+        return Swap(vfm, vlm, self.share)
+
+@hookimpl
+def mfuser_components():
+    return [SwapSpec]
+'''
+
+# The study of the real command, on towers that take seconds.
+REGISTRY = """
+[pairing.quick]
+image_size = [32, 64]
+decoder    = { name = "linear" }
+
+[pairing.quick.vfm]
+name    = "timm"
+model   = "vit_tiny_patch16_224"
+weights = "random"
+options = { embed_dim = 16, depth = 2, num_heads = 2 }
+
+[pairing.quick.vlm]
+name    = "open_clip"
+model   = "ViT-B-16"
+weights = "random"
+
+[pairing.quick.vlm.options]
+embed_dim  = 16
+vision_cfg = { layers = 2, width = 16, head_width = 8, patch_size = 16 }
+text_cfg   = { layers = 1, width = 16, heads = 2 }
+
+[dataset.quick]
+name   = "streets"
+domain = "game"
+size   = [32, 64]
+count  = 2
+
+[dataset.quick-night]
+extends = "quick"
+domain  = "night"
+
+[recipe.quick]
+source     = "quick"
+targets    = ["quick", "quick-night"]
+steps      = 1
+warmup     = 0
+batch_size = 1
+workers    = 0
+augmentation = { scale = [1.0, 1.0], min_pixels = 0 }
+
+[study.bench_fusion]
+base            = "quick"
+recipe          = "quick"
+recipe_settings = {}
+seeds           = [0, 1]
+axes            = { fusion = ["none"] }
+"""
+
+
+@pytest.fixture
+def here(inside: Path) -> Path:
+    (inside / "swap.py").write_text(SWAP, "utf-8")
+    (inside / "registry.toml").write_text(REGISTRY, "utf-8")
+    return inside
+
+
+def test_a_part_is_measured(here: Path, mfuser: Callable) -> None:
+    ran = mfuser("plugin", "bench", "swap.py", "--set", "share=0.2", "--json")
+    assert ran.code == 0, ran.err
+    told = json.loads(ran.out)
+    assert told == json.loads((here / "bench" / "swap" / "bench.json").read_text("utf-8"))
+    assert told["kind"] == "fusion" and told["options"] == {"share": 0.2}
+    labels = [s["label"] for s in told["standings"]]
+    assert sorted(labels) == ["none", "swap (yours)"]
+    assert all(s["seeds"] == 2 for s in told["standings"])
+    (against,) = told["verdict"]
+    assert (against["first"], against["second"]) == ("swap (yours)", "none")
+    means = {s["label"]: s["mean"] for s in told["standings"]}
+    assert against["mean"] == pytest.approx(means["swap (yours)"] - means["none"])
+    assert against["pairs"] == 2 and 0 <= against["p"] <= 1
+    records = here / "records"
+    records.mkdir()
+    (records / "swap.json").write_text(json.dumps(told), "utf-8")
+    page = bench.leaderboard(records)
+    assert "## fusion" in page and "| swap | swap |" in page and "| none | swap |" in page
+    again = mfuser("plugin", "bench", "swap.py", "--set", "share=0.2")
+    assert again.code == 0 and "already finished" in again.err
+    assert "swap (yours) against none: " in again.out and "paired t-test over 2 seeds" in again.out
+
+
+def test_the_study_that_ships_takes_parts_of_every_kind(here: Path) -> None:
+    (here / "registry.toml").unlink()
+    for module, kind in (
+        ("swap.py", "fusion"), ("mtenhancer", "enhancer"), ("linear", "decoder"), ("lora", "tuning")
+    ):  # fmt: skip
+        component = bench.offered(module, None)
+        plan = bench.prepared(module, component, seeds="0", steps=40)
+        assert plan.study == f"bench_{kind}"
+        assert plan.spec.seeds == (0,) and plan.spec.recipe_settings["steps"] == 40
+        assert plan.spec.axes[kind][-1]["label"] == plan.label
+        assert plan.plugins == ((module,) if module == "swap.py" else ())
+
+
+def test_what_cannot_be_measured_is_refused(here: Path, mfuser: Callable) -> None:
+    for arguments, said in (
+        (["streets"], "offers no part of a kind that is measured (fusion, enhancer"),
+        (["swap.py", "--component", "swop"], "offers no 'swop'; did you mean 'swap'"),
+        (["nothing_of_this_name"], "nothing_of_this_name"),
+        (["swap.py", "--seeds", "a"], "'a' is no whole number"),
+        (["swap.py", "--set", "shares=1", "--dry-run"], "shares"),
+    ):
+        ran = mfuser("plugin", "bench", *arguments)
+        assert ran.code == 2 and said in ran.err, ran.err
+    assert not (here / "bench").exists()
+    with pytest.raises(PluginError):
+        bench.offered("streets", None)
+    component = bench.offered("swap.py", None)
+    with pytest.raises((RegistryError, MFuserError), match="share"):
+        from mfuser.study import grid
+
+        plan = bench.prepared("swap.py", component, ["share='a'"])
+        grid.variants(plan.registry, plan.study, plan.spec)
+
+
+def results(
+    first: dict[int, tuple[float, float]], second: dict[int, tuple[float, float]]
+) -> Results:
+    def row(label: str, values: dict[int, tuple[float, float]]) -> Row:
+        scores = {
+            "fog": Score.of({s: v[0] for s, v in values.items()}),
+            "night": Score.of({s: v[1] for s, v in values.items()}),
+            AVERAGE: Score.of({s: sum(v) / 2 for s, v in values.items()}),
+        }
+        return Row(label=label, choices={}, trained=1, states=dict.fromkeys(values, "finished"),
+                   messages={}, scores=scores, paper={})  # fmt: skip
+
+    rows = [row("a", first), row("b", second)]
+    return Results(study="s", base="b", protocol={}, notes=[], domains=["fog", "night"], seen=[],
+                   rows=rows)  # fmt: skip
+
+
+def test_pairing_takes_out_what_both_have_in_common() -> None:
+    """Seeds differ by tens of points, the variants by two in each: a difference."""
+    ours = {0: (0.30, 0.10), 1: (0.50, 0.33), 2: (0.70, 0.52)}
+    theirs = {s: (a - 0.02, b - 0.02) for s, (a, b) in ours.items()}
+    found = compare(results(ours, theirs), "a", "b")
+    assert found is not None
+    assert found.mean == pytest.approx(2.0) and found.std == pytest.approx(0, abs=1e-9)
+    assert found.pairs == 6 and found.seeds == 3
+    assert found.p is not None and found.p < 0.001
+
+
+def test_noise_is_no_difference() -> None:
+    ours = {0: (0.30, 0.10), 1: (0.28, 0.12), 2: (0.31, 0.09)}
+    theirs = {0: (0.29, 0.12), 1: (0.30, 0.11), 2: (0.29, 0.10)}
+    found = compare(results(ours, theirs), "a", "b")
+    assert found is not None and found.p is not None and found.p > 0.3
+    assert "no difference that chance excludes" in found.text()
+
+
+def test_one_seed_says_nothing_of_chance() -> None:
+    found = compare(results({0: (0.3, 0.2)}, {0: (0.2, 0.2)}), "a", "b")
+    assert found is not None and found.p is None and "one seed says nothing" in found.text()
+    assert compare(results({0: (0.3, 0.2)}, {1: (0.2, 0.2)}), "a", "b") is None
+
+
+def test_a_file_that_is_no_record_is_named(tmp_path: Path) -> None:
+    assert "No part has been measured yet" in bench.leaderboard(tmp_path)
+    (tmp_path / "x.json").write_text("{}", "utf-8")
+    with pytest.raises(MFuserError, match=r"x.json is no record of `mfuser plugin bench`"):
+        bench.leaderboard(tmp_path)
+
+
+def test_the_page_that_ships_is_made_of_its_records(root: Path) -> None:
+    made = bench.leaderboard(root / "docs" / "leaderboard")
+    assert (root / "docs" / "leaderboard.md").read_text("utf-8") == made, (
+        "run `python -m mfuser.study.bench docs/leaderboard > docs/leaderboard.md`"
+    )
