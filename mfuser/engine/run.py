@@ -14,6 +14,7 @@ from mfuser.engine import gallery
 from mfuser.engine import train as training
 from mfuser.engine.console import Console
 from mfuser.engine.processes import Processes, processes
+from mfuser.files import clear_leftovers
 from mfuser.model.dgss import DGSSModel
 from mfuser.reporting import page
 from mfuser.reporting.report import Report
@@ -202,5 +203,11 @@ def _save(report: Report, folder: Path, group: Processes) -> tuple[str, ...]:
     """One report of all processes; returns its pictures, and no others that the folder holds."""
     names = [f"{PICTURES}/{gallery.picture(n)}" for n in ("overview", *report.domains)]
     drawn = tuple(name for name in names if (folder / name).is_file())
-    group.from_main(lambda: page.save(report, folder, list(drawn)))
+
+    def save() -> None:
+        for written in (folder, folder / PICTURES):
+            clear_leftovers(written)
+        page.save(report, folder, list(drawn))
+
+    group.from_main(save)
     return drawn

@@ -178,7 +178,7 @@ class Killing:
             self.report / "report.json"
         ):
             wrong.append("another report")
-        return wrong
+        return wrong + (_leftovers(out) if finished else [])
 
     def _masked(self, out: Path, finished: bool) -> list[str]:
         wrong = []
