@@ -204,16 +204,12 @@ def architecture(tmp_path: Path) -> Path:
 
 
 def test_laying_out_reads_no_weights(architecture: Path) -> None:
-    """Of the image tower, of the text tower, and of a tower in a tower."""
+    """Of a tower by itself, of the image tower in a dual encoder, of the text tower."""
     pairing = PairingSpec.model_validate(
         {
             "vlm": {
                 "name": "dual_encoder",
-                "vision": {
-                    "name": "dual_encoder",
-                    "vision": {"name": "transformers", "model": str(architecture / "vision")},
-                    "text": {"model": "random"},
-                },
+                "vision": {"name": "transformers", "model": str(architecture / "vision")},
                 "text": {"model": str(architecture / "text")},
             },
             "vfm": {"name": "transformers", "model": str(architecture / "vision")},
