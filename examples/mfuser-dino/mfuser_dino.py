@@ -63,9 +63,7 @@ class Dino(VisionBackbone):
 
     def embed(self, images: Tensor) -> Stream:
         if tuple(images.shape[-2:]) != self.image_size:
-            raise MFuserError(
-                f"dino expects images of {self.image_size}, not {tuple(images.shape[-2:])}"
-            )
+            raise MFuserError(f"images are {tuple(images.shape[-2:])}, not {self.image_size}")
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         table = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         patches = self.patch_embed["proj"](images)  # (B, D, h, w)

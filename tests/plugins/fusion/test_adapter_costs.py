@@ -93,5 +93,5 @@ def test_promises_can_fail(benchmark_script: ModuleType) -> None:
 
 
 def test_unknown_adapters_are_named(benchmark_script: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="'mvfuserr'; there is: .*mvfuser"):
+    with pytest.raises(SystemExit, match="'mvfuserr'; available: .*mvfuser"):
         benchmark_script.main(["--adapters", "mvfuserr"])
