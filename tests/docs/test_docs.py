@@ -148,8 +148,9 @@ def parse(line: str, words: list[str], registry: Registry, text: str) -> None:
     words = [w for w in words if w != "…"]
     while isinstance(command, click.Group) and words and not words[0].startswith("-"):
         name = words.pop(0)
-        assert name in command.commands, f"{line}: there is no command '{name}'"
-        command = command.commands[name]
+        found = command.get_command(click.Context(command), name)
+        assert found is not None, f"{line}: there is no command '{name}'"
+        command = found
     try:
         # With the settings of the whole: a command keeps the names of its help option.
         context = command.make_context("mfuser", list(words), **cli.context_settings)

@@ -39,6 +39,7 @@ COMMANDS = {
     "export": f"RUN --format --out --set {SHARED}",
     "evaluate": f"RUN --baselines --limit --out --set --stride --targets {WORK}",
     "list": f"KIND PATTERN --all {SHARED}",
+    "plugin bench": "MODULE --component --dry-run --json --out --seeds --set --steps",
     "plugin check": "MODULE --data-root --json --pairings",
     "plugin new": "NAME --json --kind --out",
     "predict": f"RUN IMAGES --classes --device --out --recursive --scale --scores --set --skip-bad "
