@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
+from PIL import Image
 from pydantic import Field, model_validator
 
 from mfuser import IGNORE, DataError, Dataset, DatasetSpec, hookimpl
@@ -53,6 +55,8 @@ class FolderSpec(DatasetSpec, name="folder"):
     annotations: of panoptic masks: the JSON file, "annotations/panoptic_{split}2017.json".
     """
 
+    tiny: ClassVar[Mapping[str, Any]] = {"classes": ["background", "thing"]}
+
     images: str = "images"
     masks: str = "masks"
     image_suffix: str = ""
@@ -93,6 +97,17 @@ class FolderSpec(DatasetSpec, name="folder"):
             decode = panoptic_map(root / _named(root, self.annotations, split), names)
         pairs = [Pair(key, image, mask, decode) for key, image, mask in _paired(self, root, split)]
         return FolderDataset(root, pairs, self.test_size, names)
+
+    @classmethod
+    def write_example(cls, root: Path) -> None:
+        rng = np.random.default_rng(0)
+        for name in ("images", "masks"):
+            (root / name).mkdir()
+        for k in range(4):
+            image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+            image.save(root / "images" / f"{k}.png")
+            mask = Image.fromarray(rng.integers(0, 2, (40, 60), dtype=np.uint8))
+            mask.save(root / "masks" / f"{k}.png")
 
     @classmethod
     def propose(cls, folder: Path) -> Proposal | None:

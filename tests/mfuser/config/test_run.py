@@ -27,6 +27,8 @@ def known(table: Any, written: Any) -> Any:
     """The table without keys that an earlier version did not write."""
     if isinstance(table, dict) and isinstance(written, dict):
         return {k: known(v, written[k]) for k, v in table.items() if k in written}
+    if isinstance(table, list) and isinstance(written, list) and len(table) == len(written):
+        return [known(v, w) for v, w in zip(table, written, strict=True)]
     return table
 
 

@@ -44,7 +44,7 @@ def test_grids_that_differ_by_more_than_two_are_warned_of(tiny: Registry) -> Non
 
 def test_pixels_that_no_patch_holds(tiny: Registry) -> None:
     text = told(tiny, image_size=[70, 96])
-    assert "70x96 is no multiple of the vfm's patch 16x16: its last 6 rows and 0 columns" in text
+    assert "70x96 is not a multiple of the vfm's patch 16x16: its last 6 rows and 0 columns" in text
 
 
 def test_frozen_random_numbers(tiny: Registry) -> None:

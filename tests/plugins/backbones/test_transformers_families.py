@@ -91,7 +91,7 @@ def test_stepping_equals_the_library(
     kind: str, config: dict[str, Any], size: tuple[int, int]
 ) -> None:
     if kind == "aimv2_vision_model" and not config and size != (64, 64):
-        with pytest.raises(MFuserError, match="positions for images of 64x64 alone"):
+        with pytest.raises(MFuserError, match="positions for images of 64x64 only"):
             vision(kind, config, size)
         return
     backbone = vision(kind, config, size)
