@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 STEPS = 1000
 """Of the recipe that `data new` writes: an evening on a laptop with small towers."""
 
+SLOTS = 16
+"""Tokens of a class name, start and end included: small vocabularies spell names out."""
+
 
 @cli.group(cls=Group)
 def data() -> None:
@@ -163,7 +166,7 @@ def _tables(
     return {
         "data": {name: where},
         f"dataset.{name}": {"name": component, **proposal.options},
-        f"pairing.{name}": {"extends": pairing, "classes": classes},
+        f"pairing.{name}": {"extends": pairing, "classes": classes, "prompt": {"slots": SLOTS}},
         f"recipe.{name}": {
             "extends": recipe,
             "source": name,

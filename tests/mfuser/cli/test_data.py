@@ -45,6 +45,16 @@ def test_new_writes_tables_that_check_and_train_accept(mfuser: Any, inside: Path
     assert not checked[0]["problems"] and not checked[0]["warnings"]
 
 
+def test_what_new_writes_trains_with_any_names(mfuser: Any, inside: Path) -> None:
+    garden(inside / "garden", count=6)
+    names = "yellowish grass,cobblestone,shed"  # in no vocabulary of the small text tower
+    assert mfuser("data", "new", "garden", "--classes", names).code == 0
+    result = mfuser("train", "garden", "--steps", 1, "--no-evaluate", "--out", "run",
+                    "--set", "image_size=[32, 48]", "--set-recipe", "batch_size=1",
+                    "--set-recipe", "augmentation.min_pixels=0")  # fmt: skip
+    assert result.code == 0, result.err
+
+
 def test_new_changes_nothing_where_it_cannot(mfuser: Any, inside: Path) -> None:
     garden(inside / "garden")
     assert mfuser("data", "new", "garden", "--dry-run").code == 0
