@@ -129,6 +129,14 @@ class LabelFiles:
         return above + slash + self.prefix[1] + name.removeprefix(self.prefix[0]) + self.suffix
 
 
+def city_labels(folder: Path, stem: str) -> list[LabelFiles]:
+    """Labels in Cityscapes' ids below `folder`; train ids come first where an image has both."""
+    return [
+        LabelFiles(folder, f"{stem}_labelTrainIds.png", TRAIN_IDS),
+        LabelFiles(folder, f"{stem}_labelIds.png", LabelMap(CITYSCAPES_IDS)),
+    ]
+
+
 @dataclass(frozen=True)
 class Pair:
     """An image file and its label file; key: the image's path below its folder, no suffix."""

@@ -7,12 +7,9 @@ from typing import ClassVar, Literal, get_args
 
 from mfuser import Dataset, DatasetSpec, hookimpl
 from mfuser_plugins.datasets._files import (
-    CITYSCAPES_IDS,
-    TRAIN_IDS,
-    LabelFiles,
-    LabelMap,
     PairedDataset,
     chosen_split,
+    city_labels,
     pair_files,
     require_root,
 )
@@ -47,10 +44,7 @@ class AcdcSpec(DatasetSpec, name="acdc"):
                 self,
                 root / "rgb_anon" / condition / split,
                 ("_rgb_anon.png",),
-                [
-                    LabelFiles(labels, "_gt_labelTrainIds.png", TRAIN_IDS),
-                    LabelFiles(labels, "_gt_labelIds.png", LabelMap(CITYSCAPES_IDS)),
-                ],
+                city_labels(labels, "_gt"),
                 LAYOUT,
             )
         return PairedDataset(root, pairs, self.test_size)

@@ -8,12 +8,9 @@ from typing import ClassVar
 
 from mfuser import Dataset, DatasetSpec, hookimpl
 from mfuser_plugins.datasets._files import (
-    CITYSCAPES_IDS,
-    TRAIN_IDS,
-    LabelFiles,
-    LabelMap,
     PairedDataset,
     chosen_split,
+    city_labels,
     pair_files,
     require_root,
 )
@@ -41,10 +38,7 @@ class DarkZurichSpec(DatasetSpec, name="dark_zurich"):
             self,
             root / "rgb_anon" / split,
             ("_rgb_anon.png",),
-            [
-                LabelFiles(labels, "_gt_labelTrainIds.png", TRAIN_IDS),
-                LabelFiles(labels, "_gt_labelIds.png", LabelMap(CITYSCAPES_IDS)),
-            ],
+            city_labels(labels, "_gt"),
             LAYOUT,
         )
         return PairedDataset(root, pairs, self.test_size)

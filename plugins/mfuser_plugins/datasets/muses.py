@@ -11,13 +11,10 @@ from typing import ClassVar, Literal, get_args
 
 from mfuser import Dataset, DatasetSpec, hookimpl
 from mfuser_plugins.datasets._files import (
-    CITYSCAPES_IDS,
-    TRAIN_IDS,
-    LabelFiles,
-    LabelMap,
     Pair,
     PairedDataset,
     chosen_split,
+    city_labels,
     pair_files,
     require_root,
 )
@@ -56,10 +53,7 @@ class MusesSpec(DatasetSpec, name="muses"):
                 self,
                 root / "frame_camera" / part,
                 ("_frame_camera.png",),
-                [
-                    LabelFiles(labels, "_gt_labelTrainIds.png", TRAIN_IDS),
-                    LabelFiles(labels, "_gt_labelIds.png", LabelMap(CITYSCAPES_IDS)),
-                ],
+                city_labels(labels, "_gt"),
                 LAYOUT,
             )
         return PairedDataset(root, pairs, self.test_size)

@@ -9,12 +9,9 @@ from typing import ClassVar
 from mfuser import Dataset, DatasetSpec, hookimpl
 from mfuser.errors import NoSplitError
 from mfuser_plugins.datasets._files import (
-    CITYSCAPES_IDS,
-    TRAIN_IDS,
-    LabelFiles,
-    LabelMap,
     PairedDataset,
     chosen_split,
+    city_labels,
     pair_files,
     require_root,
 )
@@ -45,10 +42,7 @@ class NighttimeDrivingSpec(DatasetSpec, name="nighttime_driving"):
             self,
             root / IMAGES,
             ("_leftImg8bit.png",),
-            [
-                LabelFiles(root / LABELS, "_gtCoarse_labelTrainIds.png", TRAIN_IDS),
-                LabelFiles(root / LABELS, "_gtCoarse_labelIds.png", LabelMap(CITYSCAPES_IDS)),
-            ],
+            city_labels(root / LABELS, "_gtCoarse"),
             LAYOUT,
         )
         return PairedDataset(root, pairs, self.test_size)
