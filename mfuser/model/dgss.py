@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -141,36 +143,19 @@ class DGSSModel(nn.Module):
 
         Raises MFuserError for smaller images and for a stride or window_batch that makes no sense.
         """
-        if images.ndim == 3:
-            images = images[None]
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise MFuserError(
-                f"images have shape {tuple(images.shape)}, not (B, 3, H, W) or (3, H, W)"
-            )
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            with torch.no_grad():
-                if text is None and self.encoder.vlm is not None:
-                    text = self.text()
+        images = batched(images)
+        with evaluating(self):
+            if text is None and self.encoder.vlm is not None:
+                text = self.text()
 
-                def scores(windows: Tensor) -> Tensor:
-                    if len(windows):
-                        return self.scores(windows, text)
-                    # An empty batch has empty scores; backbones cannot reshape it.
-                    shape = (0, len(self.classes), *self.spec.image_size)
-                    return windows.new_empty(shape, dtype=next(self.parameters()).dtype)
+            def scores(windows: Tensor) -> Tensor:
+                if len(windows):
+                    return self.scores(windows, text)
+                # An empty batch has empty scores; backbones cannot reshape it.
+                shape = (0, len(self.classes), *self.spec.image_size)
+                return windows.new_empty(shape, dtype=next(self.parameters()).dtype)
 
-                return sliding_window(
-                    scores,
-                    as_unit_range(images),
-                    self.spec.image_size,
-                    stride,
-                    window_batch,
-                )
-        finally:  # part by part: a norm that the caller froze stays so
-            for module, training in modes.items():
-                module.training = training
+            return sliding_window(scores, images, self.spec.image_size, stride, window_batch)
 
     def scores(self, windows: Tensor, text: Tensor | None = None) -> Tensor:
         """Class scores (B, K, H, W) of windows (B, 3, H, W) of the image size."""
@@ -179,6 +164,28 @@ class DGSSModel(nn.Module):
         scores = self.decoder.semantic_logits(output.decoder, size)
         shape = (windows.shape[0], len(self.classes), *size)
         return expect(self.decoder, "semantic_logits()'s result", scores, shape)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every part is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:  # part by part: a norm that the caller froze stays so
+        for module, training in modes.items():
+            module.training = training
+
+
+def batched(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) or (3, H, W), uint8 or float -> (B, 3, H, W) float in [0, 1]."""
+    if images.ndim == 3:
+        images = images[None]
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise MFuserError(f"images have shape {tuple(images.shape)}, not (B, 3, H, W) or (3, H, W)")
+    return as_unit_range(images)
 
 
 def as_unit_range(images: Tensor) -> Tensor:

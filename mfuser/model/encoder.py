@@ -103,6 +103,36 @@ class PairEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Encoded:
         """Images (B, 3, H, W), RGB in [0, 1], of the image size."""
+        tokens, states, kept = self._run(images)
+        visual, grid = None, self.grid
+        if self.vlm is not None:
+            visual = self._project(self.vlm, self._merge(tokens, states), states["vlm"])
+            grid = self.vlm.grid
+        return Encoded([kept[p] for p in self.taps], visual, grid)
+
+    def features(self, images: Tensor, fused: bool = True) -> dict[str, Tensor]:
+        """Each encoder's patch tokens (B, h, w, D) after its last block and `finish`.
+
+        fused: with the offsets of the adapters; else each encoder for itself.
+        """
+        tokens, states, _ = self._run(images, fused)
+        found = {}
+        for role, backbone in self.backbones.items():
+            finished = self._finish(backbone, tokens[role], states[role])
+            found[role] = finished[:, backbone.num_prefix_tokens :].unflatten(1, backbone.grid)
+        return found
+
+    def visual_alone(self, images: Tensor) -> Tensor:
+        """The embedding (B, 1 + T, C) of the VLM for itself: no offsets, nothing of the VFM."""
+        assert self.vlm is not None
+        tokens, states, _ = self._run(images, fused=False)
+        finished = self._finish(self.vlm, tokens["vlm"], states["vlm"])
+        return self._project(self.vlm, finished, states["vlm"])
+
+    def _run(
+        self, images: Tensor, fused: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, object], dict[int, Tensor]]:
+        """Tokens after the last position, the states of the streams, and the taps by position."""
         streams = {r: self._embed(b, images) for r, b in self.backbones.items()}
         tokens = {role: stream.tokens for role, stream in streams.items()}
         kept: dict[int, Tensor] = {}
@@ -110,19 +140,13 @@ class PairEncoder(nn.Module):
             for (role, backbone), indices in zip(self.backbones.items(), blocks, strict=True):
                 for i in indices:
                     tokens[role] = self._step(backbone, i, tokens[role], streams[role].state)
-            if str(position) in self.adapters:
+            if fused and str(position) in self.adapters:
                 offsets = self._fuse(self.adapters[str(position)], tokens)
                 for role, offset in offsets.items():
                     tokens[role] = tokens[role] + offset
             if position in self.taps:
                 kept[position] = self._tap(tokens)
-        visual, grid = None, self.grid
-        if self.vlm is not None:
-            state = streams["vlm"].state
-            merged = self._merge(tokens, {r: s.state for r, s in streams.items()})
-            visual = self._project(self.vlm, merged, state)
-            grid = self.vlm.grid
-        return Encoded([kept[p] for p in self.taps], visual, grid)
+        return tokens, {role: stream.state for role, stream in streams.items()}, kept
 
     def _embed(self, backbone: VisionBackbone, images: Tensor) -> Stream:
         stream = backbone.embed(backbone.normalize(images))
