@@ -1,6 +1,7 @@
 """The speed of the dataset `streets`, and its picture.
 
 python benchmarks/streets.py                            images per second, one and two processes
+python benchmarks/streets.py --size 128 256             images of another size
 python benchmarks/streets.py --json
 python benchmarks/streets.py --classes                  how often each class occurs
 python benchmarks/streets.py --picture docs/streets.png one row per domain, and the labels
@@ -24,22 +25,22 @@ COLORS = np.zeros((256, 3), np.uint8)
 COLORS[: len(CITYSCAPES.colors)] = CITYSCAPES.colors
 
 
-def draw(domain: str, start: int, count: int) -> float:
-    """CPU seconds per image."""
-    dataset = StreetsSpec(domain=domain, count=start + count).build(None, "train")
+def draw(domain: str, size: tuple[int, int], start: int, count: int) -> float:
+    """CPU seconds per image of `size` (height, width), its label included."""
+    dataset = StreetsSpec(domain=domain, size=size, count=start + count).build(None, "train")
     begin = time.process_time()
     for i in range(start, start + count):
         dataset[i]
     return (time.process_time() - begin) / count
 
 
-def speed(domain: str, processes: int, count: int) -> tuple[float, float]:
-    """Images per second at 256x512, start-up excluded, and CPU seconds per image."""
+def speed(domain: str, size: tuple[int, int], processes: int, count: int) -> tuple[float, float]:
+    """Images per second, start-up excluded, and CPU seconds per image."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pool.starmap(draw, [(domain, 0, 2)] * processes, chunksize=1)
+        pool.starmap(draw, [(domain, size, 0, 2)] * processes, chunksize=1)
         start = time.perf_counter()
         each = count // processes
-        used = pool.starmap(draw, [(domain, k * each, each) for k in range(processes)], 1)
+        used = pool.starmap(draw, [(domain, size, k * each, each) for k in range(processes)], 1)
         return each * processes / (time.perf_counter() - start), sum(used) / processes
 
 
@@ -75,6 +76,9 @@ def picture(path: Path, indices: list[int], height: int = 128) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="figures for programs")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(256, 512), metavar=("HEIGHT", "WIDTH")
+    )
     parser.add_argument("--count", type=int, default=60, help="images per measurement")
     parser.add_argument("--classes", action="store_true", help="class frequencies instead")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the picture instead")
@@ -93,22 +97,24 @@ def main() -> None:
             (a, b), (c, d) = tables["game"][name], tables["camera"][name]
             print(f"{name:15} {a:13.2%} {b:8.0%} {c:16.2%} {d:8.0%}")
         return
+    size = (options.size[0], options.size[1])
     figures = {}
     for domain in DOMAINS:
-        (one, used), (two, _) = (speed(domain, n, options.count) for n in (1, 2))
+        (one, used), (two, _) = (speed(domain, size, n, options.count) for n in (1, 2))
         figures[domain] = {
             "images_per_second_1": one,
             "images_per_second_2": two,
             "processor_ms": 1000 * used,
         }
     if options.json:
-        print(json.dumps({"size": [256, 512], "domains": figures}, indent=2))
+        print(json.dumps({"size": size, "domains": figures}, indent=2))
         return
     # On a busy machine, compare the CPU time.
-    print("images per second at 256x512 1 process  2 processes        CPU ms/image")
+    heading = f"images per second at {size[0]}x{size[1]}"
+    print(f"{heading:30} 1 process  2 processes        CPU ms/image")
     for domain, by in figures.items():
         one, two, used = by.values()
-        print(f"{domain:26} {one:11.1f} {two:12.1f} {used:19.1f}")
+        print(f"{domain:28} {one:11.1f} {two:12.1f} {used:19.1f}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from mfuser_streets.chance import one_of
 from mfuser_streets.geometry import Painter, Point, Thing, Vector
 
 Ground = tuple[float, float]
@@ -27,7 +28,7 @@ def building(
     story = rng.uniform(2.9, 3.5)
     stories = max(1, int(height / story))
     height = stories * story + 0.5
-    look = rng.choice(("punched", "punched", "ribbon", "tall"))
+    look = one_of(rng, ("punched", "punched", "ribbon", "tall"))
     gabled = stories <= 4 and rng.random() < 0.55
     shops = rng.random() < 0.45
     awning = shops and rng.random() < 0.6
@@ -72,14 +73,18 @@ def building(
         if distance > 75:
             return
         first = 1 if shops else 0
-        floor, column = (g.ravel() for g in np.mgrid[first:stories, 0:count])
+        floor = np.repeat(np.arange(first, stories), count)
+        column = np.tile(np.arange(count), max(0, stories - first))
         middle, y = (column + 0.5) / count, floor * story
         half = share / 2 / count
 
         def grid(t0: np.ndarray, t1: np.ndarray, y0: np.ndarray, y1: np.ndarray) -> np.ndarray:
             """Upright quads (n, 4, 3) on the facade."""
-            t, up = np.stack([t0, t0, t1, t1], 1), np.stack([y0, y1, y1, y0], 1)
-            return np.stack([a[0] + t * dx, up, a[1] + t * dz], 2)
+            quads = np.empty((len(t0), 4, 3))
+            quads[:, :2, 0], quads[:, 2:, 0] = (a[0] + t0 * dx)[:, None], (a[0] + t1 * dx)[:, None]
+            quads[:, :2, 2], quads[:, 2:, 2] = (a[1] + t0 * dz)[:, None], (a[1] + t1 * dz)[:, None]
+            quads[:, ::3, 1], quads[:, 1:3, 1] = y0[:, None], y1[:, None]
+            return quads
 
         if distance < 40 and look != "ribbon":
             m = 1.12 * half

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mfuser_streets.chance import weighted
 from mfuser_streets.geometry import FACING, Draw, Painter, Point, Thing
 
 
@@ -89,7 +90,7 @@ def traffic_light(rng: np.random.Generator, x: float, z: float, side: int) -> Th
     """A signal on a post, often with a second one on an arm over the road."""
     draw = rng.random(3)
     arm = rng.random() < 0.45
-    state = int(rng.choice(3, p=(0.45, 0.1, 0.45)))
+    state = weighted(rng, (0, 1, 2), (0.45, 0.1, 0.45))
     height = rng.uniform(2.9, 3.5)
 
     def head(p: Painter, cx: float, y: float, scale: float) -> None:

@@ -143,6 +143,17 @@ class Painter:
         self._parts.append(row)
         return len(self._parts) - 1
 
+    def leaves(
+        self, sorts: Sequence[str], point: Point, draw: Draw, tones: Sequence[float]
+    ) -> list[int]:
+        """Parts on one plane through `point` that faces the camera: material and tone of each."""
+        first = self.part(sorts[0], point, FACING, draw, tones[0])
+        shared = self._parts[first][1:-1]
+        index = materials.INDEX
+        for sort, tone in zip(sorts[1:], tones[1:], strict=True):
+            self._parts.append((index[sort], *shared, tone))
+        return list(range(first, len(self._parts)))
+
     def faces_camera(self, point: Point, normal: Vector) -> bool:
         return (
             normal[0] * point[0]
@@ -161,14 +172,13 @@ class Painter:
 
         `scale`: of the target image, relative to the map.
         """
-        if min(p[2] for p in points) < NEAR:
+        if min([p[2] for p in points]) < NEAR:
             points = _clip_near(points)
             if len(points) < 3:
                 return None
         f, cx, cy, h = self._f * scale, self._cx * scale, self._cy * scale, self.camera.height
-        return np.array([(cx + f * x / z, cy + f * (h - y) / z) for x, y, z in points]).astype(
-            np.int32
-        )
+        flat = [c for x, y, z in points for c in (cx + f * x / z, cy + f * (h - y) / z)]
+        return np.array(flat, np.float64).astype(np.int32).reshape(-1, 2)
 
     def polygon(self, part: int, points: Sequence[Point]) -> None:
         outline = self.outline(points)
@@ -317,14 +327,14 @@ def painters_order(things: Sequence[Thing]) -> list[int]:
     right = np.maximum((x1 + OVERHANG) / np.maximum(z0, NEAR), (x1 + OVERHANG) / z1)
     behind &= (left[:, None] < right[None]) & (left[None] < right[:, None])
     np.fill_diagonal(behind, False)
-    waits_for = behind.sum(0)  # how many must be drawn before each
-    waiting = np.ones(n, bool)
+    # Farthest first, so that the first of those that wait for the fewest is the farthest of them.
+    farthest = np.argsort(-z1, kind="stable")
+    behind = behind[farthest][:, farthest].astype(np.int32)
+    waits_for = behind.sum(0, dtype=np.int32)  # how many must be drawn before each
     order = []
     for _ in range(n):
-        fewest = waits_for[waiting].min()
-        pool = np.flatnonzero(waiting & (waits_for == fewest))
-        i = int(pool[np.argmax(z1[pool])])
-        waiting[i] = False
-        waits_for = waits_for - behind[i]
-        order.append(i)
+        i = int(waits_for.argmin())
+        waits_for -= behind[i]
+        waits_for[i] = 1 << 30  # drawn
+        order.append(int(farthest[i]))
     return order

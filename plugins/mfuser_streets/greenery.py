@@ -52,10 +52,8 @@ def tree(rng: np.random.Generator, x: float, z: float, height: float, sort: str)
                         w * 0.3,
                     )
         flowers = bloom & (np.arange(count) % 4 == 3)
-        parts = [
-            p.part("flower" if flowers[i] else leaf, (x, 1, z), draw=draw, tone=tone[i])
-            for i in upwards
-        ]
+        sorts = ["flower" if flower else leaf for flower in flowers[upwards].tolist()]
+        parts = p.leaves(sorts, (x, 1, z), draw, tone[upwards].tolist())
         shapes = outline[upwards] * np.where(flowers, 0.5, 1.0)[:, None]
         p.blobs(parts, x + aside[upwards], above[upwards], z, shapes)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mfuser_streets.chance import one_of
 from mfuser_streets.geometry import (
     UP,
     Camera,
@@ -55,11 +56,11 @@ def draw_scene(
         math.cos(elevation) * math.cos(azimuth),
     )
     painter = Painter(camera, size, supersample, sun, city.stout)
-    lanes = int(rng.choice((1, 2, 2, 3)))
+    lanes = one_of(rng, (1, 2, 2, 3))
     street = Street(
         left=-rng.uniform(2.9, 4.4) - (lanes > 1) * 1.6,
         right=rng.uniform(2.9, 4.4) + (lanes > 2) * 2.4,
-        bend=rng.choice((-1.0, 1.0)) * rng.uniform(0, 1 / 450) if rng.random() < 0.65 else 0.0,
+        bend=one_of(rng, (-1.0, 1.0)) * rng.uniform(0, 1 / 450) if rng.random() < 0.65 else 0.0,
         walk_left=rng.uniform(1.8, 4.0) if rng.random() < 0.85 else 0.0,
         walk_right=rng.uniform(1.8, 4.0) if rng.random() < 0.85 else 0.0,
     )
@@ -149,7 +150,7 @@ def _ground(
         return p.part(material, origin, UP, rng.random(3) if own else draw, tone)
 
     for x0, x1 in ((-400.0, 0.0), (0.0, 400.0)):
-        land = part(str(rng.choice(("grass", "grass", "soil", "paving"))), own=True)
+        land = part(one_of(rng, ("grass", "grass", "soil", "paving")), own=True)
         p.polygon(land, [(x0, 0, START), (x0, 0, FARTHEST), (x1, 0, FARTHEST), (x1, 0, START)])
     left, right = street.left, street.right
     paving, joint, curb = part("paving"), part("joint"), part("curb")
@@ -219,7 +220,7 @@ def _markings(
 ) -> None:
     left, right = street.left, street.right
     middle = -0.4 + rng.uniform(-0.5, 0.5) + (left + right) / 2 * 0.3
-    sort = rng.choice(("dashed", "dashed", "double", "solid", "none"))
+    sort = one_of(rng, ("dashed", "dashed", "double", "solid", "none"))
     spans = [(2.0, END)] if crossing is None else [(2.0, crossing - 2.5), (crossing + 8, END)]
     for z0, z1 in spans:
         if z1 <= z0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mfuser_streets import barriers, buildings, furniture, greenery
+from mfuser_streets.chance import one_of, weighted
 from mfuser_streets.geometry import Thing
 from mfuser_streets.street import City, Street
 
@@ -61,13 +62,13 @@ def _lot(
     if barrier < 0.27:
         things.append(barriers.wall(rng, near, far, side, rng.uniform(1.1, 2.8)))
     elif barrier < 0.56:
-        sort = str(rng.choice(("boards", "lattice", "guardrail"), p=(0.42, 0.38, 0.2)))
+        sort = weighted(rng, ("boards", "lattice", "guardrail"), (0.42, 0.38, 0.2))
         things.append(barriers.fence(rng, near, far, side, rng.uniform(1.1, 2.1), sort))
     elif barrier < 0.68:
         things += greenery.hedge(rng, *behind(0.7), rng.uniform(1.0, 2.0))
     for _ in range(rng.integers(0, 4)):
         x, z = somewhere(rng.uniform(1.0, 4.0))
-        sort = str(rng.choice(("round", "round", "tall", "conifer", "bush")))
+        sort = one_of(rng, ("round", "round", "tall", "conifer", "bush"))
         tree_height = rng.uniform(1.0, 2.0) if sort == "bush" else rng.uniform(4, 9)
         things.append(greenery.tree(rng, x, z, tree_height, sort))
     if rng.random() < 0.25 + 0.6 * urban:
@@ -89,15 +90,15 @@ def street_furniture(
         while z < 0.75 * city.reach:
             x = street.x(edge + side * rng.uniform(0.4, 0.8), z)
             clear = crossing is None or not crossing - 0.5 < z < crossing + 7.5
-            what = rng.choice(
-                ("lamp", "signal", "sign", "utility", "none"), p=(0.27, 0.2, 0.33, 0.06, 0.14)
+            what = weighted(
+                rng, ("lamp", "signal", "sign", "utility", "none"), (0.27, 0.2, 0.33, 0.06, 0.14)
             )
             if clear and what == "lamp":
                 things.append(furniture.lamp_post(rng, x, z, side))
             elif clear and what == "signal":
                 things.append(furniture.traffic_light(rng, x, z, side))
             elif clear and what == "sign":
-                sort = str(rng.choice(furniture.SIGNS))
+                sort = one_of(rng, furniture.SIGNS)
                 things.append(furniture.traffic_sign(rng, x, z, sort))
             elif clear and what == "utility":
                 things.append(furniture.utility_pole(rng, x, z))

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from mfuser_streets import people, vehicles
+from mfuser_streets.chance import one_of
 from mfuser_streets.geometry import Thing
 from mfuser_streets.street import City, Street
 
@@ -45,7 +46,7 @@ def traffic(
 
     def across(kind: str, x: float, z: float) -> None:
         if plots.take(x, z, _LENGTH[kind] / 2 + 0.8, 1.6):
-            sign = float(rng.choice((-1, 1)))
+            sign = one_of(rng, (-1.0, 1.0))
             tilt = rng.normal(0, 0.1)
             heading = sign * math.cos(tilt), math.sin(tilt)
             things.append(vehicles.vehicle(rng, kind, x, z, heading))
@@ -53,7 +54,7 @@ def traffic(
     left, right = street.left, street.right
     oncoming, ahead = left * 0.5 - 0.1, right * 0.5 + 0.1
     if tram and rng.random() < 0.85:
-        along("train", street.tram, rng.uniform(20, 38), float(rng.choice((-1, 1))))
+        along("train", street.tram, rng.uniform(20, 38), one_of(rng, (-1.0, 1.0)))
     elif rng.random() < 0.16:
         z = crossing + 4.0 if crossing is not None else rng.uniform(22, 34)
         across("train", rng.uniform(-9, 9), z)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mfuser_streets.chance import weighted
 from mfuser_streets.geometry import Draw, Painter, Point, Thing, Vector
 
 Corner = tuple[float, float]
@@ -268,7 +269,7 @@ def vehicle(
     draw = rng.random(3)
     models: tuple[Model, ...]
     if kind == "car":
-        models = (CARS[rng.choice(4, p=(0.35, 0.3, 0.23, 0.12))],)
+        models = (weighted(rng, CARS, (0.35, 0.3, 0.23, 0.12)),)
     elif kind == "truck":
         cargo = TRUCK_BOX if rng.random() < 0.65 else TIPPER
         models = (cargo, TRUCK_CAB)
