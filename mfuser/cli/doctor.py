@@ -18,7 +18,10 @@ PACKAGES = (
     "pydantic",
     "numpy",
 )
-EXTRAS = {"numba": "cpu", "transformers": "hf", "mamba_ssm": "mamba", "tensorboard": "tensorboard"}
+EXTRAS = {
+    **{"numba": "cpu", "transformers": "hf", "mamba_ssm": "mamba"},
+    **{name: name for name in ("tensorboard", "wandb", "mlflow")},
+}
 
 
 def examine() -> dict[str, dict[str, str]]:

@@ -7,7 +7,13 @@ from pathlib import Path
 import click
 
 from mfuser.cli import cli, emit
-from mfuser.cli.options import json_option, open_registry, registry_options, set_option
+from mfuser.cli.options import (
+    json_option,
+    open_registry,
+    registry_options,
+    set_option,
+    weights_option,
+)
 
 
 @cli.command()
@@ -16,6 +22,7 @@ from mfuser.cli.options import json_option, open_registry, registry_options, set
               show_default=True, help="torch: a torch.export program (.pt2).")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=None,
               help="Default: model.onnx or model.pt2 in RUN.")  # fmt: skip
+@weights_option
 @set_option
 @registry_options
 @json_option
@@ -23,6 +30,7 @@ def export(
     run: Path,
     format_: str,
     out: Path | None,
+    weights: str | None,
     settings: tuple[str, ...],
     registries: tuple[str, ...],
     plugins: tuple[str, ...],
@@ -38,7 +46,7 @@ def export(
     from mfuser.engine.export import ENDINGS
     from mfuser.engine.export import export as export_model
 
-    model, _ = load_model(run, registry, list(settings))
+    model, _ = load_model(run, registry, list(settings), weights)
     if out is None:
         out = (run if run.is_dir() else run.parent) / f"model{ENDINGS[format_]}"
     written = export_model(model, out, format_)  # type: ignore[arg-type]

@@ -55,6 +55,12 @@ device_option = click.option(
     default=None,
     help="Default: cuda where there is a GPU.",
 )
+weights_option = click.option(
+    "--weights",
+    type=click.Choice(["last", "averaged", "best"]),
+    default=None,
+    help="Which of the run's. Default: averaged ones where its recipe has ema, else the last.",
+)
 set_option = click.option(
     "--set",
     "settings",

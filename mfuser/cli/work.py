@@ -26,6 +26,7 @@ from mfuser.cli.options import (
     set_recipe_option,
     source_option,
     targets_option,
+    weights_option,
 )
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def _replay(
     help="Score only the first so many images of each domain.",
 )
 @click.option("--baselines", is_flag=True, help="Also score the untrained model.")
+@weights_option
 @stride_option
 @set_option
 @registry_options
@@ -155,6 +157,7 @@ def evaluate(
     out: Path | None,
     limit: int | None,
     baselines: bool,
+    weights: str | None,
     stride: int | None,
     settings: tuple[str, ...],
     registries: tuple[str, ...],
@@ -181,6 +184,7 @@ def evaluate(
         stride=(stride, stride) if stride else None,
         limit=limit,
         baselines=baselines,
+        weights=weights,
     )
     _show(done.report, done.folder, as_json, done.pictures)
 
@@ -229,6 +233,7 @@ def _factor(context: click.Context, option: click.Parameter, text: str) -> float
     help="Predict these alone; new names where the decoder reads any text.",
 )
 @click.option("--skip-bad", is_flag=True, help="Skip images that cannot be used.")
+@weights_option
 @stride_option
 @set_option
 @registry_options
@@ -243,6 +248,7 @@ def predict(
     scores: str | None,
     classes: str | None,
     skip_bad: bool,
+    weights: str | None,
     stride: int | None,
     settings: tuple[str, ...],
     registries: tuple[str, ...],
@@ -278,6 +284,7 @@ def predict(
         stride=(stride, stride) if stride else None,
         skip_unreadable=skip_bad,
         scores=scores,  # type: ignore[arg-type]
+        weights=weights,
         classes=None if classes is None else _split(classes, "--classes", "class"),
         console=console,
     )

@@ -34,13 +34,31 @@ class RareClassSpec(Options):
     min_pixels: PositiveInt = 3000
 
 
+class AverageSpec(Options):
+    """Averages of the trained weights (EMA): evaluated, and saved beside the last weights.
+
+    decay: what a step keeps of the average. It is reached slowly, lest the weights of the start
+        weigh on short runs: n steps after the warm-up it is at most n / (n + 10).
+    warmup: steps before averaging begins; until then the average is the weights themselves.
+    """
+
+    decay: float = Field(default=0.999, ge=0, lt=1)
+    warmup: NonNegativeInt = 0
+
+    def at(self, step: int) -> float:
+        """The decay at a step, counted from 1."""
+        averaged = max(0, step - self.warmup)
+        return min(self.decay, averaged / (averaged + 10))
+
+
 def _names(value: object) -> object:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return tuple(value) if isinstance(value, list) else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+_SEVERAL = BeforeValidator(_names)
+Names = Annotated[tuple[str, ...], _SEVERAL]
 
 
 class RecipeSpec(Options):
@@ -67,9 +85,16 @@ class RecipeSpec(Options):
         predicted but that a target never shows then counts as 0: figures for SYNTHIA over 16 and
         over 19 classes cannot be compared.
     on_bad_image: "stop", or "skip" an unreadable image and say so.
-    tensorboard: also write event files (needs the extra of that name).
     baselines: the report after training also scores the untrained model.
     note: what the report should say besides its figures.
+    ema: also average the trained weights over the steps; the averages are what is evaluated.
+    validate_every: steps between measurements of what a report would evaluate, on held-out images
+        of the source: its own val split, else at most a tenth of its images, which are then not
+        trained on. The best weights are kept (`--weights best`).
+    validate_images: at most so many images. validate_on: another dataset, a target perhaps; reports
+        of the best weights then say so.
+    tracker: "tensorboard", "wandb", "mlflow" or several of them (each needs the extra of its name):
+        curves and example masks there, too. tensorboard: the same as tracker = "tensorboard".
     """
 
     steps: PositiveInt
@@ -101,6 +126,12 @@ class RecipeSpec(Options):
     tensorboard: bool = False
     baselines: bool = False
     note: str = ""
+    # What is seen of a training and kept beside its last weights.
+    ema: AverageSpec | None = None
+    validate_every: PositiveInt | None = None
+    validate_images: PositiveInt = 40
+    validate_on: str | None = None
+    tracker: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], _SEVERAL] = ()
 
     @model_validator(mode="after")
     def _fits(self) -> RecipeSpec:
@@ -111,7 +142,27 @@ class RecipeSpec(Options):
             )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if self.validate_every is not None and self.validate_every > self.steps:
+            raise ValueError(
+                f"validate_every = {self.validate_every} is more than steps = {self.steps}; lower "
+                "it, or leave it out"
+            )
+        if self.validate_on is not None and self.validate_every is None:
+            raise ValueError(
+                f"validate_on = '{self.validate_on}' does nothing without validate_every; give the "
+                "steps between measurements"
+            )
+        if self.ema is not None and self.ema.warmup >= self.steps:
+            raise ValueError(
+                f"ema.warmup of {self.ema.warmup} steps leaves none of steps = {self.steps} to "
+                "average; lower it"
+            )
         return self
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Each once."""
+        return tuple(dict.fromkeys([*self.tracker, *(["tensorboard"] if self.tensorboard else [])]))
 
     def rate(self, step: int) -> float:
         """The factor on `lr` at a step (from 0): linear warm-up, then decay to min_lr.

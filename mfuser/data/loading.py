@@ -184,8 +184,9 @@ class TrainingStream:
         while True:
             try:
                 batch = next(batches, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # The last two where it was handing over a batch as it was killed.
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
                 raise DataError(
                     "a data-loader worker was killed, as the system does when memory (or shared "

@@ -5,7 +5,8 @@ decoder, encoders that are not frozen) and, for resuming, the optimizer's; its m
 resolved pairing and run, and a checksum of all. A complete one (converted from a released model)
 holds the frozen encoders' tensors too, and nothing else is needed to run it. It is written under a
 temporary name, flushed and renamed: the file of that name is always a whole one, and the one before
-it is kept beside it. Nothing in it is code.
+it is kept beside it. Nothing in it is code. Where the recipe averages weights, the averages are a
+second set in the checkpoint to resume from, and a file of their own in the end.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,22 @@ from mfuser.weightfiles.contents import described
 from mfuser.weightfiles.unwrapping import foreign
 
 FORMAT = "mfuser-1"
-MODEL, OPTIMIZER = "model.", "optimizer."
+MODEL, OPTIMIZER, AVERAGE = "model.", "optimizer.", "averaged."
 
 CHECKSUM = "checksum"
 
 LAST = "last.safetensors"
 PREVIOUS = "previous.safetensors"
 FINAL = "model.safetensors"
+AVERAGED = "averaged.safetensors"
+BEST = "best.safetensors"
+HOLDING = {
+    None: (AVERAGED, FINAL, LAST, PREVIOUS),
+    "last": (FINAL, LAST, PREVIOUS),
+    "averaged": (AVERAGED, LAST, PREVIOUS),
+    "best": (BEST,),
+}
+"""The files of a run that hold weights of a kind, by preference; None: those to be evaluated."""
 
 
 class DamagedError(CheckpointError):
@@ -56,11 +66,14 @@ class Checkpoint:
     """model: trained tensors by name. optimizer: "exp_avg.NAME", …; empty in a finished model.
     meta: "pairing" and "run" as resolved, "step", "frozen" (fingerprints of what is not inside);
     of one to resume float16 from, "scaler" (the loss scale and the steps since it changed);
-    of a complete one "complete" and "statistics" (mean and std of each encoder's images)."""
+    of a complete one "complete" and "statistics" (mean and std of each encoder's images); of other
+    weights than the last, "weights" (their "kind" and what more a report says of them).
+    averaged: a second set of the trained tensors, in one to resume from."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     meta: dict[str, Any]
+    averaged: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -120,6 +133,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     files."""
     tensors = {MODEL + k: v for k, v in checkpoint.model.items()}
     tensors |= {OPTIMIZER + k: v for k, v in checkpoint.optimizer.items()}
+    tensors |= {AVERAGE + k: v for k, v in checkpoint.averaged.items()}
     tensors = _apart({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     meta = {"format": FORMAT, **{k: json.dumps(v) for k, v in checkpoint.meta.items()}}
     meta[CHECKSUM] = _checksum(tensors, meta)
@@ -226,11 +240,12 @@ def read(path: Path) -> Checkpoint:
             raise TypeError("no tables")
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its metadata is damaged ({error})") from error
-    return Checkpoint(
-        {k.removeprefix(MODEL): v for k, v in tensors.items() if k.startswith(MODEL)},
-        {k.removeprefix(OPTIMIZER): v for k, v in tensors.items() if k.startswith(OPTIMIZER)},
-        decoded,
+    parts = (
+        {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
+        for part in (MODEL, OPTIMIZER, AVERAGE)
     )
+    model, optimizer, averaged = parts
+    return Checkpoint(model, optimizer, decoded, averaged)
 
 
 def restore(model: DGSSModel, checkpoint: Checkpoint, path: Path) -> None:
@@ -282,13 +297,15 @@ def load_model(
     path: str | os.PathLike[str],
     registry: Registry | None = None,
     settings: list[str] | None = None,
+    weights: str | None = None,
 ) -> tuple[DGSSModel, Checkpoint]:
     """A trained model from a run folder or a checkpoint file, from its own spec alone.
 
     settings: "vfm.weights=PATH" and the like, where the frozen encoders' weights have moved.
+    weights: "last", "averaged" or "best"; None: averaged ones where there are some, else the last.
     """
-    file = find(Path(path))
-    checkpoint = read(file)
+    file = find(Path(path), weights)
+    checkpoint = chosen(read(file), weights, file)
     registry = registry or load_registry()
     try:
         spec = registry.saved_pairing(checkpoint.meta["pairing"], settings or (), str(file))
@@ -324,41 +341,37 @@ def load_released(state_dict: Mapping[str, Tensor], spec: PairingSpec) -> DGSSMo
     return model
 
 
-def find(path: Path) -> Path:
+def find(path: Path, weights: str | None = None) -> Path:
     """The checkpoint in a run folder: the finished model, else the last one saved."""
     if path.is_dir():
-        for name in (FINAL, LAST, PREVIOUS):
+        for name in HOLDING[weights]:
             if (path / name).is_file():
                 return path / name
+        if weights is not None and any((path / name).is_file() for name in HOLDING[None]):
+            raise _without(path, weights)
         raise CheckpointError(f"{path} holds no run: neither {FINAL} nor {LAST} is there")
     if not path.exists():
         raise CheckpointError(f"there is no run folder or checkpoint {path}")
     return path
 
 
-def to_optimizer_state(
-    optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
-) -> dict[str, Tensor]:
-    """The optimizer's tensors, by parameter name."""
-    return {
-        f"{key}.{names[p]}": value
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
+def chosen(checkpoint: Checkpoint, weights: str | None, path: Path) -> Checkpoint:
+    """The checkpoint with the weights that are asked for (see `load_model`) as its model.
+
+    Raises CheckpointError where the file holds others alone.
+    """
+    kind = checkpoint.meta.get("weights", {}).get("kind", "last")
+    if checkpoint.averaged and weights in (None, "averaged"):
+        meta = checkpoint.meta | {"weights": {"kind": "averaged"}}
+        return replace(checkpoint, model=checkpoint.averaged, meta=meta)
+    if weights not in (None, kind):
+        raise _without(path, str(weights))
+    return checkpoint
 
 
-def from_optimizer_state(
-    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], saved: dict[str, Tensor]
-) -> None:
-    by_name = {name: p for p, name in names.items()}
-    for key, value in saved.items():
-        slot, _, name = key.partition(".")
-        if name not in by_name:
-            raise CheckpointError(
-                f"the checkpoint's optimizer knows a tensor {name} that the model lacks"
-            )
-        parameter = by_name[name]
-        # AdamW keeps its step count on the CPU.
-        target = value.clone() if slot == "step" else value.to(parameter.device)
-        optimizer.state[parameter][slot] = target
+def _without(path: Path, weights: str) -> CheckpointError:
+    reason = {
+        "averaged": ": its recipe averages none (ema)",
+        "best": ": its recipe measures none while it trains (validate_every), or has not yet",
+    }.get(weights, "")
+    return CheckpointError(f"{path} does not hold the {weights} weights{reason}")

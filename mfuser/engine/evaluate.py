@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -39,13 +40,14 @@ PICTURES = 3
 
 @dataclass
 class Measured:
-    """Of one domain. confusion: (K, K) counts. pictures: rows of image, truth and prediction."""
+    """Of one domain. confusion: (K, K) counts. pictures: rows of image, truth and prediction, with
+    the image's index."""
 
     confusion: Confusion
     scored: tuple[int, ...]
     images: int
     skipped: list[str]
-    pictures: list[list[np.ndarray]]
+    pictures: list[tuple[int, list[np.ndarray]]]
     calibration: Calibration
     gallery: Gallery
 
@@ -70,18 +72,22 @@ def evaluate(
     limit: int | None = None,
     baselines: bool = False,
     pictures: Path | None = None,
+    weights: str | None = None,
     console: Console | None = None,
     joined: Processes | None = None,
 ) -> Report:
     """Score a run (or a checkpoint file) on its targets, or on others.
 
     baselines: also score the untrained model. limit: only the first so many images of a domain.
-    pictures: a folder for panels beside the truth, one per domain. joined: the processes of the
+    pictures: a folder for panels beside the truth, one per domain. weights: which of the run's
+    (see `load_model`). joined: the processes of the
     surrounding command. The report is returned, not saved.
     """
     console = console or Console()
     with processes(device=device, joined=joined) as group:
-        model, checkpoint = group.together(lambda: load_model(path, registry, list(settings)))
+        model, checkpoint = group.together(
+            lambda: load_model(path, registry, list(settings), weights)
+        )
         run = RunSpec.read(registry, checkpoint.meta["run"], f"{path}: its record of the run")
         return assess(
             registry,
@@ -94,6 +100,7 @@ def evaluate(
             limit=limit,
             baselines=baselines,
             pictures=pictures,
+            weights=checkpoint.meta.get("weights"),
             console=console,
         )
 
@@ -110,10 +117,11 @@ def assess(
     limit: int | None = None,
     baselines: bool = False,
     pictures: Path | None = None,
+    weights: Mapping[str, Any] | None = None,
     console: Console,
 ) -> Report:
     """`evaluate` for a model at hand, as it is after `step` steps of `run`; the same report in
-    every process."""
+    every process. weights: what `Checkpoint.meta` says of them; None: the last ones."""
     console.quiet = console.quiet or not group.main
     recipe = run.recipe
     protocol = Protocol(
@@ -125,11 +133,11 @@ def assess(
     if pictures is not None:
         group.from_main(lambda: check_writable(pictures))
     datasets = group.together(lambda: {d.name: d.build(registry, "val") for d in chosen})
-    scored = {n: _scored_classes(model, run, recipe, n, d) for n, d in datasets.items()}
+    scored = {n: scored_classes(model, run, recipe, n, d) for n, d in datasets.items()}
     rows = {"trained": model}
     if baselines:
         rows["untrained"] = group.together(lambda: build_model(model.spec, seed=run.seed))
-    seen = {d.name for d in chosen if _same_images(d, run.source)}
+    seen = {d.name for d in chosen if same_images(d, run.source)}
     results: dict[str, dict[str, DomainResult]] = {}
     panels: dict[str, list[list[np.ndarray]]] = {}
     shown: dict[str, list[Shown]] = {}
@@ -149,7 +157,7 @@ def assess(
                 console=console,
             )
             if trained:
-                panels[name] = measured.pictures
+                panels[name] = [rows for _, rows in measured.pictures]
                 shown[name] = measured.gallery.shown
             result = _result(model.classes, measured, name in seen, run)
             unlabeled = _unlabeled(model.classes, dataset, scored[name])
@@ -164,6 +172,7 @@ def assess(
         untrained={n: r.miou for n, r in results.get("untrained", {}).items()},
         stride=protocol.stride or default_stride(model.spec.image_size),
         limit=protocol.limit,
+        weights=weights,
         pictures=shown,
     )
 
@@ -199,7 +208,7 @@ def measure(
         scored,
         count,
         list(skipped.values()),
-        [rows for _, rows in drawings],
+        drawings,
         share.calibration,
         share.gallery,
     )
@@ -307,7 +316,7 @@ def _same_size(
         yield batch
 
 
-def _scored_classes(
+def scored_classes(
     model: DGSSModel, run: RunSpec, recipe: RecipeSpec, name: str, dataset: Dataset
 ) -> tuple[int, ...]:
     """Ids of the classes that are scored (`RecipeSpec.scored`)."""
@@ -327,7 +336,7 @@ def _unlabeled(classes: tuple[str, ...], dataset: Dataset, scored: tuple[int, ..
     return [classes[k] for k in scored if k not in labeled]
 
 
-def _same_images(one: Domain, other: Domain) -> bool:
+def same_images(one: Domain, other: Domain) -> bool:
     """Whether two domains are one, whatever part of it is read and how."""
     if one.name == other.name:
         return True

@@ -2,8 +2,9 @@
 
 runs/NAME/run.json            pairing, recipe, domains and seed, resolved
           last.safetensors    to resume from, previous.safetensors the one before it
-          model.safetensors   the finished model
-          log.jsonl           loss and rate, a line per logged step
+          model.safetensors   the finished model; averaged, best: its averages, the best so far
+          log.jsonl           loss and rate, a line per logged step; what was measured on the way
+          progress.html       the same as curves, and examples, while it trains
           report.{json,md,csv}, pictures/
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 from mfuser.config.pairing import PairingSpec
@@ -22,8 +24,14 @@ from mfuser.errors import CheckpointError
 from mfuser.files import TEMPORARY, check_writable, clear_leftovers, write_json
 
 RUN = "run.json"
+LOG = "log.jsonl"
+PAGE = "progress.html"
+KNOWN = "trackers.json"
+DATABASE = "mlflow.db"
+TRACKED = ("tensorboard", "wandb", "mlflow")
+"""Folders of trackers."""
 LOCK = ".lock"
-FREE = ("on_bad_image", "workers", "save_every")
+FREE = ("on_bad_image", "workers", "save_every", "tracker", "tensorboard")
 """Keys of a recipe that may change when a run goes on: its weights do not depend on them."""
 
 
@@ -97,7 +105,12 @@ def open_folder(
 
 def clear_folder(folder: Path) -> None:
     """Undo `open_folder` for a run that failed before there was anything to keep."""
-    for file in (folder / RUN, folder / "log.jsonl", *folder.glob(f"{LOCK}*")):
+    for name in TRACKED:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for file in (
+        *(folder / name for name in (RUN, LOG, PAGE, KNOWN, DATABASE)),
+        *folder.glob(f"{LOCK}*"),
+    ):
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty: the rest is somebody else's
         folder.rmdir()

@@ -45,6 +45,7 @@ def predict(
     skip_unreadable: bool = False,
     scores: ScoreFile | None = None,
     classes: Sequence[str] | None = None,
+    weights: str | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Writes NAME.mask.png (palette, index = class id) and NAME.overlay.png for every image; for a
@@ -54,7 +55,8 @@ def predict(
     this factor first; "auto": enlarge what is smaller than the window. scores: also write class
     probabilities, NAME.scores.npz (float16, (K, H, W)), or NAME.confidence.png (8 bits).
     classes: only these are predicted; names that the model was not trained on where its decoder
-    reads any text. skip_unreadable: leave out whatever cannot be used, and say so.
+    reads any text. weights: which of the run's (see `load_model`). skip_unreadable: leave
+    out whatever cannot be used, and say so.
 
     Returns, per image, its files and the share of pixels of each class, or why it was skipped.
     """
@@ -63,7 +65,7 @@ def predict(
         raise MFuserError(f"scale is a factor above 0, not {scale}")
     images = list(dict.fromkeys(images))
     check_writable(out)
-    model, _ = load_model(run, registry, list(settings))
+    model, _ = load_model(run, registry, list(settings), weights)
     model, chosen = _chosen(model, classes)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(where)

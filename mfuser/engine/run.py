@@ -97,6 +97,7 @@ def train(
             group,
             baselines=options.baselines,
             pictures=folder / PICTURES,
+            weights=done.weights,
             console=console,
         )
         return TrainedRun(folder, done.model, report, _save(report, folder, group))
@@ -159,6 +160,7 @@ def evaluate(
     stride: tuple[int, int] | None = None,
     limit: int | None = None,
     baselines: bool = False,
+    weights: str | None = None,
     quiet: bool = False,
 ) -> EvaluatedRun:
     """Score a run on several domains: a report and pictures are saved in `out`.
@@ -170,6 +172,7 @@ def evaluate(
     folder. device: "cpu" or "cuda"; by default a GPU if there is one. stride: (height, width) of
     the sliding window's steps in pixels; by default the recipe's, else two thirds of the window.
     limit: only the first so many images of each domain. baselines: also score the untrained model.
+    weights: "last", "averaged" or "best"; by default averaged ones where the run made some (ema).
     quiet: say nothing on standard error.
 
     Called by each of several processes (torchrun), they share the images and all return the same
@@ -193,6 +196,7 @@ def evaluate(
             limit=limit,
             baselines=baselines,
             pictures=folder / PICTURES,
+            weights=weights,
             console=Console(quiet),
             joined=group,
         )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
-
 from mfuser.config.recipe import RecipeSpec
 from mfuser.config.run import RunSpec
 from mfuser.data.images import UnreadableImage
 from mfuser.data.loading import TRIES, ClassMap, TrainingStream
+from mfuser.data.parts import thinned
 from mfuser.data.sampling import (
     ClassStatistics,
     RareClassSampler,
@@ -20,7 +19,7 @@ from mfuser.data.sampling import (
 from mfuser.engine.console import Console
 from mfuser.errors import DataError, MFuserError
 from mfuser.files import CACHE, cache_folder, unwritable
-from mfuser.interfaces import IGNORE, Dataset, Sample
+from mfuser.interfaces import IGNORE, Dataset
 
 COUNTED = 200
 """Source labels read for the most frequent class where nothing needs them all."""
@@ -35,7 +34,7 @@ def count_classes(
     """
     skip = run.recipe.on_bad_image == "skip"
     if run.recipe.rare_classes is None:
-        sampled = class_statistics(_Thinned(source, COUNTED), skip_unreadable=skip)
+        sampled = class_statistics(thinned(source, COUNTED), skip_unreadable=skip)
         if class_map.statistics(sampled).pixels.any():
             return sampled
     with console.task("counting classes", len(source)) as task:
@@ -66,28 +65,6 @@ def _cache(console: Console) -> Path | None:
         "be written"
     )
     return None
-
-
-class _Thinned(Dataset):
-    """At most `count` evenly spaced images of a dataset."""
-
-    def __init__(self, dataset: Dataset, count: int) -> None:
-        self.dataset = dataset
-        self.classes, self.class_ids = dataset.classes, dataset.class_ids
-        count = min(count, len(dataset))
-        self.indices = np.linspace(0, len(dataset) - 1, count, dtype=int).tolist()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.dataset[self.indices[index]]
-
-    def name(self, index: int) -> str:
-        return self.dataset.name(self.indices[index])
-
-    def label(self, index: int) -> np.ndarray:
-        return self.dataset.label(self.indices[index])
 
 
 def sampler(

@@ -1,8 +1,9 @@
 """The training loop: one process on a laptop, many with torchrun, resumable to the bit.
 
 Nothing random has a history: crop number n follows from (seed, n), and the generators of a step
-are seeded from (seed, step). So a checkpoint needs weights, optimizer, step and float16's loss
-scale alone, and a resumed run ends in the weights of one that never stopped.
+are seeded from (seed, step). So a checkpoint needs weights, their averages where there are some,
+optimizer, step and float16's loss scale alone, and a resumed run ends in the weights of one that
+never stopped.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +25,20 @@ from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
 from mfuser.data.loading import Batch, ClassMap, TrainingStream, training_stream
 from mfuser.data.transforms import Augmentation
-from mfuser.engine import checkpoints, diagnose, precheck
-from mfuser.engine.checkpoints import Checkpoint
+from mfuser.engine import checkpoints, diagnose, precheck, trackers
+from mfuser.engine.averaging import Averages, take
 from mfuser.engine.console import Console
 from mfuser.engine.diagnose import Diverged as Diverged
 from mfuser.engine.folder import RUN, check_folder, check_unlocked, clear_folder, open_folder
-from mfuser.engine.log import EVERY, Log, summary_writer
+from mfuser.engine.live import Live
+from mfuser.engine.log import EVERY, Log, Watcher
 from mfuser.engine.optimizer import parameter_groups
 from mfuser.engine.processes import Processes, processes
+from mfuser.engine.saving import Saver
 from mfuser.engine.signals import interruptible
 from mfuser.engine.source import check_crop, check_crops, count_classes, sampler
-from mfuser.errors import CheckpointError, MFuserError, placed
+from mfuser.engine.validate import Kept, Validator, keep_back
+from mfuser.errors import MFuserError, placed
 from mfuser.interfaces import Dataset
 from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
@@ -51,10 +57,12 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Finished:
-    """model: trained and saved, in eval mode. run: as it was begun, with what the source shows."""
+    """model: trained and saved, in eval mode. run: as it was begun, with what the source shows.
+    weights: what `Checkpoint.meta` says of them."""
 
     model: DGSSModel
     run: RunSpec
+    weights: dict[str, Any]
 
 
 def train(
@@ -98,7 +106,7 @@ def train(
                     "source_classes": tuple(parts.classes[k] for k in parts.class_map.shared),
                 }
             )
-            trainer = Trainer(group, parts.model, recipe, run, folder, console)
+            trainer = Trainer(group, parts.model, recipe, run, folder, console, parts.kept)
             start = trainer.resume() if resume else 0
             stream = training_stream(
                 parts.source,
@@ -116,7 +124,8 @@ def train(
             )
             group.from_main(lambda: check_crops(stream, start, run))
             trainer.fit(stream, start)
-            return Finished(trainer.finished(), run)
+            weights = {"kind": "averaged" if recipe.ema is not None else "last"}
+            return Finished(trainer.finished(), run, weights)
         except Exception as error:
             explained = isinstance(error, Diverged)  # by the run's record and log, which stay
             saved = (folder / checkpoints.LAST).is_file()
@@ -128,6 +137,7 @@ def train(
 @dataclass
 class _Parts:
     source: Dataset
+    kept: list[Kept]
     class_map: ClassMap
     model: DGSSModel
 
@@ -150,9 +160,9 @@ def _parts(registry: Registry, run: RunSpec, folder: Path, resume: bool, main: b
         raise placed(error, f"[pairing.{run.pairing_name}]") from error
     class_map = ClassMap(source, run.pairing.classes)
     check_crop(source, run.pairing.image_size)
-    if run.recipe.tensorboard:
-        summary_writer()
-    return _Parts(source, class_map, model)
+    trackers.check(run.recipe.trackers)
+    (source,), kept = keep_back(registry, run, [source], run.pairing.image_size)
+    return _Parts(source, kept, class_map, model)
 
 
 class Trainer:
@@ -166,6 +176,7 @@ class Trainer:
         run: RunSpec,
         folder: Path,
         console: Console,
+        kept: Sequence[Kept] = (),
     ) -> None:
         self.group = group
         self.accelerator = accelerator = group.accelerator
@@ -183,38 +194,22 @@ class Trainer:
         groups = parameter_groups(model, recipe)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, foreach=True)
         self.wrapped, self.prepared = accelerator.prepare(model, self.optimizer)
-        self.frozen = checkpoints.frozen_fingerprint(model)
+        # After preparing, which moves the weights to their device.
+        self.averages = Averages(model, recipe.ema) if recipe.ema is not None else None
+        self.saver = Saver(
+            group, model, self.optimizer, self.names, self.averages, run, folder, console
+        )
+        self.kept = kept
+        self.validator = (
+            Validator(kept, model, self.averages, run, folder, group, console) if kept else None
+        )
 
     def resume(self) -> int:
         """Continue from the last whole checkpoint; returns its step (0 if there is none)."""
-        found: list[tuple[Path, Checkpoint | None, str]] = []
-
-        def look() -> str:
-            found.append(checkpoints.read_last(self.folder))
-            return found[0][2]
-
-        def restore() -> int:
-            path, checkpoint, _ = found[0] if found else checkpoints.read_last(self.folder)
-            return self._restore(path, checkpoint) if checkpoint is not None else 0
-
-        damage = self.group.from_main(look)  # sets aside what is damaged, before others look
-        step = self.group.together(restore)
-        if damage:
-            self.console.say(damage)
-        self.console.say(f"resuming {self.folder} at step {step}")
+        step = self.saver.resume()
+        if self.validator is not None and step:
+            self.validator.resume()
         return step
-
-    def _restore(self, path: Path, checkpoint: Checkpoint) -> int:
-        if checkpoint.meta["pairing"] != self.run.pairing.model_dump(mode="json"):
-            raise CheckpointError(f"{path} is of another pairing than the run in {self.folder}")
-        checkpoints.restore(self.model, checkpoint, path)
-        scale = checkpoint.meta.get("scaler")  # float16 may have skipped every step so far
-        if checkpoint.step and not checkpoint.optimizer and scale is None:
-            raise CheckpointError(f"{path} holds no state of the optimizer to resume from")
-        checkpoints.from_optimizer_state(self.optimizer, self.names, checkpoint.optimizer)
-        if self.accelerator.scaler is not None and scale is not None:
-            self.accelerator.scaler.load_state_dict(scale)
-        return checkpoint.step
 
     def fit(self, stream: TrainingStream, start: int) -> None:
         recipe, group = self.recipe, self.group
@@ -225,7 +220,7 @@ class Trainer:
         with (
             interruptible() as asked,
             self.console.task("training", recipe.steps, start) as task,
-            Log(self.folder, start, active=group.main, tensorboard=recipe.tensorboard) as log,
+            self._log(start) as log,
         ):
             for step in range(start, recipe.steps):
                 begun = time.perf_counter()
@@ -244,31 +239,51 @@ class Trainer:
                     rate = self.optimizer.param_groups[0]["lr"]
                     log.write(step + 1, {"loss": loss, "lr": rate, "seconds": seconds, **losses})
                 done = step + 1
+                if self.averages is not None:
+                    self.averages.update(done)
+                if self.validator is not None and self.validator.due(done):
+                    with self._saving(done):
+                        log.validated(self.validator(done, partial(self.saver.save_best, done)))
                 if done == recipe.steps or done % recipe.save_every == 0 or stop:
-                    self._save(done)
+                    self.saver.save(done)
+                    log.saved()
                 if stop and done < recipe.steps:
                     raise Interrupted(done)
             if start == recipe.steps:  # it may have been stopped between the last two files
-                self.group.from_main(self._complete)
+                self.group.from_main(self.saver.complete)
 
     def finished(self) -> DGSSModel:
-        """The trained model as its file gives it back, in every process."""
+        """The trained model as its file gives it back, in every process; averaged where the run
+        averages."""
+        if self.averages is not None:
+            take(self.model, self.averages)
         self.group.same_buffers(self.model)
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         return self.model.eval()
 
     def _fetch(self, step: int, start: int, batches: Iterator[Batch]) -> list[Batch]:
         """What a step reads; an image that cannot be used costs none of the steps before it."""
-        try:
+        with self._saving(step) if step > start else contextlib.nullcontext():
             return self.group.together(
                 lambda: [next(batches) for _ in range(self.recipe.accumulate)]
             )
+
+    @contextlib.contextmanager
+    def _saving(self, step: int) -> Iterator[None]:
+        """What fails within costs none of the steps before it."""
+        try:
+            yield
         except Exception as error:
-            if step > start:
-                self._save(step)
-                if isinstance(error, MFuserError):
-                    error.args = (f"{error} ({step} steps are saved; mend it and --resume)",)
+            self.saver.save(step)
+            if isinstance(error, MFuserError):
+                error.args = (f"{error} ({step} steps are saved; mend it and --resume)",)
             raise
+
+    def _log(self, start: int) -> Log:
+        run, folder, names = self.run, self.folder, self.recipe.trackers
+        watchers: list[Watcher] = [Live(folder, run, self.model.classes, self.kept)]
+        watchers += [trackers.Tracker(name, folder, run) for name in names]
+        return Log(folder, start, active=self.group.main, watchers=watchers, console=self.console)
 
     def _diverged(self, step: int, batches: list[Batch], losses: dict[str, float]) -> None:
         """Raises Diverged in a process whose own losses are not finite; the step is saved."""
@@ -279,13 +294,8 @@ class Trainer:
         diagnose.save(self.folder / diagnose.DIVERGED, model, run, step, batches, rank)
         raise Diverged(
             f"{said}; repeat the step with: mfuser train {run.pairing_name} --out {self.folder} "
-            f"--replay{self._kept()}"
+            f"--replay{self.saver.kept()}"
         )
-
-    def _kept(self) -> str:
-        if not (self.folder / checkpoints.LAST).is_file():
-            return ""
-        return f" (the last checkpoint in {self.folder} is from before)"
 
     def _step(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step; returns the losses as numbers."""
@@ -311,39 +321,3 @@ class Trainer:
             self.prepared.step()
         self.prepared.zero_grad(set_to_none=True)
         return logged
-
-    def _save(self, step: int) -> None:
-        """By the first process; the others wait, and fail if it cannot."""
-        self.group.from_main(lambda: self._write(step))
-
-    def _complete(self) -> None:
-        """Write the finished model where its file is missing or damaged."""
-        final = self.folder / checkpoints.FINAL
-        try:
-            if final.is_file():
-                checkpoints.read(final)
-                return
-        except CheckpointError as error:
-            self.console.say(f"{error}; it is written again")
-        self._write(self.recipe.steps)
-
-    def _write(self, step: int) -> None:
-        meta = {
-            "pairing": self.run.pairing.model_dump(mode="json"),
-            "run": self.run.model_dump(mode="json"),
-            "step": step,
-            "frozen": self.frozen,
-        }
-        state = checkpoints.trained_state(self.model)
-        broken = [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
-        if broken:  # a finite loss may have an infinite gradient
-            raise Diverged(
-                f"{broken[0]} is no longer finite after step {step}; lower lr = "
-                f"{self.recipe.lr:g} or set clip_grad{self._kept()}"
-            )
-        optimizer = checkpoints.to_optimizer_state(self.optimizer, self.names)
-        scaler = self.accelerator.scaler  # None but in float16
-        last = meta if scaler is None else meta | {"scaler": scaler.state_dict()}
-        checkpoints.write_last(self.folder, Checkpoint(state, optimizer, last))
-        if step == self.recipe.steps:
-            checkpoints.write(self.folder / checkpoints.FINAL, Checkpoint(state, {}, meta))

@@ -26,6 +26,7 @@ def page(report: Report) -> str:
     table = palette(report.classes)
     data: dict[str, Any] = {
         "report": report.as_json(),
+        "title": report.title,
         "summary": report.summary(),
         "columns": report.columns(),
         "rows": report.rows(),
@@ -44,9 +45,16 @@ def page(report: Report) -> str:
             for name, shown in report.pictures.items()
         },
     }
-    template = resources.files("mfuser").joinpath("reporting", "report.html").read_text("utf-8")
-    # "</" would end the script element, whatever a class or a file is called.
-    return template.replace(PLACE, json.dumps(_finite(data)).replace("</", "<\\/"))
+    return template().replace(PLACE, embedded(data))
+
+
+def template() -> str:
+    return resources.files("mfuser").joinpath("reporting", "report.html").read_text("utf-8")
+
+
+def embedded(data: Any) -> str:
+    """As JSON inside a script element: "</" would end it, whatever a class or a file is called."""
+    return json.dumps(_finite(data)).replace("</", "<\\/")
 
 
 def _finite(value: Any) -> Any:

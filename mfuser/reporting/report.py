@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import ConfigDict, PrivateAttr
 
+from mfuser.config.recipe import RecipeSpec
 from mfuser.config.run import RunSpec
 from mfuser.files import write_json, write_text
 from mfuser.model.dgss import DGSSModel
@@ -115,6 +116,7 @@ class Report(Options):
         untrained: dict[str, float],
         stride: tuple[int, int],
         limit: int | None,
+        weights: Mapping[str, Any] | None = None,
         pictures: Mapping[str, Sequence[Picture]] | None = None,
     ) -> Report:
         recipe = run.recipe
@@ -132,9 +134,14 @@ class Report(Options):
             "classes": SCORED[recipe.scored],
             "images per domain": counts.pop() if len(counts) == 1 else "see domains",
             "limited to the first images": limit,
-            "checkpoint": "the last one" if step == recipe.steps else f"step {step}, unfinished",
+            "checkpoint": _checkpoint(recipe, step, weights or {}),
             "mfuser": __version__,
         }
+        if recipe.validate_every is not None:
+            held_out = f"held-out images of {run.source.name}"
+            protocol["validated on"] = recipe.validate_on or held_out
+        if weights and weights.get("target"):
+            protocol["chosen on"] = weights["target"]
         report = Report(
             pairing=run.pairing_name,
             recipe=run.recipe_name,
@@ -180,8 +187,17 @@ class Report(Options):
     def table(self) -> Table:
         """IoU in per cent of each class and domain, mIoU below."""
         rows = [(name, *map(_percent, values)) for name, values in self.rows()]
-        title = f"{self.pairing}, IoU in %"
+        title = f"{self.pairing}{self._chosen()}, IoU in %"
         return Table(("", *self.columns()), rows, title=title, strong="mIoU")
+
+    @property
+    def title(self) -> str:
+        """Says so where a target decided which weights were scored."""
+        return f"{self.pairing}, recipe {self.recipe}{self._chosen()}"
+
+    def _chosen(self) -> str:
+        target = self.protocol.get("chosen on")
+        return f", its weights chosen on target {target}" if target else ""
 
     def summary(self) -> list[str]:
         lines = [self._protocol_line(), *self.notes]
@@ -193,8 +209,7 @@ class Report(Options):
 
     def markdown(self, pictures: Sequence[str] = ()) -> str:
         table = replace(self.table(), title="")
-        title = f"{self.pairing}, recipe {self.recipe}"
-        return document(title, ["IoU in %.", table, *self.summary()], pictures)
+        return document(self.title, ["IoU in %.", table, *self.summary()], pictures)
 
     def csv(self) -> str:
         rows = (
@@ -229,6 +244,8 @@ class Report(Options):
             f"classes scored: {p['classes']} ({self._class_counts()})",
             f"checkpoint: {p['checkpoint']}",
         ]
+        if "validated on" in p:
+            parts.append(f"validated on {p['validated on']} while it trained")
         return "Protocol: " + "; ".join(parts) + "."
 
     def _class_counts(self) -> str:
@@ -237,6 +254,18 @@ class Report(Options):
         if len(set(counts.values())) == 1:
             return next(iter(counts.values()))
         return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _checkpoint(recipe: RecipeSpec, step: int, weights: Mapping[str, Any]) -> str:
+    """Which weights were scored. weights: what `Checkpoint.meta` says of them."""
+    which = "the last one" if step == recipe.steps else f"step {step}, unfinished"
+    if weights.get("kind") == "averaged" and recipe.ema is not None:
+        which += f", its weights averaged over the steps (decay {recipe.ema.decay:g})"
+    if weights.get("kind") == "best":
+        averaged = ", of averaged weights" if weights.get("averaged") else ""
+        chosen = f"(mIoU {weights['miou']:.1%})"
+        which = f"step {step}, the best on {weights['on']} {chosen}{averaged}"
+    return which
 
 
 def _notes(model: DGSSModel, domains: dict[str, DomainResult]) -> list[str]:

@@ -20,7 +20,7 @@ else:
 
 INCIDENTAL = (
     *("seed", "workers", "save_every", "source", "targets"),
-    *("on_bad_image", "tensorboard", "baselines", "checkpointing", "note"),
+    *("on_bad_image", "tensorboard", "tracker", "baselines", "checkpointing", "note"),
 )
 """Keys of a recipe that do not affect results, or that are compared elsewhere."""
 

@@ -36,14 +36,14 @@ COMMANDS = {
     "data new": f"FOLDER --classes --dry-run --name --out --pairing {SHARED}",
     "describe": f"PAIRING --set {SHARED}",
     "doctor": "--json",
-    "export": f"RUN --format --out --set {SHARED}",
-    "evaluate": f"RUN --baselines --limit --out --set --stride --targets {WORK}",
+    "export": f"RUN --format --out --set --weights {SHARED}",
+    "evaluate": f"RUN --baselines --limit --out --set --stride --targets --weights {WORK}",
     "list": f"KIND PATTERN --all {SHARED}",
     "plugin bench": "MODULE --component --dry-run --json --out --seeds --set --steps",
     "plugin check": "MODULE --data-root --json --pairings",
     "plugin new": "NAME --json --kind --out",
     "predict": f"RUN IMAGES --classes --device --out --recursive --scale --scores --set --skip-bad "
-    f"--stride {SHARED}",
+    f"--stride --weights {SHARED}",
     "train": "PAIRING --no-evaluate --out --recipe --replay --resume --seed --set --set-recipe "
     f"--source --steps --targets {WORK}",
     "world pca": "OUT --vfm --vlm",

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mfuser import DGSSModel, MFuserError, Registry, build_model
-from mfuser.engine import checkpoints
+from mfuser.engine import checkpoints, saving
 from mfuser.engine.checkpoints import Checkpoint, load_model
 from mfuser.errors import CheckpointError
 
@@ -287,20 +287,20 @@ def test_the_optimizer_comes_back(tmp_path: Path) -> None:
     for x in inputs[:3]:
         step(first, one, x)
     names = {p: n for n, p in first.named_parameters()}
-    saved = checkpoints.to_optimizer_state(one, names)
+    saved = saving.to_optimizer_state(one, names)
     assert sorted({k.split(".")[0] for k in saved}) == ["exp_avg", "exp_avg_sq", "step"]
 
     second.load_state_dict(first.state_dict())
     two = torch.optim.AdamW(second.parameters(), lr=0.1)
     theirs = {p: n for n, p in second.named_parameters()}
-    checkpoints.from_optimizer_state(two, theirs, {k: v.clone() for k, v in saved.items()})
+    saving.from_optimizer_state(two, theirs, {k: v.clone() for k, v in saved.items()})
     step(first, one, inputs[3])
     step(second, two, inputs[3])
     assert all(
         torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
     )
     with pytest.raises(CheckpointError, match="knows a tensor weights that the model lacks"):
-        checkpoints.from_optimizer_state(two, theirs, {"exp_avg.weights": torch.zeros(1)})
+        saving.from_optimizer_state(two, theirs, {"exp_avg.weights": torch.zeros(1)})
 
 
 def test_complete_file_of_a_model_that_computes_with_its_parameters(

@@ -21,7 +21,7 @@ from PIL import Image
 from mfuser import Registry
 from mfuser.engine import checkpoints
 from mfuser.engine.checkpoints import FINAL, LAST, PREVIOUS
-from mfuser.engine.folder import RUN
+from mfuser.engine.folder import LOG, PAGE, RUN
 from mfuser.engine.log import Log
 from mfuser.engine.train import Diverged, train
 from mfuser.errors import CheckpointError, DataError
@@ -94,7 +94,7 @@ def test_tensorboard_is_cut_back_too(tiny: Registry, begin: Any, killed: Any) ->
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     global RECIPE
-    plain, RECIPE = RECIPE, (*RECIPE, "tensorboard=true")
+    plain, RECIPE = RECIPE, (*RECIPE, "tracker=tensorboard")
     try:
         folder = killed(after=5)
         train(tiny, begin("plain", *RECIPE), folder, resume=True)
@@ -215,7 +215,7 @@ def test_one_umask_for_all(tiny: Registry, begin: Any, tmp_path: Path) -> None:
         os.umask(before)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "r").iterdir()}
     del modes[".lock"]
-    assert set(modes) == {LAST, PREVIOUS, FINAL, RUN, "log.jsonl"}
+    assert set(modes) == {LAST, PREVIOUS, FINAL, RUN, LOG, PAGE}
     assert set(modes.values()) == {0o640}
 
 
@@ -251,6 +251,20 @@ def test_a_killed_worker_is_one_sentence_and_costs_no_step(
     )
     train(tiny, run, tmp_path / "r", resume=True)
     assert same(tmp_path / "whole", tmp_path / "r")
+
+
+def test_a_worker_killed_as_it_hands_over_a_batch(
+    tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mfuser.data.loading import TrainingStream
+
+    def started(self: TrainingStream) -> Any:
+        yield from [self.loader.collate_fn([self.crops[0]])]
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(TrainingStream, "_started", started)
+    with pytest.raises(DataError, match=r"worker was killed, .* \(1 steps are saved; mend it"):
+        train(tiny, begin("plain"), tmp_path / "r")
 
 
 def test_what_explains_a_divergence_is_kept(tiny: Registry, begin: Any, tmp_path: Path) -> None:

@@ -213,6 +213,7 @@ def test_what_a_run_leaves(tiny: Registry, begin: Any, tmp_path: Path) -> None:
         checkpoints.LAST,
         checkpoints.PREVIOUS,
         "log.jsonl",
+        "progress.html",
         checkpoints.FINAL,
         RUN,
     }

@@ -1,0 +1,157 @@
+"""What a training saves to go on from and in the end, and how it is taken up again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from mfuser.config.run import RunSpec
+from mfuser.engine import checkpoints
+from mfuser.engine.averaging import Averages
+from mfuser.engine.checkpoints import Checkpoint
+from mfuser.engine.console import Console
+from mfuser.engine.diagnose import Diverged
+from mfuser.engine.processes import Processes
+from mfuser.errors import CheckpointError
+from mfuser.model.dgss import DGSSModel
+
+
+class Saver:
+    """A training's state and its files in the run's folder."""
+
+    def __init__(
+        self,
+        group: Processes,
+        model: DGSSModel,
+        optimizer: torch.optim.Optimizer,
+        names: dict[Tensor, str],
+        averages: Averages | None,
+        run: RunSpec,
+        folder: Path,
+        console: Console,
+    ) -> None:
+        self.group, self.model, self.optimizer, self.names = group, model, optimizer, names
+        self.averages, self.run, self.folder, self.console = averages, run, folder, console
+        self.accelerator: Accelerator = group.accelerator
+        self.frozen = checkpoints.frozen_fingerprint(model)
+
+    def resume(self) -> int:
+        """Continue from the last whole checkpoint; returns its step (0 if there is none)."""
+        found: list[tuple[Path, Checkpoint | None, str]] = []
+
+        def look() -> str:
+            found.append(checkpoints.read_last(self.folder))
+            return found[0][2]
+
+        def restore() -> int:
+            path, checkpoint, _ = found[0] if found else checkpoints.read_last(self.folder)
+            return self._restore(path, checkpoint) if checkpoint is not None else 0
+
+        damage = self.group.from_main(look)  # sets aside what is damaged, before others look
+        step = self.group.together(restore)
+        if damage:
+            self.console.say(damage)
+        self.console.say(f"resuming {self.folder} at step {step}")
+        return step
+
+    def _restore(self, path: Path, checkpoint: Checkpoint) -> int:
+        if checkpoint.meta["pairing"] != self.run.pairing.model_dump(mode="json"):
+            raise CheckpointError(f"{path} is of another pairing than the run in {self.folder}")
+        checkpoints.restore(self.model, checkpoint, path)
+        scale = checkpoint.meta.get("scaler")  # float16 may have skipped every step so far
+        if checkpoint.step and not checkpoint.optimizer and scale is None:
+            raise CheckpointError(f"{path} holds no state of the optimizer to resume from")
+        from_optimizer_state(self.optimizer, self.names, checkpoint.optimizer)
+        if self.averages is not None:
+            self.averages.restore(checkpoint.averaged, path)
+        if self.accelerator.scaler is not None and scale is not None:
+            self.accelerator.scaler.load_state_dict(scale)
+        return checkpoint.step
+
+    def save(self, step: int) -> None:
+        """By the first process; the others wait, and fail if it cannot."""
+        self.group.from_main(lambda: self._write(step))
+
+    def save_best(self, step: int, tensors: dict[str, Tensor], weights: dict[str, Any]) -> None:
+        """Of a step; weights: what `Checkpoint.meta` says of them. By the first process."""
+        meta = self.meta(step) | {"weights": weights}
+        checkpoints.write(self.folder / checkpoints.BEST, Checkpoint(tensors, {}, meta))
+
+    def complete(self) -> None:
+        """Write the finished model where a file of it is missing or damaged."""
+        names = [checkpoints.FINAL, *([checkpoints.AVERAGED] if self.averages else [])]
+        try:
+            if all((self.folder / name).is_file() for name in names):
+                for name in names:
+                    checkpoints.read(self.folder / name)
+                return
+        except CheckpointError as error:
+            self.console.say(f"{error}; it is written again")
+        self._write(self.run.recipe.steps)
+
+    def kept(self) -> str:
+        """What an error adds where there is something to go on from."""
+        if not (self.folder / checkpoints.LAST).is_file():
+            return ""
+        return f" (the last checkpoint in {self.folder} is from before)"
+
+    def meta(self, step: int) -> dict[str, Any]:
+        return {
+            "pairing": self.run.pairing.model_dump(mode="json"),
+            "run": self.run.model_dump(mode="json"),
+            "step": step,
+            "frozen": self.frozen,
+        }
+
+    def _write(self, step: int) -> None:
+        meta, state = self.meta(step), checkpoints.trained_state(self.model)
+        broken = [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
+        if broken:  # a finite loss may have an infinite gradient
+            raise Diverged(
+                f"{broken[0]} is no longer finite after step {step}; lower lr = "
+                f"{self.run.recipe.lr:g} or set clip_grad{self.kept()}"
+            )
+        optimizer = to_optimizer_state(self.optimizer, self.names)
+        averaged = self.averages.values if self.averages is not None else {}
+        scaler = self.accelerator.scaler  # None but in float16
+        last = meta if scaler is None else meta | {"scaler": scaler.state_dict()}
+        checkpoints.write_last(self.folder, Checkpoint(state, optimizer, last, averaged))
+        if step == self.run.recipe.steps:
+            if averaged:  # first: without them, the last weights would be taken for the result
+                other = meta | {"weights": {"kind": "averaged"}}
+                checkpoints.write(
+                    self.folder / checkpoints.AVERAGED, Checkpoint(averaged, {}, other)
+                )
+            checkpoints.write(self.folder / checkpoints.FINAL, Checkpoint(state, {}, meta))
+
+
+def to_optimizer_state(
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
+) -> dict[str, Tensor]:
+    """The optimizer's tensors, by parameter name."""
+    return {
+        f"{key}.{names[p]}": value
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def from_optimizer_state(
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], saved: dict[str, Tensor]
+) -> None:
+    by_name = {name: p for p, name in names.items()}
+    for key, value in saved.items():
+        slot, _, name = key.partition(".")
+        if name not in by_name:
+            raise CheckpointError(
+                f"the checkpoint's optimizer knows a tensor {name} that the model lacks"
+            )
+        parameter = by_name[name]
+        # AdamW keeps its step count on the CPU.
+        target = value.clone() if slot == "step" else value.to(parameter.device)
+        optimizer.state[parameter][slot] = target
