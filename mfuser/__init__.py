@@ -30,6 +30,7 @@ _HOME = {
     "VisionBackbone": "interfaces",
     "VisionLanguageBackbone": "interfaces",
     "FusionAdapter": "interfaces",
+    "ManyFusionAdapter": "interfaces",
     "TextEnhancer": "interfaces",
     "Decoder": "interfaces",
     "DecoderOutput": "interfaces",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from mfuser.interfaces import Decoder as Decoder
     from mfuser.interfaces import DecoderOutput as DecoderOutput
     from mfuser.interfaces import FusionAdapter as FusionAdapter
+    from mfuser.interfaces import ManyFusionAdapter as ManyFusionAdapter
     from mfuser.interfaces import Sample as Sample
     from mfuser.interfaces import Stream as Stream
     from mfuser.interfaces import TextEnhancer as TextEnhancer

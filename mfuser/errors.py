@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from pydantic_core import InitErrorDetails
 
 
 class MFuserError(Exception):
@@ -106,13 +107,12 @@ def explained(error: ValidationError, owner: str, keys: Iterable[str]) -> Valida
     Called where both are known: in the table's own class.
     """
     from pydantic import ValidationError
-    from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
     names = sorted(keys)
     takes = f"{owner or 'this table'} takes {listed(names) or 'no options'}"
 
     def line(details: Any) -> InitErrorDetails:
-        loc, given = details["loc"], details["input"]
+        loc = details["loc"]
         kind, own, ctx = details["type"], len(loc) == 1, details.get("ctx", {})
         if kind == "extra_forbidden" and own:
             close = get_close_matches(str(loc[0]), names, n=1, cutoff=0.6)
@@ -120,15 +120,33 @@ def explained(error: ValidationError, owner: str, keys: Iterable[str]) -> Valida
             kind, ctx = _UNKNOWN, {"text": f"there is no such key; {near}"}
         elif kind == "missing" and own:
             kind, ctx = _MISSING, {"text": "missing" + (f"; {owner} needs it" if owner else "")}
-        try:
-            PydanticKnownError(kind, ctx)
-        except KeyError:  # ours, or one that a plugin's validator raised
-            kind = PydanticCustomError(kind, "{text}", {"text": details["msg"], **ctx})
-        return InitErrorDetails(type=kind, ctx=ctx, loc=loc, input=given)
+        return _line(details, kind, ctx, loc)
 
     return ValidationError.from_exception_data(
         error.title, [line(details) for details in error.errors(include_url=False)]
     )
+
+
+def below(error: ValidationError, key: str) -> ValidationError:
+    """The same error, of a table that is written under a further key."""
+    from pydantic import ValidationError
+
+    lines = [
+        _line(d, d["type"], d.get("ctx", {}), (key, *d["loc"]))
+        for d in error.errors(include_url=False)
+    ]
+    return ValidationError.from_exception_data(error.title, lines)
+
+
+def _line(details: Any, kind: str, ctx: Any, loc: tuple[int | str, ...]) -> InitErrorDetails:
+    from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
+
+    known: str | PydanticCustomError = kind
+    try:
+        PydanticKnownError(kind, ctx)  # type: ignore[arg-type]
+    except KeyError:  # ours, or one that a plugin's validator raised
+        known = PydanticCustomError(kind, "{text}", {"text": details["msg"], **ctx})
+    return InitErrorDetails(type=known, ctx=ctx, loc=loc, input=details["input"])
 
 
 _UNKNOWN, _MISSING = "unknown_key", "missing_key"
@@ -150,13 +168,19 @@ def problem(error: ValidationError, table: Any = None) -> tuple[list[str], str]:
 
 
 def _as_written(details: Any, table: Any) -> tuple[str, ...]:
-    """Keys and indices from the top; what pydantic adds to tell a union's members apart is cut."""
+    """Keys and indices from the top; what pydantic adds to tell a union's members apart is cut.
+
+    Indices are pydantic's, from 0; a number written as a key ("vfm.1") counts from 1.
+    """
     path: list[str] = []
     absent = details["type"] in (_MISSING, "missing")
     for part in details["loc"]:
-        known: Any = range(len(table)) if isinstance(table, list | tuple) else ()
-        if part in (table if isinstance(table, Mapping) else known):
+        numbers = range(len(table)) if isinstance(table, list | tuple) else range(0)
+        index = int(part) - 1 if isinstance(part, str) and part.isdecimal() else part
+        if isinstance(table, Mapping) and part in table:
             table = table[part]
+        elif index in numbers:
+            table = table[index]
         elif not absent and table is not None:
             break
         path.append(str(part))

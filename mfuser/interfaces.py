@@ -170,6 +170,15 @@ class FusionAdapter(nn.Module, ABC):
         """
 
 
+class ManyFusionAdapter(nn.Module, ABC):
+    """A fusion adapter of any number of encoders, for pairings whose VFMs are a list."""
+
+    @abstractmethod
+    def forward(self, tokens: list[Tensor], grids: list[tuple[int, int]]) -> list[Tensor]:
+        """Tokens (B, N_i, D_i) of the VFMs in their order and then of the VLM, if there is one ->
+        offsets of the same shapes."""
+
+
 class TextEnhancer(nn.Module, ABC):
     """Turns class text embeddings into the class queries of an image."""
 

@@ -13,12 +13,14 @@ This module imports pydantic alone: specs can be listed and validated without to
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -184,6 +186,8 @@ class FusionSpec(Spec):
     kind: ClassVar[str] = "fusion"
     single_tower: ClassVar[bool] = False
     """Whether it also works with one encoder alone (the other's shape is then None)."""
+    any_number: ClassVar[bool] = False
+    """Whether it joins any number of encoders, by `build_many`; else a list of VFMs is refused."""
 
     every: PositiveInt = 1
 
@@ -193,16 +197,34 @@ class FusionSpec(Spec):
         """One adapter; called once per fused position. None: the encoders are not fused."""
         raise NotImplementedError
 
+    def build_many(self, shapes: Mapping[str, TokenShape]) -> interfaces.ManyFusionAdapter | None:
+        """The same where the VFMs are a list: role ("vfm_1", "vfm_2", …, "vlm") -> shape.
+
+        Called with `any_number` alone.
+        """
+        raise NotImplementedError
+
+
+def _role(value: str) -> str:
+    if not ROLE.fullmatch(value):
+        raise ValueError(f"an encoder is 'vfm', 'vlm', or 'vfm_2' of a list, not {value!r}")
+    return value
+
+
+ROLE = re.compile(r"vlm|vfm(_[1-9][0-9]*)?")
+"""Names of encoders: "vfm", or of a list of them "vfm_1", "vfm_2", …; "vlm"."""
+Role = Annotated[str, AfterValidator(_role)]
+
 
 class TuningSpec(Spec):
     """Small trained changes to the encoders' own layers, beside fusion.
 
-    encoders: which of the two; None: those that are there.
+    encoders: which of them; "vfm" is all of a list, "vfm_2" its second. None: those that are there.
     """
 
     kind: ClassVar[str] = "tuning"
 
-    encoders: tuple[Literal["vfm", "vlm"], ...] | None = None
+    encoders: tuple[Role, ...] | None = None
 
     def build(self, backbone: interfaces.VisionBackbone) -> None:
         """Change a backbone in place; called once for each chosen encoder.
@@ -326,6 +348,19 @@ def offer_installed(components: Callable[[], Any]) -> None:
     _installed = components
 
 
+def known_components(info: ValidationInfo) -> Any:
+    """The components that a validation may name. Raises ValueError where none are known."""
+    components = (info.context or {}).get("components")
+    if components is None:
+        if _installed is None:
+            raise ValueError(
+                "no components are known here: validate with "
+                'context={"components": mfuser.load_registry().components}'
+            )
+        components = _installed()
+    return components
+
+
 def component_of(*kinds: str) -> BeforeValidator:
     """For a field that holds a component of one of these kinds, whichever plugin offers it:
 
@@ -339,14 +374,6 @@ def component_of(*kinds: str) -> BeforeValidator:
     def validate(value: Any, info: ValidationInfo) -> Any:
         if value is None or isinstance(value, Spec):
             return value
-        components = (info.context or {}).get("components")
-        if components is None:
-            if _installed is None:
-                raise ValueError(
-                    "no components are known here: validate with "
-                    'context={"components": mfuser.load_registry().components}'
-                )
-            components = _installed()
-        return components.validate(kinds, value)
+        return known_components(info).validate(kinds, value)
 
     return BeforeValidator(validate)

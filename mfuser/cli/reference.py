@@ -26,6 +26,7 @@ RETURNED = (
     interfaces.VisionBackbone,
     interfaces.VisionLanguageBackbone,
     interfaces.FusionAdapter,
+    interfaces.ManyFusionAdapter,
     interfaces.TextEnhancer,
     interfaces.Decoder,
     interfaces.DecoderOutput,

@@ -12,20 +12,25 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
 from mfuser.config.classes import CITYSCAPES
+from mfuser.errors import below
 from mfuser.specs import (
     DecoderSpec,
     EnhancerSpec,
     FusionSpec,
     ImageSize,
     Options,
+    Spec,
     TuningSpec,
     VisionLanguageSpec,
     VisionSpec,
     component_of,
+    known_components,
 )
 
 
@@ -93,22 +98,50 @@ def _classes(value: Any) -> Any:
 
 
 Absent = BeforeValidator(_absent)
+AnyVision = SerializeAsAny[VisionSpec | VisionLanguageSpec]
+
+
+def _one_or_more(value: Any, info: ValidationInfo) -> Any:
+    """One VFM, or several; a list of one is the one."""
+    if not isinstance(value, list | tuple):
+        return _vision(value, info)
+    if not value:
+        raise ValueError('the list of VFMs is empty; write "none" to leave the VFM out')
+    if any(_absent(one) is None for one in value):
+        raise ValueError("a list of VFMs names each of them; leave 'none' out")
+    if len(value) == 1:
+        return _vision(value[0], info)
+    specs = []
+    for i, one in enumerate(value, 1):
+        try:
+            specs.append(_vision(one, info))
+        except ValidationError as error:
+            raise below(error, str(i)) from None
+        except ValueError as error:
+            raise ValueError(f"number {i} of the list: {error}") from None
+    return tuple(specs)
+
+
+def _vision(value: Any, info: ValidationInfo) -> Any:
+    if value is None or isinstance(value, Spec):
+        return value
+    return known_components(info).validate(("vision", "vision_language"), value)
 
 
 class PairingSpec(Options):
     """Everything that decides the model; it rebuilds the model from there alone.
 
-    vfm, vlm: the encoders; "none" leaves one out. A vision-language model may serve as VFM.
+    vfm, vlm: the encoders; "none" leaves one out. A vision-language model may serve as VFM, and a
+        list of VFMs as one: [{name = …}, {name = …}], called vfm_1, vfm_2, …; a setting of one of
+        them is vfm.1.weights = ….
     tuning: small trained changes inside the encoders, beside fusion; "none", or e.g. "lora".
-    taps: positions (blocks of the shallower encoder, from 0) whose tokens feed the pyramid. None:
+    taps: positions (blocks of the shallowest encoder, from 0) whose tokens feed the pyramid. None:
         after a third, a half, two thirds and all of the depth, 7, 11, 15, 23 of 24 as released.
     image_size: what the model is trained on, and the sliding window it is tested with.
     """
 
     vfm: Annotated[
-        SerializeAsAny[VisionSpec | VisionLanguageSpec] | None,
-        component_of("vision", "vision_language"),
-        Absent,
+        AnyVision | tuple[AnyVision, ...] | None, BeforeValidator(_one_or_more), Absent
     ] = None
     vlm: Annotated[
         SerializeAsAny[VisionLanguageSpec] | None, component_of("vision_language"), Absent
@@ -130,7 +163,7 @@ class PairingSpec(Options):
     alignment: AlignmentSpec = AlignmentSpec()
 
     @model_validator(mode="after")
-    def _fits(self) -> PairingSpec:
+    def _fits(self, info: ValidationInfo) -> PairingSpec:
         vfm, vlm = self.vfm, self.vlm
         if vfm is None and vlm is None:
             raise ValueError("a pairing needs a 'vfm', a 'vlm' or both")
@@ -150,13 +183,17 @@ class PairingSpec(Options):
                 f"fusion '{self.fusion.name}' joins two encoders, and there is only one; use "
                 'fusion = "none" or add the other'
             )
-        if self.tuning is not None:
-            absent = set(self.tuning.encoders or ()) - set(self.encoders())
-            if absent:
-                raise ValueError(
-                    f"tuning '{self.tuning.name}' is to change the '{absent.pop()}', and there is "
-                    "none; leave 'encoders' out to tune those that are there"
-                )
+        if isinstance(vfm, tuple) and not self.fusion.any_number:
+            able = [
+                name
+                for name, c in known_components(info).kind("fusion").items()
+                if c.spec.any_number
+            ]
+            raise ValueError(
+                f"fusion '{self.fusion.name}' joins one VFM and one VLM, and 'vfm' is a list of "
+                f"{len(vfm)}; those that join any number: {', '.join(able)}"
+            )
+        self.tuned()
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError("'classes' needs at least one name, and no name twice")
         ids = self.prompt.ids
@@ -170,6 +207,32 @@ class PairingSpec(Options):
         return self
 
     def encoders(self) -> dict[str, VisionSpec | VisionLanguageSpec]:
-        """The encoders that are there, by role."""
-        roles = {"vfm": self.vfm, "vlm": self.vlm}
+        """The encoders that are there, by role: "vfm", or "vfm_1", "vfm_2", … of a list; "vlm"."""
+        vfm = self.vfm if isinstance(self.vfm, tuple) else (self.vfm,)
+        roles = {f"vfm_{i}" if len(vfm) > 1 else "vfm": spec for i, spec in enumerate(vfm, 1)}
+        roles["vlm"] = self.vlm
         return {role: spec for role, spec in roles.items() if spec is not None}
+
+    def tuned(self) -> list[str]:
+        """The roles that `tuning` changes. Raises ValueError for one that is not there."""
+        if self.tuning is None:
+            return []
+        there = list(self.encoders())
+        if self.tuning.encoders is None:
+            return there
+        chosen = []
+        for asked in self.tuning.encoders:
+            found = [r for r in there if r == asked or (asked == "vfm" and r.startswith("vfm_"))]
+            if not found:
+                raise ValueError(
+                    f"tuning '{self.tuning.name}' is to change the '{asked}', and there is none "
+                    f"(there is {', '.join(there)}); leave 'encoders' out to tune those that are "
+                    "there"
+                )
+            chosen += found
+        return list(dict.fromkeys(chosen))
+
+
+def option_of(role: str) -> str:
+    """The key of an encoder in a pairing: "vfm", "vlm", and "vfm.2" of the role "vfm_2"."""
+    return role.replace("_", ".")

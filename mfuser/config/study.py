@@ -108,13 +108,15 @@ class StudySpec(Options):
 class AdapterStudySpec(Options):
     """Adapters measured by themselves: parameters, FLOPs, time, memory, growth. Needs no data.
 
-    adapters: fusion components, by name or as tables. width: D of both encoders. grid, prefix:
-    patches and prefix tokens of each. batch: images. curve: patches per encoder at which forward
+    adapters: fusion components, by name or as tables. encoders: how many they join; more than two
+    are several VFMs and a VLM. width: D of each. grid, prefix: patches and prefix tokens of each.
+    batch: images. curve: patches per encoder at which forward
     time is taken; an adapter stops where a pass would take over `limit` seconds.
     """
 
     kind: Literal["adapters"] = "adapters"
     adapters: tuple[str | dict[str, Any], ...] = Field(min_length=1)
+    encoders: int = Field(default=2, ge=2)
     width: PositiveInt = 1024
     grid: ImageSize = (36, 36)
     prefix: NonNegativeInt = 1

@@ -37,7 +37,10 @@ def read(path: Path) -> tuple[str, Table]:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Table:
-    """`above` on `below`: tables merge key by key, unless the upper one names its component."""
+    """`above` on `below`: tables merge key by key, unless the upper one names its component.
+
+    A table of numbers on a list, {"1": …}, changes single items of it, counted from 1.
+    """
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
@@ -45,9 +48,21 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Table:
             under = {"name": under}  # "linear" is short for {name = "linear"}
         if isinstance(under, dict) and isinstance(value, dict) and "name" not in value:
             merged[key] = merge(under, value)
+        elif isinstance(under, list | tuple) and isinstance(value, dict) and "name" not in value:
+            merged[key] = _in_list(key, under, value)
         else:
             merged[key] = value
     return merged
+
+
+def _in_list(key: str, under: Sequence[Any], above: Mapping[str, Any]) -> list[Any]:
+    items = {str(i): item for i, item in enumerate(under, 1)}
+    for number in above:
+        if number not in items:
+            raise RegistryError(
+                f"{key}.{number}: '{key}' is a list, whose items are {key}.1 to {key}.{len(items)}"
+            )
+    return list(merge(items, above).values())
 
 
 def parse_settings(settings: Sequence[str]) -> Table:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mfuser.config.pairing import PairingSpec
+from mfuser.config.pairing import PairingSpec, option_of
 from mfuser.config.registry import Registry, load_registry
 from mfuser.config.run import needed_plugins
 from mfuser.errors import CheckpointError, MFuserError
@@ -108,10 +108,8 @@ def frozen_fingerprint(model: nn.Module) -> dict[str, list[float]]:
     Values, not a checksum: positions resampled on another machine differ in their last bits.
     """
     prints: dict[str, list[float]] = {}
-    for role in ("vfm", "vlm"):
-        backbone = getattr(getattr(model, "encoder", None), role, None)
-        if backbone is None:
-            continue
+    backbones: Mapping[str, nn.Module] = getattr(getattr(model, "encoder", None), "backbones", {})
+    for role, backbone in backbones.items():
         values: list[float] = []
         for _, parameter in sorted(backbone.named_parameters()):
             if not parameter.requires_grad and parameter.device.type != "meta":
@@ -261,7 +259,7 @@ def restore(model: DGSSModel, checkpoint: Checkpoint, path: Path) -> None:
         if not _same_weights(trained_on.get(role, found), found):
             raise CheckpointError(
                 f"{path}: the frozen weights of its {role} are not those it was trained with; give "
-                f"the same weights (--set {role}.weights=…)"
+                f"the same weights (--set {option_of(role)}.weights=…)"
             )
     model.load_state_dict(checkpoint.model, strict=False)
 

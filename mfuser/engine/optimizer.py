@@ -12,9 +12,10 @@ from mfuser.model.dgss import DGSSModel
 def parameter_groups(model: DGSSModel, recipe: RecipeSpec) -> list[dict[str, object]]:
     """AdamW's groups: with and without decay, encoders at their own rate."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    encoders = tuple(f"encoder.{role}." for role in model.encoder.backbones)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            in_backbone = name.startswith(("encoder.vfm.", "encoder.vlm."))
+            in_backbone = name.startswith(encoders)
             decayed = not any(part in name for part in recipe.no_decay)
             groups.setdefault((in_backbone, decayed), []).append(parameter)
     if not groups:

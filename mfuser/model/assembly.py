@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,7 @@ from mfuser.errors import MFuserError, placed
 from mfuser.interfaces import (
     Decoder,
     FusionAdapter,
+    ManyFusionAdapter,
     TextEnhancer,
     VisionBackbone,
     VisionLanguageBackbone,
@@ -106,18 +107,19 @@ def _assemble(spec: PairingSpec, tokens: Literal["all", "if there", "none"] = "a
             raise placed(error, f"{role} '{backbone_spec.name}'") from error
         if backbones[role].depth < 1:
             raise MFuserError(f"{role} '{backbone_spec.name}' has no blocks; give it a depth")
-    vfm, vlm = backbones.get("vfm"), backbones.get("vlm")
+    vlm = backbones.get("vlm")
     assert vlm is None or isinstance(vlm, VisionLanguageBackbone)
+    vfms = [backbone for role, backbone in backbones.items() if role != "vlm"]
 
     _tune(spec, backbones)
     positions = len(lockstep([b.depth for b in backbones.values()]))
     taps = _taps(spec.taps, positions)
     encoder = PairEncoder(
-        vfm,
+        vfms if isinstance(spec.vfm, tuple) else backbones.get("vfm"),
         vlm,
         _adapters(spec, backbones, positions),
         taps,
-        project_vfm=_projection(spec, vfm, vlm),
+        project_vfm=_projections(spec, backbones),
         vfm_norm=spec.merge.vfm_norm,
     )
     if min(spec.image_size) < STRIDES[-1]:
@@ -203,40 +205,57 @@ def _taps(taps: Sequence[int] | None, positions: int) -> tuple[int, ...]:
 
 def _tune(spec: PairingSpec, backbones: Mapping[str, VisionBackbone]) -> None:
     """Change the chosen encoders in place."""
-    if spec.tuning is None:
-        return
     tuning = spec.tuning
-    for role in tuning.encoders or backbones:
+    for role in spec.tuned():
+        assert tuning is not None
         try:
             built(tuning, type(None), partial(tuning.build, backbones[role]))
         except MFuserError as error:
-            raise placed(error, f"tuning '{spec.tuning.name}' of the {role}") from error
+            raise placed(error, f"tuning '{tuning.name}' of the {role}") from error
 
 
 def _adapters(
     spec: PairingSpec, backbones: Mapping[str, VisionBackbone], positions: int
-) -> dict[int, FusionAdapter]:
+) -> dict[int, nn.Module]:
     """An adapter after every N-th position (paper, table 11)."""
     fusion = spec.fusion
+    kind: type[nn.Module] = FusionAdapter
+    build: Callable[[], nn.Module | None] = partial(fusion.build, *shapes(backbones))
+    if isinstance(spec.vfm, tuple):
+        of_each = {role: backbone.token_shape for role, backbone in backbones.items()}
+        kind, build = ManyFusionAdapter, partial(fusion.build_many, of_each)
     adapters = {
-        p: built(fusion, FusionAdapter, lambda: fusion.build(*shapes(backbones)), optional=True)
+        p: built(fusion, kind, build, optional=True)
         for p in range(positions)
         if (p + 1) % fusion.every == 0
     }
     return {p: adapter for p, adapter in adapters.items() if adapter is not None}
 
 
-def _projection(
-    spec: PairingSpec, vfm: VisionBackbone | None, vlm: VisionBackbone | None
-) -> nn.Module | None:
-    if vfm is None or vlm is None:
+def _projections(spec: PairingSpec, backbones: Mapping[str, VisionBackbone]) -> nn.Module | None:
+    """Of the VFM, or of several by role; None where nothing is mapped."""
+    if "vlm" not in backbones:
         return None
+    made = {
+        role: _projection(spec, role, vfm, backbones["vlm"])
+        for role, vfm in backbones.items()
+        if role != "vlm"
+    }
+    maps = {role: linear for role, linear in made.items() if linear is not None}
+    if isinstance(spec.vfm, tuple):
+        return nn.ModuleDict(maps) if maps else None
+    return maps.get("vfm")
+
+
+def _projection(
+    spec: PairingSpec, role: str, vfm: VisionBackbone, vlm: VisionBackbone
+) -> nn.Module | None:
     wanted = spec.merge.project
     if wanted is None:
         wanted = vfm.embed_dim != vlm.embed_dim
     if not wanted and vfm.embed_dim != vlm.embed_dim:
         raise MFuserError(
-            f"merge.project = false, but the widths differ (vfm {vfm.embed_dim}, vlm "
+            f"merge.project = false, but the widths differ ({role} {vfm.embed_dim}, vlm "
             f"{vlm.embed_dim}); leave it out"
         )
     return nn.Linear(vfm.embed_dim, vlm.embed_dim) if wanted else None

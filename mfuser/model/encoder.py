@@ -1,10 +1,12 @@
-"""The pair of encoders in lockstep, and their outputs: taps and a visual embedding.
+"""The encoders in lockstep, two as a rule, and their outputs: taps and a visual embedding.
 
     image -> VFM tokens -> block 1 -> ... -> block N -> norm --+
                               ^ offset                          v
                             fusion adapter                    x_vlm + P(x_vfm) -> VLM head
                               v offset                          ^
     image -> VLM tokens -> block 1 -> ... -> block N -> norm --+
+
+Of a list of VFMs each is stepped so, and each adds its own P_i(x_vfm_i).
 
 Method: Zhang & Tan, "Mamba as a Bridge", CVPR 2025, section 4.1.
 """
@@ -21,7 +23,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mfuser.errors import PluginError
-from mfuser.interfaces import FusionAdapter, Stream, VisionBackbone, VisionLanguageBackbone
+from mfuser.interfaces import (
+    ManyFusionAdapter,
+    Stream,
+    VisionBackbone,
+    VisionLanguageBackbone,
+)
 from mfuser.plugins.contracts import expect, named
 from mfuser.specs import TokenShape
 
@@ -54,8 +61,8 @@ def resample(patches: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Ten
 
 @dataclass
 class Encoded:
-    """taps: four maps (B, D_vfm + D_vlm, h, w). visual: tokens (B, 1 + T, C) in the joint space,
-    global first, on `grid`; None without a VLM."""
+    """taps: four maps (B, sum of the widths, h, w). visual: tokens (B, 1 + T, C) in the joint
+    space, global first, on `grid`; None without a VLM."""
 
     taps: list[Tensor]
     visual: Tensor | None
@@ -63,25 +70,32 @@ class Encoded:
 
 
 class PairEncoder(nn.Module):
-    """Two backbones, or one, stepped together with fusion adapters between their blocks.
+    """Two backbones, or one, or a list of VFMs and perhaps a VLM, stepped together with fusion
+    adapters between their blocks.
 
-    adapters: position -> adapter, which reads both token sequences after that position and
-        returns an offset for each (paper, eq. 2-6).
+    vfm: of a list of several the backbones are `vfm_1`, `vfm_2`, …, and `vfm` is None.
+    adapters: position -> adapter, which reads the token sequences after that position and
+        returns an offset for each (paper, eq. 2-6); of a list, a ManyFusionAdapter.
     taps: four positions whose patch tokens feed the pyramid.
-    project_vfm: maps the VFM's final tokens to the VLM's width before the two are added.
+    project_vfm: maps the VFM's final tokens to the VLM's width before the two are added; of a
+        list, the maps by role, where there are any.
     """
 
     def __init__(
         self,
-        vfm: VisionBackbone | None,
+        vfm: VisionBackbone | Sequence[VisionBackbone] | None,
         vlm: VisionLanguageBackbone | None,
-        adapters: Mapping[int, FusionAdapter],
+        adapters: Mapping[int, nn.Module],
         taps: Sequence[int],
         project_vfm: nn.Module | None = None,
         vfm_norm: bool = True,
     ) -> None:
         super().__init__()
-        self.vfm = vfm
+        several = list(vfm) if isinstance(vfm, Sequence) else []
+        self.vfm = None if isinstance(vfm, Sequence) else vfm
+        for i, backbone in enumerate(several, 1):
+            self.add_module(f"vfm_{i}", backbone)
+        self._vfms = tuple(f"vfm_{i + 1}" for i in range(len(several))) or ("vfm",)
         self.vlm = vlm
         self.schedule = lockstep([b.depth for b in self.backbones.values()])
         self.adapters = nn.ModuleDict({str(p): a for p, a in sorted(adapters.items())})
@@ -93,9 +107,14 @@ class PairEncoder(nn.Module):
 
     @property
     def backbones(self) -> dict[str, VisionBackbone]:
-        """The encoders that are there, VFM first."""
-        both = {"vfm": self.vfm, "vlm": self.vlm}
-        return {role: backbone for role, backbone in both.items() if backbone is not None}
+        """The encoders that are there, VFMs first."""
+        found = {role: getattr(self, role) for role in (*self._vfms, "vlm")}
+        return {role: backbone for role, backbone in found.items() if backbone is not None}
+
+    @property
+    def vfms(self) -> dict[str, VisionBackbone]:
+        """Those of them that are VFMs: one, several or none."""
+        return {role: backbone for role, backbone in self.backbones.items() if role != "vlm"}
 
     @property
     def tap_channels(self) -> int:
@@ -170,29 +189,31 @@ class PairEncoder(nn.Module):
         return expect(backbone, f"block({i})'s result", after, tokens.shape)
 
     def _fuse(self, adapter: nn.Module, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        given = (
-            tokens.get("vfm"),
-            tokens.get("vlm"),
-            self.vfm.grid if self.vfm is not None else None,
-            self.vlm.grid if self.vlm is not None else None,
-        )
+        grids = {role: backbone.grid for role, backbone in self.backbones.items()}
+        given: tuple[object, ...]
+        if isinstance(adapter, ManyFusionAdapter):
+            roles, pair = tuple(tokens), f"a list of {len(tokens)} offsets"
+            given = (list(tokens.values()), list(grids.values()))
+        else:
+            roles, pair = ("vfm", "vlm"), "a pair (vfm_offset, vlm_offset)"
+            given = (*map(tokens.get, roles), *map(grids.get, roles))
         if self.checkpointing and torch.is_grad_enabled():
             offsets = checkpoint(adapter, *given, use_reentrant=False)
         else:
             offsets = adapter(*given)
-        if not isinstance(offsets, (tuple, list)) or len(offsets) != 2:
+        if not isinstance(offsets, (tuple, list)) or len(offsets) != len(roles):
             raise PluginError(
-                f"{named(adapter)}: forward() returned {type(offsets).__name__}, and a pair "
-                "(vfm_offset, vlm_offset) is expected"
+                f"{named(adapter)}: forward() returned {type(offsets).__name__}, and {pair} is "
+                "expected"
             )
         return {
             role: expect(adapter, f"the offset of the {role}", offset, tokens[role].shape)
-            for role, offset in zip(("vfm", "vlm"), offsets, strict=True)
+            for role, offset in zip(roles, offsets, strict=True)
             if role in tokens and offset is not None
         }
 
     def _tap(self, tokens: dict[str, Tensor]) -> Tensor:
-        """Patch tokens of both encoders on the finer grid, concatenated: (B, D, h, w)."""
+        """Patch tokens of all encoders on the finest grid, concatenated: (B, D, h, w)."""
         maps = [
             resample(tokens[r][:, b.num_prefix_tokens :], b.grid, self.grid)
             for r, b in self.backbones.items()
@@ -206,19 +227,25 @@ class PairEncoder(nn.Module):
     def _merge(self, tokens: dict[str, Tensor], states: dict[str, object]) -> Tensor:
         """x_vlm + P(x_vfm): patches with patches, class token with class token if both have one."""
         assert self.vlm is not None
-        x_vlm = self._finish(self.vlm, tokens["vlm"], states["vlm"])
-        if self.vfm is None:
-            return x_vlm
-        x_vfm = tokens["vfm"]
-        if self.vfm_norm:
-            x_vfm = self._finish(self.vfm, x_vfm, states["vfm"])
-        if self.project_vfm is not None:
-            x_vfm = self.project_vfm(x_vfm)
-        n_vfm, n_vlm = self.vfm.num_prefix_tokens, self.vlm.num_prefix_tokens
-        patches = resample(x_vfm[:, n_vfm:], self.vfm.grid, self.vlm.grid)
-        shared = min(n_vfm, n_vlm, 1)
-        added = F.pad(patches, (0, 0, n_vlm - shared, 0))
-        return x_vlm + torch.cat([x_vfm[:, :shared], added], dim=1)
+        merged = self._finish(self.vlm, tokens["vlm"], states["vlm"])
+        for role, vfm in self.vfms.items():
+            x_vfm = tokens[role]
+            if self.vfm_norm:
+                x_vfm = self._finish(vfm, x_vfm, states[role])
+            if (project := self.projection(role)) is not None:
+                x_vfm = project(x_vfm)
+            n_vfm, n_vlm = vfm.num_prefix_tokens, self.vlm.num_prefix_tokens
+            patches = resample(x_vfm[:, n_vfm:], vfm.grid, self.vlm.grid)
+            shared = min(n_vfm, n_vlm, 1)
+            added = F.pad(patches, (0, 0, n_vlm - shared, 0))
+            merged = merged + torch.cat([x_vfm[:, :shared], added], dim=1)
+        return merged
+
+    def projection(self, role: str) -> nn.Module | None:
+        """The map of a VFM's final tokens to the VLM's width, where there is one."""
+        project = self.project_vfm
+        of_several = self.vfm is None and isinstance(project, nn.ModuleDict)
+        return project._modules.get(role) if of_several and project is not None else project
 
 
 def shapes(encoder_roles: Mapping[str, VisionBackbone]) -> tuple[TokenShape | None, ...]:

@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 
 from mfuser.errors import MFuserError
-from mfuser.interfaces import FusionAdapter
+from mfuser.interfaces import FusionAdapter, ManyFusionAdapter
 from mfuser.reporting.flops import count_flops
 from mfuser.specs import FusionSpec, Options, TokenShape
+
+Adapter = FusionAdapter | ManyFusionAdapter
+Offsets = Sequence[Tensor | None]
 
 REPEATS = 5
 """Passes that are timed, at least."""
@@ -44,7 +47,7 @@ class Seconds(Options):
 class AdapterCost(Options):
     """One adapter at one length.
 
-    tokens: of both encoders together. flops: of a forward pass, the whole batch, as `flops` counts
+    tokens: of all encoders together. flops: of a forward pass, the whole batch, as `flops` counts
     them; scan_flops: those of operators that PyTorch lacks. forward: in evaluation, without
     gradients. backward: the backward pass alone. peak_bytes: what a training
     pass holds beyond the adapter and its input; None where the platform does not tell.
@@ -83,26 +86,26 @@ def adapter_cost(
     width: int = 1024,
     grid: tuple[int, int] = (36, 36),
     prefix: int = 1,
+    encoders: int = 2,
     batch: int = 2,
     device: str = "cpu",
     backward: bool = True,
     repeats: int = REPEATS,
 ) -> AdapterCost:
-    """Build one adapter between two encoders of `width` and measure it on random tokens.
+    """Build one adapter between encoders of `width`, and measure it on random tokens.
 
     The defaults are the paper's (table 3): a 512x512 image in patches of 14 and one class token.
     Raises MFuserError for a component that builds no adapter, or that cannot take such tokens.
     """
     shape = TokenShape(width, grid, prefix)
     label = label or spec.component()
-    adapter = _built(spec, shape, label, device)
+    adapter = _built(spec, shape, label, device, encoders)
     params = sum(p.numel() for p in adapter.parameters())
-    flops, scan_flops = _flops(spec, shape, batch, label)
-    vfm, vlm = (torch.randn(batch, shape.num_tokens, width, device=device) for _ in range(2))
+    flops, scan_flops = _flops(spec, shape, batch, label, encoders)
+    tokens = [torch.randn(batch, shape.num_tokens, width, device=device) for _ in range(encoders)]
 
-    def forward() -> tuple[Tensor | None, Tensor | None]:
-        offsets: tuple[Tensor | None, Tensor | None] = adapter(vfm, vlm, grid, grid)
-        return offsets
+    def forward() -> Offsets:
+        return _called(adapter, tokens, grid)
 
     adapter.eval()
     with torch.no_grad():
@@ -110,13 +113,13 @@ def adapter_cost(
     back, peak = None, None
     if backward:
         adapter.train()
-        vfm.requires_grad_()
-        vlm.requires_grad_()
+        for given in tokens:
+            given.requires_grad_()
         back, peak = _training_pass(forward, repeats, device)
     return AdapterCost(
         adapter=label,
         batch=batch,
-        tokens=2 * shape.num_tokens,
+        tokens=encoders * shape.num_tokens,
         params=params,
         flops=flops,
         scan_flops=scan_flops,
@@ -133,6 +136,7 @@ def growth(
     tokens: Sequence[int],
     limit: float = 60.0,
     width: int = 1024,
+    encoders: int = 2,
     batch: int = 2,
     device: str = "cpu",
     on_point: Callable[[AdapterCost], None] | None = None,
@@ -143,10 +147,10 @@ def growth(
     points: list[AdapterCost] = []
     stopped = None
     for count in sorted(tokens):
-        expected = _expected(points, 2 * count)
+        expected = _expected(points, encoders * count)
         if expected > limit:
             stopped = (
-                f"stopped before {2 * count:,} tokens: a pass would take about "
+                f"stopped before {encoders * count:,} tokens: a pass would take about "
                 f"{expected:.0f} s, over {limit:g} s"
             )
             break
@@ -156,6 +160,7 @@ def growth(
             width=width,
             grid=square(count),
             prefix=0,
+            encoders=encoders,
             batch=batch,
             device=device,
             backward=False,
@@ -207,32 +212,47 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def layout(spec: FusionSpec, shape: TokenShape, label: str = "") -> None:
+def layout(spec: FusionSpec, shape: TokenShape, label: str = "", encoders: int = 2) -> None:
     """Raises MFuserError where the component builds no adapter for such tokens; takes no memory."""
     try:
-        _built(spec, shape, label or spec.component(), "meta")
+        _built(spec, shape, label or spec.component(), "meta", encoders)
     except (NotImplementedError, RuntimeError):
         # It computes with values while it is built; the measurement will tell.
         return
 
 
-def _built(spec: FusionSpec, shape: TokenShape, label: str, device: str) -> FusionAdapter:
+def _built(spec: FusionSpec, shape: TokenShape, label: str, device: str, encoders: int) -> Adapter:
+    if encoders > 2 and not spec.any_number:
+        raise MFuserError(f"'{label}' joins two encoders, not {encoders}")
+    adapter: Adapter | None
     with torch.device(device):
-        adapter = spec.build(shape, shape)
+        if encoders == 2:
+            adapter = spec.build(shape, shape)
+        else:
+            roles = [*(f"vfm_{i}" for i in range(1, encoders)), "vlm"]
+            adapter = spec.build_many(dict.fromkeys(roles, shape))
     if adapter is None:
         raise MFuserError(f"'{label}' puts no adapter between the encoders: nothing to measure")
     return adapter
 
 
+def _called(adapter: Adapter, tokens: list[Tensor], grid: tuple[int, int]) -> Offsets:
+    grids = [grid] * len(tokens)
+    if isinstance(adapter, ManyFusionAdapter):
+        offsets: Offsets = adapter(tokens, grids)
+    else:
+        offsets = adapter(*tokens, *grids)
+    return offsets
+
+
 def _flops(
-    spec: FusionSpec, shape: TokenShape, batch: int, label: str
+    spec: FusionSpec, shape: TokenShape, batch: int, label: str, encoders: int
 ) -> tuple[int | None, int | None]:
     """FLOPs of PyTorch's own operators and of added ones, laid out without values."""
-    adapter = _built(spec, shape, label, "meta").eval()
-    vfm, vlm = (
-        torch.empty(batch, shape.num_tokens, shape.embed_dim, device="meta") for _ in range(2)
-    )
-    counted = count_flops(lambda: adapter(vfm, vlm, shape.grid, shape.grid))
+    adapter = _built(spec, shape, label, "meta", encoders).eval()
+    size = (batch, shape.num_tokens, shape.embed_dim)
+    tokens = [torch.empty(size, device="meta") for _ in range(encoders)]
+    counted = count_flops(lambda: _called(adapter, tokens, shape.grid))
     return (None, None) if counted is None else (counted.total - counted.added, counted.added)
 
 
@@ -253,7 +273,7 @@ def _timed(work: Callable[[], Any], repeats: int, device: str) -> Seconds:
 
 
 def _training_pass(
-    forward: Callable[[], tuple[Tensor | None, Tensor | None]], repeats: int, device: str
+    forward: Callable[[], Offsets], repeats: int, device: str
 ) -> tuple[Seconds, int | None]:
     taken: list[float] = []
     peak: int | None = None

@@ -1,15 +1,16 @@
-"""How two encoders fit: resampling, projections, memory, and warnings."""
+"""How the encoders fit: resampling, projections, memory, and warnings."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mfuser.config.pairing import PairingSpec
+from mfuser.config.pairing import PairingSpec, option_of
 from mfuser.errors import MFuserError
 from mfuser.interfaces import VisionBackbone
 from mfuser.model.dgss import DGSSModel
@@ -27,11 +28,13 @@ def resampling(model: DGSSModel) -> list[str]:
         for role, b in encoder.backbones.items()
         if b.grid != encoder.grid
     ]
-    if encoder.vfm is not None and encoder.vlm is not None and encoder.vfm.grid != encoder.vlm.grid:
-        lines.append(
-            f"final vfm patches: {_grid(encoder.vfm.grid)} to {_grid(encoder.vlm.grid)}, where "
-            "they are added to the vlm's"
-        )
+    if (vlm := encoder.vlm) is not None:
+        lines += [
+            f"final {role} patches: {_grid(vfm.grid)} to {_grid(vlm.grid)}, where they are added "
+            "to the vlm's"
+            for role, vfm in encoder.vfms.items()
+            if vfm.grid != vlm.grid
+        ]
     return lines
 
 
@@ -39,9 +42,10 @@ def projections(model: DGSSModel) -> list[str]:
     """Linear maps between widths."""
     encoder = model.encoder
     lines = []
-    if isinstance(encoder.project_vfm, nn.Linear):
-        p = encoder.project_vfm
-        lines.append(f"final vfm tokens: {p.in_features} to {p.out_features}")
+    for role in encoder.vfms:
+        p = encoder.projection(role)
+        if isinstance(p, nn.Linear):
+            lines.append(f"final {role} tokens: {p.in_features} to {p.out_features}")
     width = model.spec.pyramid.width
     if width is not None:
         lines.append(f"taps: {encoder.tap_channels} to {width}, at each of {len(STRIDES)} strides")
@@ -56,15 +60,15 @@ def warnings(spec: PairingSpec, model: DGSSModel) -> list[str]:
     """Signs of a poor fit, each with the remedy."""
     encoder = model.encoder
     found = []
-    vfm, vlm = encoder.vfm, encoder.vlm
-    if vfm is not None and vlm is not None:
-        ratio = max(max(a / b, b / a) for a, b in zip(vfm.grid, vlm.grid, strict=True))
+    vlm = encoder.vlm
+    for (one, a), (other, b) in combinations(encoder.backbones.items(), 2):
+        ratio = max(max(x / y, y / x) for x, y in zip(a.grid, b.grid, strict=True))
         if ratio > FAR:
-            coarse, fine = ("vfm", "vlm") if vfm.grid[0] < vlm.grid[0] else ("vlm", "vfm")
+            coarse, fine = (one, other) if a.grid[0] < b.grid[0] else (other, one)
             found.append(
-                f"the grids {_grid(vfm.grid)} (vfm) and {_grid(vlm.grid)} (vlm) differ by a factor "
-                f"of {ratio:.1f}: each patch of the {coarse} is spread over several of the {fine}; "
-                f"give one of them a patch_size nearer to the other's"
+                f"the grids {_grid(a.grid)} ({one}) and {_grid(b.grid)} ({other}) differ by a "
+                f"factor of {ratio:.1f}: each patch of the {coarse} is spread over several of the "
+                f"{fine}; give one of them a patch_size nearer to the other's"
             )
     for role, backbone in encoder.backbones.items():
         found += _of_encoder(role, spec, backbone)
@@ -91,10 +95,10 @@ def _of_encoder(role: str, spec: PairingSpec, backbone: VisionBackbone) -> list[
             f"image_size {_grid(size)} is not a multiple of the {role}'s patch {_grid(patch)}: its "
             f"last {lost[0]} rows and {lost[1]} columns are cut off, and the map is stretched"
         )
-    own = getattr(spec, role)
+    own = spec.encoders()[role]
     if own.freeze and "random" in (getattr(own, "weights", None), getattr(own, "model", None)):
         found.append(
-            f"the {role} starts from random numbers and is frozen; set {role}.freeze = "
+            f"the {role} starts from random numbers and is frozen; set {option_of(role)}.freeze = "
             "false, or name weights"
         )
     return found

@@ -14,8 +14,6 @@ from mfuser.reporting.flops import count_flops
 from mfuser.reporting.tables import Table
 
 PARTS = {
-    "vfm": "encoder.vfm",
-    "vlm": "encoder.vlm",
     "fusion": "encoder.adapters",
     "merge": "encoder.project_vfm",
     "prompt": "prompt",
@@ -32,7 +30,8 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
     images = torch.empty(1, 3, *spec.image_size, device="meta")
     flops = count_flops(lambda: model(images))
     parts = []
-    for part, path in PARTS.items():
+    encoders = spec.encoders()
+    for part, path in {**{role: f"encoder.{role}" for role in encoders}, **PARTS}.items():
         module = _submodule(model, path)
         if module is None:
             continue
@@ -43,7 +42,7 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
         parts.append(
             {
                 "part": part,
-                "component": getattr(getattr(spec, part, None), "name", ""),
+                "component": getattr(encoders.get(part) or getattr(spec, part, None), "name", ""),
                 "trained": trained,
                 "frozen": frozen,
                 "gflops": flops.below(f"DGSSModel.{path}") / 1e9 if flops else None,
@@ -61,14 +60,14 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
         "gflops": gflops,
         "encoders": {
             role: {
-                "model": getattr(getattr(spec, role), "model", getattr(spec, role).name),
+                "model": getattr(encoders[role], "model", encoders[role].name),
                 "depth": b.depth,
                 "width": b.embed_dim,
                 "patch": list(b.patch_size),
                 "grid": list(b.grid),
                 "prefix tokens": b.num_prefix_tokens,
                 "tokens": b.token_shape.num_tokens,
-                "license": getattr(spec, role).license() or b.license,
+                "license": encoders[role].license() or b.license,
             }
             for role, b in encoder.backbones.items()
         },

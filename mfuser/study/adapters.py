@@ -50,7 +50,7 @@ def adapters(registry: Registry, name: str, study: AdapterStudySpec) -> dict[str
             raise RegistryError(f"{place}: two adapters are called '{label}'; give one a label")
         assert isinstance(spec, FusionSpec)
         try:
-            adapter_cost.layout(spec, shape, label)
+            adapter_cost.layout(spec, shape, label, study.encoders)
         except MFuserError as error:
             raise RegistryError(f"{place}, {label}: {error}") from error
         if study.paper is not None:
@@ -76,7 +76,9 @@ def jobs(
 
 
 def identities(specs: dict[str, FusionSpec], study: AdapterStudySpec) -> dict[str, dict[str, Any]]:
-    sizes = study.model_dump(mode="json", exclude={"adapters", "paper", "kind"})
+    # Results from before more than two could be joined name no number.
+    known = {"encoders"} if study.encoders == 2 else set()
+    sizes = study.model_dump(mode="json", exclude={"adapters", "paper", "kind"} | known)
     return {slug(n): {"adapter": s.model_dump(mode="json"), **sizes} for n, s in specs.items()}
 
 
@@ -92,7 +94,10 @@ def work(job: dict[str, Any], registry: Registry) -> None:
     device = job["device"] or adapter_cost.default_device()
     machine = adapter_cost.machine(device)
     console, label = Console(), str(job["label"])
-    sizes: dict[str, Any] = {"width": study.width, "batch": study.batch, "device": device}
+    sizes: dict[str, Any] = {
+        **{"width": study.width, "encoders": study.encoders, "batch": study.batch},
+        "device": device,
+    }
     cost = adapter_cost.adapter_cost(spec, label, grid=study.grid, prefix=study.prefix, **sizes)
     growth = None
     if study.curve:
@@ -192,7 +197,7 @@ class AdapterResults(Options):
             last = "" if g.exponent is None else f"{g.exponent:.2f}"
             lines.append([g.adapter, *line, last])
         heads = ["adapter", *(f"{n:,}" for n in lengths), "time ~ length^"]
-        return [Table(heads, lines, title="Forward µs per token, by tokens of both encoders")]
+        return [Table(heads, lines, title="Forward µs per token, by tokens of all encoders")]
 
 
 def collect(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mfuser.interfaces import (
     Decoder,
     FusionAdapter,
+    ManyFusionAdapter,
     TextEnhancer,
     VisionBackbone,
     VisionLanguageBackbone,
@@ -77,12 +78,14 @@ class Bench(ABC):
 
 
 Pair = tuple[TokenShape | None, TokenShape | None]
+Many = dict[str, TokenShape]
+"""More than one VFM: role -> shape."""
 
 
 class FusionBench(Bench):
     spec: FusionSpec
 
-    def cases(self) -> Iterator[Pair]:
+    def cases(self) -> Iterator[Pair | Many]:
         wide, narrow = TokenShape(48, (3, 5), 1), TokenShape(32, (2, 4), 0)
         yield wide, narrow
         yield narrow, TokenShape(32, (2, 4), 0)
@@ -90,31 +93,48 @@ class FusionBench(Bench):
         if self.spec.single_tower:
             yield wide, None
             yield None, narrow
+        if self.spec.any_number:
+            yield {"vfm_1": wide, "vfm_2": TokenShape(32, (7, 3), 5), "vlm": narrow}
+            yield {"vfm_1": narrow, "vfm_2": wide}
 
-    def describe(self, case: Pair) -> str:
+    def describe(self, case: Pair | Many) -> str:
         def one(shape: TokenShape | None) -> str:
             if shape is None:
                 return "none"
             prefix = f" + {shape.num_prefix_tokens}" if shape.num_prefix_tokens else ""
             return f"width {shape.embed_dim}, {shape.grid[0]}x{shape.grid[1]}{prefix} tokens"
 
-        return f"vfm {one(case[0])}; vlm {one(case[1])}"
+        return "; ".join(f"{role} {one(shape)}" for role, shape in self._by_role(case).items())
 
-    def make(self, case: Pair) -> FusionAdapter | None:
+    @staticmethod
+    def _by_role(case: Pair | Many) -> Mapping[str, TokenShape | None]:
+        return case if isinstance(case, dict) else dict(zip(("vfm", "vlm"), case, strict=True))
+
+    def make(self, case: Pair | Many) -> FusionAdapter | ManyFusionAdapter | None:
+        if isinstance(case, dict):
+            return built(
+                self.spec, ManyFusionAdapter, lambda: self.spec.build_many(case), optional=True
+            )
         return built(self.spec, FusionAdapter, lambda: self.spec.build(*case), optional=True)
 
-    def inputs(self, case: Pair, batch: int) -> Inputs:
-        tokens = [torch.randn(batch, s.num_tokens, s.embed_dim) if s else None for s in case]
-        return {"tokens": tokens, "grids": [s.grid if s else None for s in case]}
+    def inputs(self, case: Pair | Many, batch: int) -> Inputs:
+        shapes = self._by_role(case)
+        tokens = [
+            torch.randn(batch, s.num_tokens, s.embed_dim) if s else None for s in shapes.values()
+        ]
+        grids = [s.grid if s else None for s in shapes.values()]
+        return {"tokens": tokens, "grids": grids, "roles": tuple(shapes)}
 
     def call(self, module: Any, inputs: Inputs) -> dict[str, Tensor]:
-        offsets = module(*inputs["tokens"], *inputs["grids"])
-        return {
-            f"{r}_offset": o for r, o in zip(("vfm", "vlm"), offsets, strict=True) if o is not None
-        }
+        if isinstance(module, ManyFusionAdapter):
+            offsets = module(inputs["tokens"], inputs["grids"])
+        else:
+            offsets = module(*inputs["tokens"], *inputs["grids"])
+        named = zip(inputs["roles"], offsets, strict=True)
+        return {f"{r}_offset": o for r, o in named if o is not None}
 
-    def expected(self, case: Pair, inputs: Inputs) -> dict[str, tuple[int, ...]]:
-        given = zip(("vfm", "vlm"), inputs["tokens"], strict=True)
+    def expected(self, case: Pair | Many, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+        given = zip(inputs["roles"], inputs["tokens"], strict=True)
         return {f"{r}_offset": tuple(t.shape) for r, t in given if t is not None}
 
 

@@ -93,6 +93,11 @@ def pairings(spec: Spec, components: Components) -> Iterator[tuple[str, PairingS
                 yield f"vfm {v}, vlm {t}", pairing(components, vfm=vfm, vlm=vlm, **base)
         for t, vlm in partners("vision_language", components).items():
             yield f"vfm and vlm {t}", pairing(components, vfm=vlm, vlm=vlm, **base)
+        if getattr(spec, "any_number", False):
+            two = list(partners("vision", components).values())[:2]
+            two = (two * 2)[:2]
+            yield "two vfms and a vlm", pairing(components, vfm=two, **base)
+            yield "two vfms", pairing(components, vfm=two, vlm=None, **base)
         if getattr(spec, "single_tower", False):
             yield "vfm alone", pairing(components, vlm=None, **base)
             yield "vlm alone", pairing(components, vfm=None, **base)

@@ -39,11 +39,8 @@ def _trial(spec: PairingSpec, kind: str) -> str:
     model = build_model(spec).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     fixed = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    fixed |= {
-        n: b.clone()
-        for n, b in model.named_buffers()
-        if n.startswith(("encoder.vfm.", "encoder.vlm."))
-    }
+    encoders = tuple(f"encoder.{role}." for role in model.encoder.backbones)
+    fixed |= {n: b.clone() for n, b in model.named_buffers() if n.startswith(encoders)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images = torch.rand(2, 3, *IMAGE)

@@ -19,10 +19,10 @@ from mfuser.plugins.discovery import GROUP, load_components
 from mfuser.specs import KINDS
 
 NAMES = """BackboneSpec DGSSModel DataError Dataset DatasetSpec Decoder DecoderOutput DecoderSpec
-EnhancerSpec FusionAdapter FusionSpec IGNORE MFuserError Options PairingSpec Registry Sample Stream
-TextEnhancer TokenShape TuningSpec VisionBackbone VisionLanguageBackbone VisionLanguageSpec
-VisionSpec WeightsError __version__ build_model component_of components evaluate hookimpl
-load_registry train"""
+EnhancerSpec FusionAdapter FusionSpec IGNORE MFuserError ManyFusionAdapter Options PairingSpec
+Registry Sample Stream TextEnhancer TokenShape TuningSpec VisionBackbone VisionLanguageBackbone
+VisionLanguageSpec VisionSpec WeightsError __version__ build_model component_of components
+evaluate hookimpl load_registry train"""
 KERNELS = "Backend ScanError backends selective_scan"
 TESTING = "Report Verdict check_component check_plugin conforms"
 

@@ -10,12 +10,13 @@ After a pair of blocks, one selective scan reads the tokens of both encoders, la
     [dx_vfm ; dx_vlm] = proj(x_seq * x_spa)         gating                        (6)
 
 The encoder adds the offsets (3); here are (2), in `MVFuserAdapter`, and (4) to (6), in `MVFuser`.
+Of a list of VFMs all sequences are laid end to end (`ManyMVFuser`), which the paper does not try.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,10 +24,10 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from mfuser import FusionSpec, MFuserError, TokenShape, hookimpl
+from mfuser import FusionSpec, ManyFusionAdapter, MFuserError, TokenShape, hookimpl
 from mfuser_plugins.fusion import _blocks as blocks
 from mfuser_plugins.fusion._blocks import WHOLE, Ends, depthwise
-from mfuser_plugins.fusion._joint import Grid, JointAdapter, width_of
+from mfuser_plugins.fusion._joint import Grid, JointAdapter, maps, width_of
 from mfuser_plugins.fusion._scan import ReverseScan, Scan
 
 Bidirectional = bool | Literal["sum", "concat"]
@@ -128,21 +129,67 @@ class MVFuserAdapter(JointAdapter):
         joint = torch.cat(streams, 1)
         if len(streams) == 1 or self.order == "vfm_first":
             return list(self.mvfuser(joint).split(lengths, 1))
-        places = reading_order(lengths[0], lengths[1], self.order, joint.device)
+        places = reading_order(lengths, self.order, joint.device)
         offsets = self.mvfuser(joint[:, places])[:, places.argsort()]
         return list(offsets.split(lengths, 1))
 
 
-def reading_order(vfm: int, vlm: int, order: Order, device: torch.device) -> Tensor:
-    """Indices into [VFM tokens ; VLM tokens], of those lengths, in the order of the scan."""
-    first, second = (
-        torch.arange(start, start + count, device=device) for start, count in ((0, vfm), (vfm, vlm))
-    )
+class ManyMVFuser(ManyFusionAdapter):
+    """One MVFuser on the tokens of any number of encoders, laid end to end: eq. 2 with more terms.
+
+    Each encoder's tokens are mapped to the scan's width and its offsets back, where its width is
+    another; spec.project maps those of the VFMs at equal widths too.
+
+    Raises MFuserError if widths differ and spec.project is False.
+    """
+
+    def __init__(self, spec: MVFuserSpec, shapes: Mapping[str, TokenShape]) -> None:
+        super().__init__()
+        widths = {role: shape.embed_dim for role, shape in shapes.items()}
+        width = spec.shared_width or widths.get("vlm") or next(iter(widths.values()))
+        if spec.project is False and set(widths.values()) - {width}:
+            raise MFuserError(
+                f"mvfuser: project = false, but the widths differ ({listed(widths)}, scan "
+                f"{width}); leave project out, and maps are added where needed"
+            )
+        near_zero = spec.init == "near_zero"
+        made = [
+            maps(own, width, bool(spec.project) and role != "vlm", near_zero)
+            for role, own in widths.items()
+        ]
+        self.into = nn.ModuleList(into for into, _ in made)
+        self.back = nn.ModuleList(back for _, back in made)
+        self.order: Order = spec.order
+        self.has_vlm = "vlm" in shapes
+        self.mvfuser = MVFuser(width, spec)
+
+    def forward(self, tokens: list[Tensor], grids: list[Grid]) -> list[Tensor]:
+        joint = torch.cat([into(x) for into, x in zip(self.into, tokens, strict=True)], 1)
+        lengths = [x.shape[1] for x in tokens]
+        # Without a VLM there is none that could come first.
+        order = self.order if self.has_vlm or self.order == "interleaved" else "vfm_first"
+        places = reading_order(lengths, order, joint.device)
+        offsets = self.mvfuser(joint[:, places])[:, places.argsort()].split(lengths, 1)
+        return [back(x) for back, x in zip(self.back, offsets, strict=True)]
+
+
+def listed(widths: Mapping[str, int]) -> str:
+    """ "vfm_1 1024, vlm 768"."""
+    return ", ".join(f"{role} {width}" for role, width in widths.items())
+
+
+def reading_order(lengths: Sequence[int], order: Order, device: torch.device) -> Tensor:
+    """Indices into the sequences of those lengths, laid end to end, in the order of the scan.
+
+    "vlm_first": the last one before the others.
+    """
     if order == "interleaved":
-        # By relative place, (i + 1/2) / N, in whole numbers; the VFM's first where they tie.
-        keys = torch.cat([(2 * first + 1) * vlm, (2 * (second - vfm) + 1) * vfm])
-        return keys.argsort(stable=True)
-    return torch.cat([second, first] if order == "vlm_first" else [first, second])
+        # By relative place, (i + 1/2) / N, in whole numbers; where they tie, the first one first.
+        whole = math.prod(lengths)
+        keys = [(2 * torch.arange(n, device=device) + 1) * (whole // n) for n in lengths]
+        return torch.cat(keys).argsort(stable=True)
+    places = torch.arange(sum(lengths), device=device)
+    return places.roll(lengths[-1]) if order == "vlm_first" else places
 
 
 class ScanFusionSpec(FusionSpec):
@@ -157,21 +204,23 @@ class ScanFusionSpec(FusionSpec):
 
 
 class MVFuserSpec(ScanFusionSpec, name="mvfuser"):
-    """MVFuser: a selective scan over the tokens of both encoders, laid end to end.
+    """MVFuser: a selective scan over the tokens of all encoders, laid end to end.
 
     state_size: N, states per channel of the scan.
     dropout: on the offsets.
-    shared_width: width of the scan. None: the VLM's (the VFM's where there is no VLM).
+    shared_width: width of the scan. None: the VLM's (where there is none the first VFM's).
     project: linear maps of the VFM's tokens to that width and back even at equal widths, as in
         the released CLIP models. None: only where the widths differ.
     bidirectional: a second scan reads from the end; true or "sum": the two outputs are added,
         "concat": laid side by side.
-    order: how the two sequences are laid out: one after the other, or "interleaved" token by
-        token (by relative place where their lengths differ). The scan reads one way: what comes
-        later sees what came before. Released: "vfm_first".
+    order: how the sequences are laid out: one after the other, or "interleaved" token by token
+        (by relative place where their lengths differ). The scan reads one way: what comes later
+        sees what came before. Released: "vfm_first".
     init: of the linear maps back from that width, where there are any. "near_zero": without bias,
         so that training starts from the encoders' own tokens; "released": as PyTorch makes them.
     """
+
+    any_number: ClassVar[bool] = True
 
     shared_width: PositiveInt | None = None
     project: bool | None = None
@@ -180,6 +229,9 @@ class MVFuserSpec(ScanFusionSpec, name="mvfuser"):
 
     def build(self, vfm: TokenShape | None, vlm: TokenShape | None) -> MVFuserAdapter:
         return MVFuserAdapter(self, vfm, vlm)
+
+    def build_many(self, shapes: Mapping[str, TokenShape]) -> ManyMVFuser:
+        return ManyMVFuser(self, shapes)
 
 
 @hookimpl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from mfuser import FusionSpec, TokenShape, hookimpl
@@ -11,8 +12,12 @@ class NoFusionSpec(FusionSpec, name="none"):
     """No exchange between the encoders: their features meet in the pyramid only."""
 
     single_tower: ClassVar[bool] = True
+    any_number: ClassVar[bool] = True
 
     def build(self, vfm: TokenShape | None, vlm: TokenShape | None) -> None:
+        return None
+
+    def build_many(self, shapes: Mapping[str, TokenShape]) -> None:
         return None
 
 

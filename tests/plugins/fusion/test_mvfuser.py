@@ -234,9 +234,9 @@ def test_bidirectional_sum_of_equal_scans_is_symmetric() -> None:
 def test_reading_orders(vfm: int, vlm: int) -> None:
     device = torch.device("cpu")
     v, t = list(range(vfm)), list(range(vfm, vfm + vlm))
-    assert reading_order(vfm, vlm, "vfm_first", device).tolist() == v + t
-    assert reading_order(vfm, vlm, "vlm_first", device).tolist() == t + v
-    mixed = reading_order(vfm, vlm, "interleaved", device).tolist()
+    assert reading_order([vfm, vlm], "vfm_first", device).tolist() == v + t
+    assert reading_order([vfm, vlm], "vlm_first", device).tolist() == t + v
+    mixed = reading_order([vfm, vlm], "interleaved", device).tolist()
     assert sorted(mixed) == v + t
     assert [i for i in mixed if i < vfm] == v and [i for i in mixed if i >= vfm] == t
     if vfm == vlm:
