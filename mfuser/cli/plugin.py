@@ -150,6 +150,4 @@ def bench(
     if as_json:
         emit(told.model_dump(mode="json"))
         return
-    for line in told.summary():
-        click.echo(line)
     click.echo(f"for the leaderboard: {folder / 'bench.json'}")

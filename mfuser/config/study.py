@@ -59,6 +59,7 @@ class StudySpec(Options):
         or any other name, if each value is {label = "…", set = {…}}.
         Such a labeled value may stand in every axis: `set` is laid over the pairing, `recipe`
         over the recipe, `pairing` names another base.
+    reference: label of the variant that the others are compared with; None: the best.
     """
 
     kind: Literal["training"] = "training"
@@ -70,6 +71,7 @@ class StudySpec(Options):
     targets: Names = ()
     seeds: tuple[NonNegativeInt, ...] = (0,)
     axes: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_flat)]
+    reference: str | None = None
     paper: PaperReference | None = None
 
     @field_validator("seeds")

@@ -20,7 +20,7 @@ from mfuser.errors import MFuserError, PluginError, suggest
 from mfuser.files import write_json
 from mfuser.plugins.components import Component
 from mfuser.plugins.discovery import load_components, offered_by
-from mfuser.study.paired import Comparison, verdict
+from mfuser.study.paired import Comparison
 from mfuser.study.report import AVERAGE, Results
 from mfuser.version import __version__
 
@@ -66,9 +66,6 @@ class Record(BaseModel):
     protocol: dict[str, Any]
     standings: list[Standing]
     verdict: list[Comparison]
-
-    def summary(self) -> list[str]:
-        return [comparison.text() for comparison in self.verdict]
 
 
 def offered(module: str, name: str | None) -> Component:
@@ -116,7 +113,7 @@ def prepared(
     ours = registry.study(study, {})
     assert isinstance(ours, StudySpec)
     theirs = {"label": label, "set": {kind: {"name": component.name, **options}}}
-    changes: dict[str, Any] = {"axes": {kind: [*ours.axes[kind], theirs]}}
+    changes: dict[str, Any] = {"axes": {kind: [*ours.axes[kind], theirs]}, "reference": label}
     if seeds is not None:
         changes["seeds"] = [_whole(part) for part in seeds.split(",")]
     if steps is not None:
@@ -158,7 +155,7 @@ def record(results: Results, plan: Plan, folder: Path) -> Record:
         mfuser=__version__,
         protocol=results.protocol,
         standings=standings,
-        verdict=verdict(results, plan.label),
+        verdict=results.comparisons,
     )
     write_json(folder / RECORD, told.model_dump(mode="json"))
     return told

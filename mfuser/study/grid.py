@@ -13,7 +13,7 @@ from mfuser.config.registry import Registry
 from mfuser.config.run import Domain, RunSpec
 from mfuser.config.study import StudySpec, is_alternative
 from mfuser.config.tables import Table, merge
-from mfuser.errors import MFuserError, RegistryError
+from mfuser.errors import MFuserError, RegistryError, suggest
 from mfuser.model.assembly import sketch
 from mfuser.study import paper
 
@@ -69,6 +69,12 @@ def variants(registry: Registry, name: str, study: StudySpec) -> list[Variant]:
                 )
         _check_paper(registry, name, study, variant.label)
         found.append(variant)
+    labels = [v.label for v in found]
+    if study.reference is not None and study.reference not in labels:
+        raise RegistryError(
+            f"{_place(registry, name)}: reference '{study.reference}' is no variant of this study"
+            f"{suggest(study.reference, labels)}"
+        )
     return found
 
 

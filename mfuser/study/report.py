@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,9 @@ from mfuser.config.registry import Registry
 from mfuser.config.study import StudySpec
 from mfuser.reporting.tables import Table, csv_text, document
 from mfuser.specs import Options
-from mfuser.study import paper
+from mfuser.study import paired, paper
 from mfuser.study.grid import Variant
+from mfuser.study.paired import Comparison, Images
 from mfuser.study.runs import REPORT, Job
 
 AVERAGE = "unseen average"
@@ -63,7 +64,10 @@ class Row(Options):
 
 
 class Results(Options):
-    """All results of a study. domains: the unseen ones in order, then the source."""
+    """All results of a study. domains: the unseen ones in order, then the source.
+
+    comparisons: of the study's reference with each other variant, the best of these first.
+    """
 
     study: str
     base: str
@@ -72,6 +76,7 @@ class Results(Options):
     domains: list[str]
     seen: list[str]
     rows: list[Row]
+    comparisons: list[Comparison] = []
 
     @property
     def columns(self) -> list[str]:
@@ -93,7 +98,7 @@ class Results(Options):
                 lines.append(f"{row.label}, seed {seed} {row.states[seed]}: {message}")
         if self.with_paper:
             lines.append(f"Paper: {paper.source()}, one run each.")
-        return [*lines, *self.notes]
+        return [*lines, *self.notes, *(c.text() + "." for c in self.comparisons)]
 
     def markdown(self, pictures: Sequence[str] = ()) -> str:
         about = f"Base: {self.base}. mIoU in %, mean ± standard deviation over seeds."
@@ -106,6 +111,38 @@ class Results(Options):
         heads = ["variant", *self.rows[0].choices, "domain", "seeds", "mean", "std"]
         heads += [f"seed {s}" for s in seeds] + (["paper"] if self.with_paper else [])
         return csv_text(heads, (self._line(r, d, seeds) for r in self.rows for d in self.columns))
+
+    def against(self, reference: str | None, images: Mapping[str, Images]) -> list[Comparison]:
+        """One variant (None: the best) against every other, best rival first.
+
+        images: of each variant, on unseen domains.
+        """
+        rows = [r for r in self.rows if r.scores.get(AVERAGE, Score.of({})).values]
+        rows.sort(key=lambda r: -(r.scores[AVERAGE].mean or 0.0))
+        first = next((r for r in rows if reference is None or r.label == reference), None)
+        if first is None:
+            return []
+        unseen = [d for d in self.domains if d not in self.seen]
+        found = []
+        for second in rows:
+            if second is first:
+                continue
+            both = [r.scores for r in (first, second)]
+            pairs = [
+                (both[0][d].values, both[1][d].values)
+                for d in unseen
+                if d in both[0] and d in both[1]
+            ]
+            found.append(
+                paired.compare(
+                    first.label,
+                    second.label,
+                    pairs,
+                    (both[0][AVERAGE].values, both[1][AVERAGE].values),
+                    (images.get(first.label, {}), images.get(second.label, {})),
+                )
+            )
+        return [c for c in found if c is not None]
 
     def _line(self, row: Row, domain: str, seeds: Sequence[int]) -> list[str | None]:
         score = row.scores.get(domain, Score.of({}))
@@ -159,6 +196,7 @@ def collect(
     domains: dict[str, bool] = {}
     protocols: list[dict[str, Any]] = []
     withheld: dict[str, str] = {}
+    by_image: dict[str, dict[tuple[str, str], dict[int, float]]] = {}
     for variant in variants:
         values: dict[str, dict[int, float]] = {}
         states: dict[int, str] = {}
@@ -177,6 +215,9 @@ def collect(
             for domain, result in report["domains"].items():
                 domains[domain] = result["seen"]
                 images[domain] = result["images"]
+                for image in () if result["seen"] else result.get("per_image", ()):
+                    of_variant = by_image.setdefault(variant.label, {})
+                    of_variant.setdefault((domain, image["name"]), {})[seed] = image["miou"]
                 if result["miou"] is not None:
                     values.setdefault(domain, {})[seed] = result["miou"]
             if report["average"] is not None:
@@ -206,7 +247,7 @@ def collect(
         labels = [label for label, r in withheld.items() if r == reason]
         beside = "any variant" if len(labels) == len(variants) else ", ".join(labels)
         notes.append(f"The paper's figures are not comparable with {beside}: {reason}.")
-    return Results(
+    results = Results(
         study=name,
         base=study.base,
         protocol=_common(protocols),
@@ -215,6 +256,7 @@ def collect(
         seen=[d for d in domains if domains[d]],
         rows=rows,
     )
+    return results.model_copy(update={"comparisons": results.against(study.reference, by_image)})
 
 
 def _common(protocols: list[dict[str, Any]]) -> dict[str, Any]:

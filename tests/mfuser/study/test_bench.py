@@ -10,8 +10,6 @@ import pytest
 
 from mfuser.errors import MFuserError, PluginError, RegistryError
 from mfuser.study import bench
-from mfuser.study.paired import compare
-from mfuser.study.report import AVERAGE, Results, Row, Score
 
 SWAP = '''
 import torch
@@ -154,48 +152,6 @@ def test_what_cannot_be_measured_is_refused(here: Path, mfuser: Callable) -> Non
 
         plan = bench.prepared("swap.py", component, ["share='a'"])
         grid.variants(plan.registry, plan.study, plan.spec)
-
-
-def results(
-    first: dict[int, tuple[float, float]], second: dict[int, tuple[float, float]]
-) -> Results:
-    def row(label: str, values: dict[int, tuple[float, float]]) -> Row:
-        scores = {
-            "fog": Score.of({s: v[0] for s, v in values.items()}),
-            "night": Score.of({s: v[1] for s, v in values.items()}),
-            AVERAGE: Score.of({s: sum(v) / 2 for s, v in values.items()}),
-        }
-        return Row(label=label, choices={}, trained=1, states=dict.fromkeys(values, "finished"),
-                   messages={}, scores=scores, paper={})  # fmt: skip
-
-    rows = [row("a", first), row("b", second)]
-    return Results(study="s", base="b", protocol={}, notes=[], domains=["fog", "night"], seen=[],
-                   rows=rows)  # fmt: skip
-
-
-def test_pairing_takes_out_what_both_have_in_common() -> None:
-    """Seeds differ by tens of points, the variants by two in each: a difference."""
-    ours = {0: (0.30, 0.10), 1: (0.50, 0.33), 2: (0.70, 0.52)}
-    theirs = {s: (a - 0.02, b - 0.02) for s, (a, b) in ours.items()}
-    found = compare(results(ours, theirs), "a", "b")
-    assert found is not None
-    assert found.mean == pytest.approx(2.0) and found.std == pytest.approx(0, abs=1e-9)
-    assert found.pairs == 6 and found.seeds == 3
-    assert found.p is not None and found.p < 0.001
-
-
-def test_noise_is_no_difference() -> None:
-    ours = {0: (0.30, 0.10), 1: (0.28, 0.12), 2: (0.31, 0.09)}
-    theirs = {0: (0.29, 0.12), 1: (0.30, 0.11), 2: (0.29, 0.10)}
-    found = compare(results(ours, theirs), "a", "b")
-    assert found is not None and found.p is not None and found.p > 0.3
-    assert "no difference that chance excludes" in found.text()
-
-
-def test_one_seed_says_nothing_of_chance() -> None:
-    found = compare(results({0: (0.3, 0.2)}, {0: (0.2, 0.2)}), "a", "b")
-    assert found is not None and found.p is None and "one seed says nothing" in found.text()
-    assert compare(results({0: (0.3, 0.2)}, {1: (0.2, 0.2)}), "a", "b") is None
 
 
 def test_a_file_that_is_no_record_is_named(tmp_path: Path) -> None:

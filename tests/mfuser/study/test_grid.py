@@ -121,6 +121,7 @@ def test_an_axis_is_replaced_and_nested_and_dotted_keys_are_one(write_registry) 
         ("taps = [[0, 0, 0, 30]]", "", ["taps = 0,0,0,30", "beyond the 2 positions"]),
         ('fusion = ["none"]', 'targets = ["nowhere"]', ["no dataset is called 'nowhere'"]),
         ('fusion = ["none"]', "paper = { table = 12 }", ["paper.table = 12"]),
+        ('fusion = ["none"]', 'reference = "nne"', ["reference 'nne'", "did you mean 'none'"]),
         (
             'fusion = ["none"]',
             'paper = { table = 4, rows = { none = "nne" } }',
