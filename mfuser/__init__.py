@@ -22,6 +22,7 @@ _HOME = {
     "TuningSpec": "specs",
     "EnhancerSpec": "specs",
     "DecoderSpec": "specs",
+    "InferenceSpec": "specs",
     "DatasetSpec": "specs",
     "TokenShape": "shapes",
     "Options": "specs",
@@ -34,6 +35,8 @@ _HOME = {
     "TextEnhancer": "interfaces",
     "Decoder": "interfaces",
     "DecoderOutput": "interfaces",
+    "Network": "interfaces",
+    "Inference": "interfaces",
     "Dataset": "interfaces",
     "Sample": "interfaces",
     "IGNORE": "interfaces",
@@ -64,7 +67,9 @@ if TYPE_CHECKING:
     from mfuser.interfaces import Decoder as Decoder
     from mfuser.interfaces import DecoderOutput as DecoderOutput
     from mfuser.interfaces import FusionAdapter as FusionAdapter
+    from mfuser.interfaces import Inference as Inference
     from mfuser.interfaces import ManyFusionAdapter as ManyFusionAdapter
+    from mfuser.interfaces import Network as Network
     from mfuser.interfaces import Sample as Sample
     from mfuser.interfaces import Stream as Stream
     from mfuser.interfaces import TextEnhancer as TextEnhancer
@@ -79,6 +84,7 @@ if TYPE_CHECKING:
     from mfuser.specs import DecoderSpec as DecoderSpec
     from mfuser.specs import EnhancerSpec as EnhancerSpec
     from mfuser.specs import FusionSpec as FusionSpec
+    from mfuser.specs import InferenceSpec as InferenceSpec
     from mfuser.specs import Options as Options
     from mfuser.specs import TuningSpec as TuningSpec
     from mfuser.specs import VisionLanguageSpec as VisionLanguageSpec

@@ -258,6 +258,20 @@ class DecoderSpec(Spec):
         raise NotImplementedError
 
 
+class InferenceSpec(Spec):
+    """How images of any size become class scores, once the model is trained."""
+
+    kind: ClassVar[str] = "inference"
+
+    def build(self) -> interfaces.Inference:
+        """The inference; it knows the model only when it is called."""
+        raise NotImplementedError
+
+    def resolved(self, window: Size) -> Self:
+        """Optional: the same with what follows from the window filled in, for a report."""
+        return self
+
+
 @dataclass(frozen=True)
 class Proposal:
     """How a dataset component would read a folder that somebody has.
@@ -333,6 +347,7 @@ KINDS: dict[str, type[Spec]] = {
         TuningSpec,
         EnhancerSpec,
         DecoderSpec,
+        InferenceSpec,
         DatasetSpec,
     )
 }

@@ -30,6 +30,8 @@ RETURNED = (
     interfaces.TextEnhancer,
     interfaces.Decoder,
     interfaces.DecoderOutput,
+    interfaces.Inference,
+    interfaces.Network,
     interfaces.Dataset,
     interfaces.Sample,
     TokenShape,

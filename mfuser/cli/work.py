@@ -14,6 +14,7 @@ import click
 
 from mfuser.cli import INTERRUPTED, cli, emit
 from mfuser.cli.options import (
+    Command,
     check_device,
     data_options,
     device_option,
@@ -33,12 +34,27 @@ if TYPE_CHECKING:
     from mfuser.config.registry import Registry
     from mfuser.reporting.report import Report
 
-stride_option = click.option(
-    "--stride",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Stride of the sliding window, in pixels. Default: the recipe's, or 2/3 of the window.",
-)
+
+def inference_options(command: Command) -> Command:
+    """--inference and --stride."""
+    for option in (
+        click.option(
+            "--stride",
+            type=click.IntRange(min=1),
+            default=None,
+            help="Stride of the sliding window, in pixels. Default: the recipe's, or 2/3 of the "
+            "window.",
+        ),
+        click.option(
+            "--inference",
+            default=None,
+            metavar="NAME",
+            help="How images are segmented (mfuser list inference); its options by --set "
+            "inference.KEY=VALUE. Default: the recipe's, or sliding.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 @cli.command()
@@ -145,7 +161,7 @@ def _replay(
 )
 @click.option("--baselines", is_flag=True, help="Also score the untrained model.")
 @weights_option
-@stride_option
+@inference_options
 @set_option
 @registry_options
 @data_options
@@ -158,6 +174,7 @@ def evaluate(
     limit: int | None,
     baselines: bool,
     weights: str | None,
+    inference: str | None,
     stride: int | None,
     settings: tuple[str, ...],
     registries: tuple[str, ...],
@@ -181,6 +198,7 @@ def evaluate(
         settings=settings,
         out=out,
         device=device,
+        inference=inference,
         stride=(stride, stride) if stride else None,
         limit=limit,
         baselines=baselines,
@@ -234,7 +252,7 @@ def _factor(context: click.Context, option: click.Parameter, text: str) -> float
 )
 @click.option("--skip-bad", is_flag=True, help="Skip images that cannot be used.")
 @weights_option
-@stride_option
+@inference_options
 @set_option
 @registry_options
 @device_option
@@ -249,6 +267,7 @@ def predict(
     classes: str | None,
     skip_bad: bool,
     weights: str | None,
+    inference: str | None,
     stride: int | None,
     settings: tuple[str, ...],
     registries: tuple[str, ...],
@@ -281,6 +300,7 @@ def predict(
         settings=settings,
         device=device,
         scale=scale,  # type: ignore[arg-type]
+        inference=inference,
         stride=(stride, stride) if stride else None,
         skip_unreadable=skip_bad,
         scores=scores,  # type: ignore[arg-type]

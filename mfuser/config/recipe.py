@@ -12,11 +12,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
     model_validator,
 )
 
 from mfuser.data.transforms import AugmentationSpec
-from mfuser.specs import ImageSize, Options
+from mfuser.specs import ImageSize, InferenceSpec, Options, component_of
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """torch's generators take 63 bits."""
@@ -77,6 +78,7 @@ class RecipeSpec(Options):
     precision: of the forward pass, "no" is float32.
     checkpointing: recompute activations in the backward pass: less memory, a third more time.
     save_every: steps between checkpoints. source, targets: used where the command names none.
+    inference: how images of any size are segmented; None: by a sliding window, with `stride`.
     stride: of the sliding window; None: two thirds of the window. test_images: score only the
         first so many images of each target.
     scored: the classes that count, and that predictions are chosen among. "target": those that a
@@ -119,6 +121,7 @@ class RecipeSpec(Options):
     save_every: PositiveInt = 1000
     source: str | None = None
     targets: Names = ()
+    inference: Annotated[SerializeAsAny[InferenceSpec] | None, component_of("inference")] = None
     stride: ImageSize | None = None
     test_images: PositiveInt | None = None
     scored: Literal["target", "shared", "all"] = "target"
@@ -156,6 +159,12 @@ class RecipeSpec(Options):
             raise ValueError(
                 f"ema.warmup of {self.ema.warmup} steps leaves none of steps = {self.steps} to "
                 "average; lower it"
+            )
+        if self.inference is not None and self.stride is not None:
+            raise ValueError(
+                f"'stride' is of the sliding window that is used without an inference, and "
+                f"inference = '{self.inference.name}' is given; leave it out, or write inference = "
+                '{ name = "sliding", stride = … }'
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Evaluation on several domains at once, by sliding window, scored in the labels' own size."""
+"""Evaluation on several domains at once, scored in the labels' own size."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console, Task
 from mfuser.engine.decision import decide
 from mfuser.engine.gallery import Gallery, Shown, panel, save_pictures
+from mfuser.engine.inference import Asked, asked, split
 from mfuser.engine.metrics import Calibration, Confusion, scores
 from mfuser.engine.processes import Processes, processes
 from mfuser.errors import DataError, MFuserError, placed
 from mfuser.files import check_writable
-from mfuser.interfaces import IGNORE, Dataset, Sample
+from mfuser.interfaces import IGNORE, Dataset, Inference, Sample
 from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
-from mfuser.model.sliding_window import default_stride
 from mfuser.reporting import draw
 from mfuser.reporting.report import CalibrationResult, DomainResult, Report
 
@@ -56,7 +56,7 @@ class Measured:
 class Protocol:
     """How every domain is measured. limit: only the first so many images."""
 
-    stride: tuple[int, int] | None
+    inference: Inference
     limit: int | None
     skip_unreadable: bool
 
@@ -68,6 +68,7 @@ def evaluate(
     targets: Sequence[Domain] | None = None,
     settings: Sequence[str] = (),
     device: str | None = None,
+    inference: str | None = None,
     stride: tuple[int, int] | None = None,
     limit: int | None = None,
     baselines: bool = False,
@@ -78,6 +79,8 @@ def evaluate(
 ) -> Report:
     """Score a run (or a checkpoint file) on its targets, or on others.
 
+    settings: of the pairing, and of the inference ("inference.scales=[1.0]"). inference, stride: in
+    place of the recipe's.
     baselines: also score the untrained model. limit: only the first so many images of a domain.
     pictures: a folder for panels beside the truth, one per domain. weights: which of the run's
     (see `load_model`). joined: the processes of the
@@ -85,10 +88,13 @@ def evaluate(
     """
     console = console or Console()
     with processes(device=device, joined=joined) as group:
-        model, checkpoint = group.together(
-            lambda: load_model(path, registry, list(settings), weights)
-        )
+        own, others = split(settings)
+        model, checkpoint = group.together(lambda: load_model(path, registry, others, weights))
         run = RunSpec.read(registry, checkpoint.meta["run"], f"{path}: its record of the run")
+        recipe = run.recipe
+        asked_for = asked(
+            registry, recipe.inference, recipe.stride, name=inference, settings=own, stride=stride
+        )
         return assess(
             registry,
             model,
@@ -96,7 +102,7 @@ def evaluate(
             checkpoint.step,
             group,
             targets=targets,
-            stride=stride,
+            inference=asked_for,
             limit=limit,
             baselines=baselines,
             pictures=pictures,
@@ -113,7 +119,7 @@ def assess(
     group: Processes,
     *,
     targets: Sequence[Domain] | None = None,
-    stride: tuple[int, int] | None = None,
+    inference: Asked | None = None,
     limit: int | None = None,
     baselines: bool = False,
     pictures: Path | None = None,
@@ -121,11 +127,13 @@ def assess(
     console: Console,
 ) -> Report:
     """`evaluate` for a model at hand, as it is after `step` steps of `run`; the same report in
-    every process. weights: what `Checkpoint.meta` says of them; None: the last ones."""
+    every process. inference: in place of the recipe's. weights: what `Checkpoint.meta` says of
+    them; None: the last ones."""
     console.quiet = console.quiet or not group.main
     recipe = run.recipe
+    inference = inference or Asked(recipe.inference, recipe.stride)
     protocol = Protocol(
-        stride or recipe.stride, limit or recipe.test_images, recipe.on_bad_image == "skip"
+        inference.build(), limit or recipe.test_images, recipe.on_bad_image == "skip"
     )
     chosen = list(targets if targets is not None else run.targets)
     if not chosen:
@@ -170,7 +178,7 @@ def assess(
         step,
         results["trained"],
         untrained={n: r.miou for n, r in results.get("untrained", {}).items()},
-        stride=protocol.stride or default_stride(model.spec.image_size),
+        inference=inference.record(model.spec.image_size),
         limit=protocol.limit,
         weights=weights,
         pictures=shown,
@@ -243,7 +251,7 @@ class _Share:
             self.text = self.model.text() if self.model.encoder.vlm is not None else None
         for batch in _same_size(self.dataset, mine, protocol.skip_unreadable, self.skipped):
             for (index, sample), one in zip(
-                batch, self._scores(batch, protocol.stride, device), strict=True
+                batch, self._scores(batch, protocol.inference, device), strict=True
             ):
                 truth = self.class_map(sample.label, sample.name)
                 truth[~np.isin(truth, self.scored)] = IGNORE
@@ -268,7 +276,7 @@ class _Share:
     def _scores(
         self,
         batch: list[tuple[int, Sample]],
-        stride: tuple[int, int] | None,
+        inference: Inference,
         device: torch.device,
     ) -> Tensor:
         for _, s in batch:
@@ -280,7 +288,7 @@ class _Share:
         images = [test_scale(s.image, self.dataset.test_size) for _, s in batch]
         stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
         try:
-            return self.model.segment(stack, stride=stride, text=self.text)
+            return self.model.segment_by(inference, stack, text=self.text)
         except MFuserError as error:
             raise placed(error, f"{self.label}, {batch[0][1].name}") from error
 

@@ -19,13 +19,15 @@ from mfuser.data.images import UnreadableImage, read_image
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console
 from mfuser.engine.decision import probabilities
+from mfuser.engine.inference import asked, of_record, split
 from mfuser.engine.inputs import LEGEND, VIDEOS, file_names
 from mfuser.engine.video import VideoReader, VideoWriter
 from mfuser.errors import DataError, MFuserError, placed, suggest
 from mfuser.files import check_writable, clear_leftovers, replacing
+from mfuser.interfaces import Inference
 from mfuser.model.assembly import with_classes
 from mfuser.model.dgss import DGSSModel
-from mfuser.model.sliding_window import check_window
+from mfuser.model.network import TrainedNetwork
 from mfuser.reporting import draw
 
 Scale = float | Literal["auto"]
@@ -41,6 +43,7 @@ def predict(
     settings: Sequence[str] = (),
     device: str | None = None,
     scale: Scale = 1.0,
+    inference: str | None = None,
     stride: tuple[int, int] | None = None,
     skip_unreadable: bool = False,
     scores: ScoreFile | None = None,
@@ -52,11 +55,12 @@ def predict(
     video NAME.mask.mkv (lossless, gray level = class id) and NAME.overlay.mp4.
 
     Photographs are turned as viewers show them (EXIF), and masks lie on them so. scale: resize by
-    this factor first; "auto": enlarge what is smaller than the window. scores: also write class
-    probabilities, NAME.scores.npz (float16, (K, H, W)), or NAME.confidence.png (8 bits).
-    classes: only these are predicted; names that the model was not trained on where its decoder
-    reads any text. weights: which of the run's (see `load_model`). skip_unreadable: leave
-    out whatever cannot be used, and say so.
+    this factor first; "auto": enlarge what is smaller than the window. inference, stride: in place
+    of the recipe's inference, whose options may be among the settings ("inference.flip=false").
+    scores: also write class probabilities, NAME.scores.npz (float16, (K, H, W)), or
+    NAME.confidence.png (8 bits). classes: only these are predicted; names that the model was not
+    trained on where its decoder reads any text. weights: which of the run's (see `load_model`).
+    skip_unreadable: leave out whatever cannot be used, and say so.
 
     Returns, per image, its files and the share of pixels of each class, or why it was skipped.
     """
@@ -65,11 +69,14 @@ def predict(
         raise MFuserError(f"scale is a factor above 0, not {scale}")
     images = list(dict.fromkeys(images))
     check_writable(out)
-    model, _ = load_model(run, registry, list(settings), weights)
+    own, others = split(settings)
+    model, checkpoint = load_model(run, registry, others, weights)
+    recipes = of_record(registry, checkpoint.meta["run"], str(run))
+    asked_for = asked(registry, recipes, None, name=inference, settings=own, stride=stride)
     model, chosen = _chosen(model, classes)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(where)
-    work = _Work(model, chosen, where, scale, stride, scores, out)
+    work = _Work(model, chosen, where, scale, asked_for.build(), scores, out)
     unusable = work.look(images, skip_unreadable)  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out)
@@ -123,7 +130,7 @@ class _Work:
     chosen: tuple[int, ...] | None
     where: torch.device
     scale: Scale
-    stride: tuple[int, int] | None
+    inference: Inference
     scores: ScoreFile | None
     out: Path
 
@@ -133,11 +140,12 @@ class _Work:
     def look(self, images: Sequence[Path], skip: bool) -> dict[Path, str]:
         """Read every image to its end: why some cannot be used. The first raises unless skip."""
         unusable = {}
+        network = TrainedNetwork(self.model)
         for path in images:
             try:
                 with located(path):
                     size = VideoReader(path).size if _is_video(path) else _read(path).shape[:2]
-                    check_window(self._scaled(size), self.model.spec.image_size)
+                    self.inference.check(network, self._scaled(size))
                     if _is_video(path) and self.scores is not None:
                         raise MFuserError("--scores is for photographs; leave it out for videos")
             except MFuserError as error:
@@ -231,7 +239,7 @@ class _Work:
                 antialias=size[0] < height,
             )
         with located(path):
-            scores = self.model.segment(pixels, stride=self.stride)
+            scores = self.model.segment_by(self.inference, pixels)
         return probabilities(scores[0], (height, width), self.chosen, self.model.decoder.scores)
 
 

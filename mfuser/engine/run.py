@@ -157,6 +157,7 @@ def evaluate(
     settings: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
     device: str | None = None,
+    inference: str | None = None,
     stride: tuple[int, int] | None = None,
     limit: int | None = None,
     baselines: bool = False,
@@ -168,9 +169,12 @@ def evaluate(
         mfuser.evaluate("runs/a", targets=["cityscapes", "acdc"]).report.domains["acdc:fog"].miou
 
     run: its folder, or a checkpoint file. targets: by default the run's own. settings: changes
-    such as "vfm.weights=PATH", where the encoders' weights have moved. out: by default the run's
-    folder. device: "cpu" or "cuda"; by default a GPU if there is one. stride: (height, width) of
-    the sliding window's steps in pixels; by default the recipe's, else two thirds of the window.
+    such as "vfm.weights=PATH", where the encoders' weights have moved, or "inference.flip=false".
+    out: by default the run's
+    folder. device: "cpu" or "cuda"; by default a GPU if there is one. inference: the component that
+    segments images of any size, e.g. "multi_scale_flip"; by default the recipe's. stride: (height,
+    width) of the sliding window's steps in pixels; by default the recipe's, else two thirds of the
+    window.
     limit: only the first so many images of each domain. baselines: also score the untrained model.
     weights: "last", "averaged" or "best"; by default averaged ones where the run made some (ema).
     quiet: say nothing on standard error.
@@ -192,6 +196,7 @@ def evaluate(
             path,
             targets=chosen or None,
             settings=settings,
+            inference=inference,
             stride=stride,
             limit=limit,
             baselines=baselines,

@@ -28,6 +28,7 @@ from mfuser.engine.evaluate import (
     scored_classes,
     test_scale,
 )
+from mfuser.engine.inference import Asked
 from mfuser.engine.metrics import scores
 from mfuser.engine.processes import Processes
 from mfuser.errors import CheckpointError, DataError, MFuserError, NoSplitError, placed
@@ -108,7 +109,8 @@ def keep_back(
     for one in kept:
         try:
             image = one.dataset[0].image
-            check_window(test_scale(image, one.dataset.test_size).shape[:2], image_size)
+            if recipe.inference is None:  # others say it where they are asked
+                check_window(test_scale(image, one.dataset.test_size).shape[:2], image_size)
         except UnreadableImage:
             pass  # fatal or skipped, as the recipe says, where it is measured
         except MFuserError as error:
@@ -230,11 +232,12 @@ class Validator:
 
     def _measure(self, one: Kept) -> Measured:
         recipe = self.run.recipe
+        inference = Asked(recipe.inference, recipe.stride).build()
         return measure(
             self.model,
             one.dataset,
             self.scored[one.name],
-            Protocol(recipe.stride, None, recipe.on_bad_image == "skip"),
+            Protocol(inference, None, recipe.on_bad_image == "skip"),
             self.group,
             pictures=EXAMPLES,
             label=one.name,

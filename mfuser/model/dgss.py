@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from mfuser.config.pairing import PairingSpec
 from mfuser.errors import MFuserError
-from mfuser.interfaces import Decoder, DecoderOutput, TextEnhancer
+from mfuser.interfaces import Decoder, DecoderOutput, Inference, Network, TextEnhancer
 from mfuser.model.alignment import alignment_loss, score_map
 from mfuser.model.encoder import PairEncoder
-from mfuser.model.sliding_window import sliding_window
+from mfuser.model.network import TrainedNetwork
+from mfuser.model.sliding_window import Sliding
 from mfuser.plugins.contracts import expect, scalars
+
+Segmenting = Callable[[Network, Tensor], Tensor]
+"""An `Inference`, or a function like one."""
 
 
 class Prompt(nn.Module):
@@ -143,19 +147,25 @@ class DGSSModel(nn.Module):
 
         Raises MFuserError for smaller images and for a stride or window_batch that makes no sense.
         """
+        return self.segment_by(Sliding(stride, window_batch), images, text=text)
+
+    def segment_by(
+        self, inference: Segmenting, images: Tensor, *, text: Tensor | None = None
+    ) -> Tensor:
+        """Class scores (B, K, H, W) of images as `segment` takes them, by another inference.
+
+        Raises what the inference raises, and PluginError for scores of another shape.
+        """
         images = batched(images)
         with evaluating(self):
             if text is None and self.encoder.vlm is not None:
                 text = self.text()
-
-            def scores(windows: Tensor) -> Tensor:
-                if len(windows):
-                    return self.scores(windows, text)
-                # An empty batch has empty scores; backbones cannot reshape it.
-                shape = (0, len(self.classes), *self.spec.image_size)
-                return windows.new_empty(shape, dtype=next(self.parameters()).dtype)
-
-            return sliding_window(scores, images, self.spec.image_size, stride, window_batch)
+            network = TrainedNetwork(self, text)
+            if isinstance(inference, Inference):
+                inference.check(network, (images.shape[-2], images.shape[-1]))
+            scores = inference(network, images)
+        shape = (len(images), len(self.classes), *images.shape[-2:])
+        return expect(inference, "the result for images", scores, shape)
 
     def scores(self, windows: Tensor, text: Tensor | None = None) -> Tensor:
         """Class scores (B, K, H, W) of windows (B, 3, H, W) of the image size."""

@@ -102,7 +102,7 @@ class PairEncoder(nn.Module):
         self.taps = tuple(taps)
         self.project_vfm = project_vfm
         self.vfm_norm = vfm_norm
-        self.grid = max((b.grid for b in self.backbones.values()), key=lambda g: g[0] * g[1])
+        self.grid = self._finest()
         self.checkpointing = False
 
     @property
@@ -115,6 +115,15 @@ class PairEncoder(nn.Module):
     def vfms(self) -> dict[str, VisionBackbone]:
         """Those of them that are VFMs: one, several or none."""
         return {role: backbone for role, backbone in self.backbones.items() if role != "vlm"}
+
+    def _finest(self) -> tuple[int, int]:
+        return max((b.grid for b in self.backbones.values()), key=lambda g: g[0] * g[1])
+
+    def resize(self, image_size: tuple[int, int]) -> None:
+        """Set the backbones to images of another size, as each of them does it."""
+        for backbone in self.backbones.values():
+            backbone.resize(image_size)
+        self.grid = self._finest()
 
     @property
     def tap_channels(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mfuser.errors import MFuserError
+from mfuser.interfaces import Inference, Network
 
 
 def default_stride(window: tuple[int, int]) -> tuple[int, int]:
@@ -114,3 +115,19 @@ def sliding_window(
 
 def at_least_float32(scores: Tensor) -> Tensor:
     return scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
+
+
+class Sliding(Inference):
+    """The sliding window as an inference. stride, window_batch: as `sliding_window` takes them."""
+
+    def __init__(self, stride: int | tuple[int, int] | None = None, window_batch: int = 1) -> None:
+        self.stride, self.window_batch = stride, window_batch
+
+    def __call__(self, network: Network, images: Tensor) -> Tensor:
+        return sliding_window(
+            network.scores, images, network.window, self.stride, self.window_batch
+        )
+
+    def check(self, network: Network, size: tuple[int, int]) -> None:
+        check_window(size, network.window)
+        checked_stride(self.stride, network.window)

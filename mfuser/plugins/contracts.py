@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 
 from mfuser.errors import MFuserError, PluginError, PluginWarning
-from mfuser.interfaces import VisionBackbone, VisionLanguageBackbone
+from mfuser.interfaces import Inference, VisionBackbone, VisionLanguageBackbone
 from mfuser.plugins.blame import place
 from mfuser.plugins.containment import contained
 from mfuser.specs import Spec
@@ -69,11 +69,13 @@ def built(
         return module  # type: ignore[return-value]
     assert isinstance(expected, type)
     if not isinstance(module, expected):
+        name = expected.__name__
+        wanted = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
         raise PluginError(
-            f"{origin(spec)}: build() returned {_shown(module)}, not a {expected.__name__}; "
-            f"subclass mfuser.{expected.__name__} and return an instance of it"
+            f"{origin(spec)}: build() returned {_shown(module)}, not {wanted}; subclass "
+            f"mfuser.{name} and return an instance of it"
         )
-    if isinstance(module, nn.Module):
+    if isinstance(module, nn.Module | Inference):
         setattr(module, _ORIGIN, origin(spec))
     return cast(T, module)
 
@@ -109,13 +111,13 @@ def freezes(backbone: VisionBackbone, freeze: bool) -> None:
         )
 
 
-def named(module: nn.Module) -> str:
+def named(module: object) -> str:
     """The component a module was built by, or its class."""
     known = getattr(module, _ORIGIN, None)
     return str(known or f"{type(module).__name__} ({type(module).__module__})")
 
 
-def expect(module: nn.Module, what: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+def expect(module: object, what: str, value: Any, shape: tuple[int, ...]) -> Tensor:
     """Return `value`, a tensor of this shape. Raises PluginError that names the module."""
     if isinstance(value, Tensor) and value.shape == shape:
         return value

@@ -114,7 +114,7 @@ class Report(Options):
         domains: dict[str, DomainResult],
         *,
         untrained: dict[str, float],
-        stride: tuple[int, int],
+        inference: dict[str, Any],
         limit: int | None,
         weights: Mapping[str, Any] | None = None,
         pictures: Mapping[str, Sequence[Picture]] | None = None,
@@ -130,7 +130,7 @@ class Report(Options):
             "batch": recipe.batch_size * recipe.accumulate * run.world,
             "seed": run.seed,
             "window": list(model.spec.image_size),
-            "stride": list(stride),
+            "inference": inference,
             "classes": SCORED[recipe.scored],
             "images per domain": counts.pop() if len(counts) == 1 else "see domains",
             "limited to the first images": limit,
@@ -239,7 +239,7 @@ class Report(Options):
             f"source {p['source']}",
             f"{p['steps']} steps of {p['batch']}",
             f"seed {p['seed']}",
-            f"window {p['window'][0]}x{p['window'][1]}, stride {p['stride'][0]}x{p['stride'][1]}",
+            how_tested(p),
             f"images per domain: {images}",
             f"classes scored: {p['classes']} ({self._class_counts()})",
             f"checkpoint: {p['checkpoint']}",
@@ -301,6 +301,30 @@ def _notes(model: DGSSModel, domains: dict[str, DomainResult]) -> list[str]:
     if skipped:
         notes.append(f"Unreadable and left out: {', '.join(skipped)}.")
     return notes
+
+
+def how_tested(protocol: Mapping[str, Any]) -> str:
+    """ "window 512x512; inference sliding (stride 341x341, window_batch 1)"."""
+    window = f"window {_text(protocol['window'])}"
+    if "inference" not in protocol:  # an earlier version's report
+        return f"{window}, stride {_text(protocol['stride'])}"
+    return f"{window}; inference {_text(protocol['inference'])}"
+
+
+def _text(value: Any) -> str:
+    """An option's value for people: a size as HxW, a component with its options in brackets."""
+    if isinstance(value, dict):
+        given = {k: v for k, v in value.items() if k != "name" and v is not None}
+        options = ", ".join(f"{k} {_text(v)}" for k, v in given.items())
+        return " ".join([str(value.get("name", "")), f"({options})" if options else ""]).strip()
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        size = len(value) == 2 and all(isinstance(v, int) for v in value)
+        return ("x" if size else "/").join(map(_text, value))
+    return str(value)
 
 
 def _percent(value: float | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mfuser.config.registry import Registry
 from mfuser.config.study import StudySpec
+from mfuser.reporting.report import how_tested
 from mfuser.reporting.tables import Table, csv_text, document
 from mfuser.specs import Options
 from mfuser.study import paired, paper
@@ -175,9 +176,8 @@ class Results(Options):
     def _protocol_line(self) -> str:
         p = self.protocol
         return (
-            f"Protocol: source {p['source']}; {p['steps']} steps of {p['batch']}; window "
-            f"{p['window'][0]}x{p['window'][1]}, stride {p['stride'][0]}x{p['stride'][1]}; images "
-            f"per domain: {p['images per domain']}; classes scored: "
+            f"Protocol: source {p['source']}; {p['steps']} steps of {p['batch']}; "
+            f"{how_tested(p)}; images per domain: {p['images per domain']}; classes scored: "
             f"{p.get('classes', 'not stated')}; checkpoint: {p['checkpoint']}."
         )
 

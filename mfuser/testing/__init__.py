@@ -21,11 +21,11 @@ from pydantic import ValidationError
 
 from mfuser.errors import MFuserError, PluginError
 from mfuser.plugins.components import Component, Components
-from mfuser.specs import DatasetSpec, Spec
+from mfuser.specs import DatasetSpec, InferenceSpec, Spec
 from mfuser.testing import datasets, kinds, modules, partners, process, specs
 from mfuser.testing.bench import BENCHES
 from mfuser.testing.partners import everything, tiny
-from mfuser.testing.trial import trial
+from mfuser.testing.trial import asked, trial
 from mfuser.testing.verdict import Report, Verdict, judge
 
 __all__ = ["Report", "Verdict", "check_component", "check_plugin", "conforms"]
@@ -164,6 +164,11 @@ def _of_module(spec: Spec, components: Components) -> Iterator[Check]:
 
 def _in_pairings(spec: Spec, components: Components) -> Iterator[Check]:
     try:
+        if isinstance(spec, InferenceSpec):
+            for name, decoder in partners.partners("decoder", components).items():
+                pairing = partners.pairing(components, decoder=decoder)
+                yield f"with decoder {name}", partial(asked, spec, pairing)
+            return
         for what, pairing in partners.pairings(spec, components):
             yield f"with {what}", partial(trial, pairing, spec.kind)
     except (MFuserError, ValidationError) as error:

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from mfuser.config.pairing import PairingSpec
-from mfuser.errors import PluginError
+from mfuser.errors import MFuserError, PluginError
+from mfuser.interfaces import Inference
 from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
-from mfuser.plugins.contracts import origin
-from mfuser.testing.compare import require_gradients
+from mfuser.plugins.contracts import built, origin
+from mfuser.specs import InferenceSpec
+from mfuser.testing.compare import require_finite, require_gradients
 from mfuser.testing.partners import CLASSES, IMAGE, ROLES, labels_for
 from mfuser.testing.verdict import Broken, NotTried
 
@@ -76,6 +78,28 @@ def _trial(spec: PairingSpec, kind: str) -> str:
     frozen = sum(n in dict(model.named_parameters()) for n in fixed)
     loss = float(total.detach())
     return f"a training step (loss {loss:.2f}; {frozen} frozen tensors unchanged) and a window"
+
+
+def asked(inference: InferenceSpec, spec: PairingSpec) -> str:
+    """Images of the window's size and of another, through an assembled pairing"""
+    model = build_model(spec)
+    build = inference.build
+    try:
+        for size in (IMAGE, (IMAGE[0] + 13, IMAGE[1] + 22)):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                images = torch.rand(2, 3, *size)
+            scores = model.segment_by(built(inference, Inference, build), images)
+            require_finite(
+                {"scores": scores},
+                f"images of {size[0]}x{size[1]}",
+                "look for divisions by a count of zero",
+            )
+    except MFuserError as error:
+        if origin(inference) in str(error):
+            raise
+        raise NotTried(f"refused: {error}") from error
+    return "the window's size and a larger one, finite scores"
 
 
 def _gradients(model: DGSSModel, place: str) -> None:

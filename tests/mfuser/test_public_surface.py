@@ -19,10 +19,10 @@ from mfuser.plugins.discovery import GROUP, load_components
 from mfuser.specs import KINDS
 
 NAMES = """BackboneSpec DGSSModel DataError Dataset DatasetSpec Decoder DecoderOutput DecoderSpec
-EnhancerSpec FusionAdapter FusionSpec IGNORE MFuserError ManyFusionAdapter Options PairingSpec
-Registry Sample Stream TextEnhancer TokenShape TuningSpec VisionBackbone VisionLanguageBackbone
-VisionLanguageSpec VisionSpec WeightsError __version__ build_model component_of components
-evaluate hookimpl load_registry train"""
+EnhancerSpec FusionAdapter FusionSpec IGNORE Inference InferenceSpec MFuserError
+ManyFusionAdapter Network Options PairingSpec Registry Sample Stream TextEnhancer TokenShape
+TuningSpec VisionBackbone VisionLanguageBackbone VisionLanguageSpec VisionSpec WeightsError
+__version__ build_model component_of components evaluate hookimpl load_registry train"""
 KERNELS = "Backend ScanError backends selective_scan"
 TESTING = "Report Verdict check_component check_plugin conforms"
 
@@ -37,13 +37,14 @@ COMMANDS = {
     "describe": f"PAIRING --set {SHARED}",
     "doctor": "--json",
     "export": f"RUN --format --out --set --weights {SHARED}",
-    "evaluate": f"RUN --baselines --limit --out --set --stride --targets --weights {WORK}",
+    "evaluate": "RUN --baselines --inference --limit --out --set --stride --targets --weights "
+    f"{WORK}",
     "list": f"KIND PATTERN --all {SHARED}",
     "plugin bench": "MODULE --component --dry-run --json --out --seeds --set --steps",
     "plugin check": "MODULE --data-root --json --pairings",
     "plugin new": "NAME --json --kind --out",
-    "predict": f"RUN IMAGES --classes --device --out --recursive --scale --scores --set --skip-bad "
-    f"--stride --weights {SHARED}",
+    "predict": "RUN IMAGES --classes --device --inference --out --recursive --scale --scores --set "
+    f"--skip-bad --stride --weights {SHARED}",
     "train": "PAIRING --no-evaluate --out --recipe --replay --resume --seed --set --set-recipe "
     f"--source --steps --targets {WORK}",
     "world pca": "OUT --vfm --vlm",
@@ -93,7 +94,8 @@ def test_hooks_tables_and_kinds() -> None:
     assert mfuser.hookimpl.project_name == "mfuser" and GROUP == "mfuser"
     assert {*TABLES} == {"pairing", "recipe", "dataset", "study"}
     streams = {"vision", "vision_language"}
-    assert {*KINDS} == streams | {"fusion", "tuning", "enhancer", "decoder", "dataset"}
+    parts = {"fusion", "tuning", "enhancer", "decoder", "inference"}
+    assert {*KINDS} == streams | parts | {"dataset"}
     assert {*PairingSpec.model_fields} == {*PAIRING.split()}
 
 

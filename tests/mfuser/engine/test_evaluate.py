@@ -162,7 +162,10 @@ def test_reports_hold_the_same_figures(tiny: Registry, run: Path, tmp_path: Path
             assert cell == ("" if value is None else f"{100 * value:.4f}")
     markdown = (tmp_path / "out/report.md").read_text()
     assert f"**{100 * report.domains['toy'].miou:.1f}**" in markdown
-    assert "source toy; 4 steps of 1; seed 0; window 64x96, stride 43x64" in markdown
+    assert (
+        "source toy; 4 steps of 1; seed 0; window 64x96; inference sliding (stride 43x64, "
+        in markdown
+    )
     assert "![pictures/toy.png](pictures/toy.png)" in markdown
     assert len({line.count("|") for line in markdown.splitlines() if line.startswith("|")}) == 1
 

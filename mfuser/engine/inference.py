@@ -1,0 +1,109 @@
+"""Which inference a trained model is tested with: the recipe's, or what a command asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mfuser.config.registry import Registry
+from mfuser.config.tables import merge, parse_settings
+from mfuser.errors import MFuserError
+from mfuser.interfaces import Inference
+from mfuser.model.sliding_window import Sliding, default_stride
+from mfuser.plugins.contracts import built
+from mfuser.specs import InferenceSpec, Size
+
+KEY = "inference"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a model is asked. spec: None: the sliding window with `stride`, whichever plugins are
+    installed. stride: None: two thirds of the window."""
+
+    spec: InferenceSpec | None = None
+    stride: Size | None = None
+
+    def build(self) -> Inference:
+        """Raises MFuserError where the component refuses its options."""
+        spec = self.spec
+        if spec is None:
+            return Sliding(self.stride)
+        return built(spec, Inference, spec.build)
+
+    def record(self, window: Size) -> dict[str, Any]:
+        """The component's name and all options, for a report."""
+        if self.spec is None:
+            stride = self.stride or default_stride(window)
+            return {"name": "sliding", "stride": list(stride), "window_batch": 1}
+        return self.spec.resolved(window).model_dump(mode="json")
+
+
+def split(settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """--set options of the inference ("inference.scales=[1.0]"), and those of the pairing."""
+    own = [s for s in settings if s.partition("=")[0].strip().partition(".")[0] == KEY]
+    return own, [s for s in settings if s not in own]
+
+
+def asked(
+    registry: Registry,
+    recipe: InferenceSpec | None,
+    recipe_stride: Size | None,
+    *,
+    name: str | None = None,
+    settings: Sequence[str] = (),
+    stride: Size | None = None,
+) -> Asked:
+    """The recipe's inference, changed by what a command was given.
+
+    name: --inference; another component, at its defaults. settings: the --set options that
+    `split` found to be its own. stride: --stride.
+
+    Raises MFuserError for a name or an option that is not known, and for a stride where there is
+    none to set.
+    """
+    spec = recipe
+    if name is not None or settings:
+        begun: Any = {"name": name or "sliding"}
+        if name is None and recipe is not None:
+            begun = recipe.model_dump(mode="json")
+        elif name is None and recipe_stride is not None:
+            begun["stride"] = list(recipe_stride)
+        table = merge({KEY: begun}, parse_settings(settings))[KEY]
+        found = registry.component(KEY, table, "--inference" if name else "--set inference")
+        assert isinstance(found, InferenceSpec)
+        spec = found
+    if stride is None:
+        return Asked(spec, recipe_stride)
+    return Asked(None if spec is None else _strided(spec, stride), stride)
+
+
+def _strided(spec: InferenceSpec, stride: Size) -> InferenceSpec:
+    fields = type(spec).model_fields
+    if "stride" not in fields:
+        wrapped = [
+            f"--set inference.{field}.stride=…"
+            for field in fields
+            if isinstance(inner := getattr(spec, field), InferenceSpec)
+            and "stride" in type(inner).model_fields
+        ]
+        raise MFuserError(
+            f"--stride is of a sliding window, and inference '{spec.component()}' has none of its "
+            f"own; {' or '.join([*wrapped, 'leave it out'])}"
+        )
+    return spec.model_copy(update={"stride": stride})
+
+
+def of_record(registry: Registry, run: Any, place: str) -> InferenceSpec | None:
+    """The inference in the written record of a run, without reading the rest of it.
+
+    Raises MFuserError naming `place` and the component that is missing.
+    """
+    recipe = run.get("recipe") if isinstance(run, Mapping) else None
+    value = recipe.get(KEY) if isinstance(recipe, Mapping) else None
+    if value is None:
+        return None
+    found = registry.component(KEY, value, f"{place}: the inference of its recipe")
+    assert isinstance(found, InferenceSpec)
+    return found

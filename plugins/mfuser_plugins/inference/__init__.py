@@ -1,0 +1,1 @@
+"""How images of any size become class scores."""
