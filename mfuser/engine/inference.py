@@ -71,7 +71,7 @@ def asked(
         elif name is None and recipe_stride is not None:
             begun["stride"] = list(recipe_stride)
         table = merge({KEY: begun}, parse_settings(settings))[KEY]
-        found = registry.component(KEY, table, "--inference" if name else "--set inference")
+        found = registry.component(KEY, table, "--set inference" if settings else "--inference")
         assert isinstance(found, InferenceSpec)
         spec = found
     if stride is None:

@@ -306,7 +306,7 @@ class StandIn(Network, nn.Module):
                 f"the network was given images of {size[0]}x{size[1]}: neither its window nor "
                 "whole patches (network.window, network.patch)"
             )
-        scores: Tensor = self.layers(images.to(self.layers[0].weight.dtype))
+        scores: Tensor = self.layers(images.to(next(self.parameters()).dtype))
         return scores
 
     def confidence(self, scores: Tensor) -> Tensor:

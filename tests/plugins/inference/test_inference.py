@@ -287,7 +287,7 @@ def test_evaluate_by_another_inference(
             "has none of its own; --set inference.inner.stride=… or leave it out",
         ),
         (("--inference", "hole"), "no inference component is called 'hole'"),
-        (("--inference", "whole", "--set", "inference.flip=true"), "inference.flip"),
+        (("--inference", "whole", "--set", "inference.flip=true"), "--set inference: flip: there"),
         (("--inference", "multi_scale_flip"), "toy, game_val_0_00000: at scale 0.5: an image of"),
     ):
         refused = mfuser(*run, "--out", tmp_path / "d", *given)
