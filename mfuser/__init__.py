@@ -48,6 +48,8 @@ _HOME = {
     "DGSSModel": "model.dgss",
     "train": "engine.run",
     "evaluate": "engine.run",
+    "from_pretrained": "engine.pretrained",
+    "save_pretrained": "engine.pretrained",
 }
 
 __all__ = sorted(["__version__", *_HOME])
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from mfuser.config.pairing import PairingSpec as PairingSpec
     from mfuser.config.registry import Registry as Registry
     from mfuser.config.registry import load_registry as load_registry
+    from mfuser.engine.pretrained import from_pretrained as from_pretrained
+    from mfuser.engine.pretrained import save_pretrained as save_pretrained
     from mfuser.engine.run import evaluate as evaluate
     from mfuser.engine.run import train as train
     from mfuser.errors import DataError as DataError

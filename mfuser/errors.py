@@ -53,6 +53,10 @@ class CheckpointError(MFuserError):
     """A run folder or checkpoint that cannot be used."""
 
 
+class HubError(MFuserError):
+    """A repository of the Hugging Face hub that cannot be read or written."""
+
+
 class ElsewhereError(MFuserError):
     """The failure of another process of this command, which reports it itself."""
 

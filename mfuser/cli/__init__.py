@@ -186,6 +186,7 @@ from mfuser.cli import (  # noqa: E402, F401  (they add their commands)
     convert,
     data,
     export,
+    hub,
     plugin,
     show,
     work,

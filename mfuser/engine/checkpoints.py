@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -34,6 +34,7 @@ from mfuser.errors import CheckpointError, MFuserError
 from mfuser.files import clear_leftovers, replacing
 from mfuser.model.assembly import build_model, unfilled
 from mfuser.model.dgss import DGSSModel
+from mfuser.plugins.origins import missing
 from mfuser.released import recognize, translate
 from mfuser.weightfiles.contents import described
 from mfuser.weightfiles.unwrapping import foreign
@@ -304,12 +305,7 @@ def load_model(
     """
     file = find(Path(path), weights)
     checkpoint = chosen(read(file), weights, file)
-    registry = registry or load_registry()
-    try:
-        spec = registry.saved_pairing(checkpoint.meta["pairing"], settings or (), str(file))
-    except MFuserError as error:
-        hint = needed_plugins(registry, checkpoint.meta["run"])
-        raise CheckpointError(f"{error}{hint}") from error
+    spec = saved_spec(registry or load_registry(), checkpoint, settings or (), file)
     if checkpoint.meta.get("complete"):
         model = unfilled(spec)
         if model.encoder.vlm is not None and model.ids is None:
@@ -320,7 +316,21 @@ def load_model(
     else:
         model = build_model(spec, seed=checkpoint.meta["run"].get("seed", 0))
         restore(model, checkpoint, file)
+    model.record = dict(checkpoint.meta)
     return model.eval(), checkpoint
+
+
+def saved_spec(
+    registry: Registry, checkpoint: Checkpoint, settings: Sequence[str], file: Path
+) -> PairingSpec:
+    """The pairing of a checkpoint, typed again. Raises CheckpointError naming the plugins that it
+    needs and that are not here."""
+    try:
+        return registry.saved_pairing(checkpoint.meta["pairing"], settings, str(file))
+    except MFuserError as error:
+        hint = needed_plugins(registry, checkpoint.meta["run"])
+        hint += missing(registry.components, checkpoint.meta.get("origins"))
+        raise CheckpointError(f"{error}{hint}") from error
 
 
 def load_released(state_dict: Mapping[str, Tensor], spec: PairingSpec) -> DGSSModel:
@@ -336,6 +346,7 @@ def load_released(state_dict: Mapping[str, Tensor], spec: PairingSpec) -> DGSSMo
     shapes = {n: t.shape for n, t in model.state_dict().items()}
     translation = translate(state_dict, shapes, recognize(state_dict))
     fill(model, {n: t.detach().clone() for n, t in translation.tensors.items()}, "the state dict")
+    model.record = {"complete": True}
     return model
 
 

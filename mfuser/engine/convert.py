@@ -70,7 +70,7 @@ def convert(
         "step": step,
         "frozen": {},
         "complete": True,
-        "statistics": _statistics(model),
+        "statistics": statistics(model),
         "converted": {"kind": form.name, "file": path.name},
     }
     try:
@@ -95,7 +95,8 @@ def _check_classes(path: Path, released: Released, classes: Sequence[str]) -> No
         )
 
 
-def _statistics(model: DGSSModel) -> dict[str, list[list[float]]]:
+def statistics(model: DGSSModel) -> dict[str, list[list[float]]]:
+    """Mean and standard deviation of each encoder's images."""
     return {
         role: [backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()]
         for role, backbone in model.encoder.backbones.items()

@@ -259,6 +259,9 @@ class Trainer:
             take(self.model, self.averages)
         self.group.same_buffers(self.model)
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.model.record = self.saver.meta(self.recipe.steps)
+        if self.averages is not None:
+            self.model.record["weights"] = {"kind": "averaged"}
         return self.model.eval()
 
     def _fetch(self, step: int, start: int, batches: Iterator[Batch]) -> list[Batch]:

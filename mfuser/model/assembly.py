@@ -57,7 +57,9 @@ def build_model(
         spec = pairing
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _assemble(spec).eval()
+        model = _assemble(spec).eval()
+    model.record = {"run": {"seed": seed}}
+    return model
 
 
 def sketch(spec: PairingSpec) -> DGSSModel:

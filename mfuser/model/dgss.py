@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +70,8 @@ class DGSSModel(nn.Module):
         self.register_buffer("ids", ids, persistent=False)
         self.without_ids = "the class names have no token ids"
         """The reason where `ids` is None; `text` raises it."""
+        self.record: dict[str, Any] = {}
+        """What a file of this model says beside its tensors: "run", "step", …"""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -81,6 +86,12 @@ class DGSSModel(nn.Module):
         assert isinstance(self.ids, Tensor)
         text = vlm.encode_text(self.ids, self.prompt.contexts if self.prompt else None)
         return expect(vlm, "encode_text()'s result", text, (len(self.classes), vlm.text_dim))
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, full: bool = False) -> Path:
+        """Write the model into a folder, as `mfuser.save_pretrained` does."""
+        from mfuser import save_pretrained  # stands above this module
+
+        return save_pretrained(self, folder, full=full)
 
     def forward(
         self, images: Tensor, labels: Tensor | None = None, *, text: Tensor | None = None

@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
-from pydantic import ConfigDict, PrivateAttr
+from pydantic import BeforeValidator, ConfigDict, PrivateAttr, ValidationError
 
 from mfuser.config.recipe import RecipeSpec
 from mfuser.config.run import RunSpec
+from mfuser.errors import CheckpointError, brief
 from mfuser.files import write_json, write_text
 from mfuser.model.dgss import DGSSModel
 from mfuser.reporting.tables import Table, csv_text, document
@@ -27,14 +28,20 @@ SCORED = {
 """The classes that count, by `RecipeSpec.scored`, as a report's protocol says it."""
 
 
+REPORT = "report.json"
+
+Score = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""In [0, 1]; NaN where there is none, which is null in a file."""
+
+
 class ImageScore(Options):
     """Of one image, in [0, 1]: mIoU over the classes that it shows or is given."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 
     name: str
-    miou: float
-    accuracy: float
+    miou: Score
+    accuracy: Score
 
 
 class CalibrationResult(Options):
@@ -44,7 +51,7 @@ class CalibrationResult(Options):
     model_config = ConfigDict(allow_inf_nan=True)
 
     bins: list[list[float]]
-    ece: float
+    ece: Score
 
 
 class DomainResult(Options):
@@ -54,9 +61,9 @@ class DomainResult(Options):
 
     model_config = ConfigDict(allow_inf_nan=True)
 
-    miou: float
-    accuracy: float
-    iou: dict[str, float]
+    miou: Score
+    accuracy: Score
+    iou: dict[str, Score]
     images: int
     scored: list[str]
     unlabeled: list[str] = []
@@ -94,7 +101,7 @@ class Report(Options):
     notes: list[str]
     classes: list[str]
     domains: dict[str, DomainResult]
-    untrained: dict[str, float]
+    untrained: dict[str, Score]
     average: float | None
     """mIoU averaged over the unseen domains."""
     gap: float | None
@@ -134,7 +141,7 @@ class Report(Options):
             "classes": SCORED[recipe.scored],
             "images per domain": counts.pop() if len(counts) == 1 else "see domains",
             "limited to the first images": limit,
-            "checkpoint": _checkpoint(recipe, step, weights or {}),
+            "checkpoint": checkpoint_of(recipe, step, weights or {}),
             "mfuser": __version__,
         }
         if recipe.validate_every is not None:
@@ -155,6 +162,16 @@ class Report(Options):
         )
         report._pictures = dict(pictures or {})
         return report
+
+    @staticmethod
+    def read(path: Path) -> Report:
+        """A report as `save` wrote it; its pictures are not in it. Raises CheckpointError."""
+        try:
+            return Report.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({brief(error)}); make it again with mfuser evaluate"
+            ) from error
 
     def rows(self) -> list[tuple[str, list[float | None]]]:
         """Class and summary rows, a value per domain in per cent, then the unseen average."""
@@ -221,7 +238,7 @@ class Report(Options):
     def save(self, folder: Path, pictures: Sequence[str] = ()) -> None:
         """report.json, report.md and report.csv."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "report.json", self.as_json())
+        write_json(folder / REPORT, self.as_json())
         write_text(folder / "report.md", self.markdown(pictures))
         write_text(folder / "report.csv", self.csv())
 
@@ -256,7 +273,7 @@ class Report(Options):
         return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def _checkpoint(recipe: RecipeSpec, step: int, weights: Mapping[str, Any]) -> str:
+def checkpoint_of(recipe: RecipeSpec, step: int, weights: Mapping[str, Any]) -> str:
     """Which weights were scored. weights: what `Checkpoint.meta` says of them."""
     which = "the last one" if step == recipe.steps else f"step {step}, unfinished"
     if weights.get("kind") == "averaged" and recipe.ema is not None:

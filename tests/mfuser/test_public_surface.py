@@ -22,7 +22,8 @@ NAMES = """BackboneSpec DGSSModel DataError Dataset DatasetSpec Decoder DecoderO
 EnhancerSpec FusionAdapter FusionSpec IGNORE Inference InferenceSpec MFuserError
 ManyFusionAdapter Network Options PairingSpec Registry Sample Stream TextEnhancer TokenShape
 TuningSpec VisionBackbone VisionLanguageBackbone VisionLanguageSpec VisionSpec WeightsError
-__version__ build_model component_of components evaluate hookimpl load_registry train"""
+__version__ build_model component_of components evaluate from_pretrained hookimpl load_registry
+save_pretrained train"""
 KERNELS = "Backend ScanError backends selective_scan"
 TESTING = "Report Verdict check_component check_plugin conforms"
 
@@ -45,6 +46,8 @@ COMMANDS = {
     "plugin new": "NAME --json --kind --out",
     "predict": "RUN IMAGES --classes --device --inference --out --recursive --scale --scores --set "
     f"--skip-bad --stride --weights {SHARED}",
+    "pull": "REPO FOLDER --json --revision",
+    "push": f"RUN REPO --dry-run --full --license --public --set --weights {SHARED}",
     "train": "PAIRING --no-evaluate --out --recipe --replay --resume --seed --set --set-recipe "
     f"--source --steps --targets {WORK}",
     "world pca": "OUT --vfm --vlm",
