@@ -23,6 +23,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """torch's generators take 63 bits."""
 
 
+DEFAULT = "default"
+"""The entry of a table of weight decays that holds for all it does not name."""
+
+
 class RareClassSpec(Options):
     """Rare-class sampling (DAFormer, Hoyer et al. 2022, section 3.3).
 
@@ -66,9 +70,20 @@ class RecipeSpec(Options):
     """How a pairing is trained and tested.
 
     steps: optimizer steps. batch_size: crops per step and process. accumulate: batches per step.
-    lr, weight_decay: AdamW's.
-    backbone_lr: multiplies the rate of encoders that are not frozen.
-    no_decay: parameters whose name contains one of these are not decayed.
+    lr: AdamW's learning rate.
+    backbone_lr: multiplies the rate of what trains inside the encoders.
+    lr_scale: multiplies the rate of what it names, in place of backbone_lr: components (vfm, vlm,
+        tuning, fusion, merge, pyramid, enhancer, decoder, prompt) and patterns of parameter or
+        module names, e.g. { decoder = 10, "encoder.vfm.*.attn" = 0.1 }. The most specific entry
+        counts: patterns before components, the longer pattern before the shorter.
+    layer_decay: multiplies the rate inside the encoders by layer_decay ** (blocks - layer), the
+        embeddings being layer 0 and block i layer i + 1 (BEiT, timm).
+    weight_decay: AdamW's, a number or a table as lr_scale takes it, of decays instead of factors,
+        with "default" for the rest: { default = 0.05, decoder = 0.01 }.
+    no_decay: parameters whose name contains one of these are never decayed.
+    decay_schedule: how the weight decay falls to min_weight_decay over all steps: "constant", not
+        at all; "linear"; "cosine", half a cosine (annealed, as in SoMA).
+    min_weight_decay: the decay that a falling schedule ends at.
     warmup: steps over which the rate rises linearly to what the schedule says.
     warmup_ratio: the share of the rate at the very first step, as mmcv counts; None: 1 / warmup,
         so that no step is lost on a rate of almost 0.
@@ -104,8 +119,12 @@ class RecipeSpec(Options):
     accumulate: PositiveInt = 1
     lr: PositiveFloat = 1e-4
     backbone_lr: NonNegativeFloat = 1.0
-    weight_decay: NonNegativeFloat = 1e-5
+    lr_scale: dict[str, NonNegativeFloat] = {}
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    weight_decay: NonNegativeFloat | dict[str, NonNegativeFloat] = 1e-5
     no_decay: Names = ("norm", "level_embed", "query_embed")
+    decay_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    min_weight_decay: NonNegativeFloat = 0.0
     warmup: NonNegativeInt = 1500
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
     schedule: Literal["poly", "linear", "cosine", "constant"] = "poly"
@@ -166,12 +185,39 @@ class RecipeSpec(Options):
                 f"inference = '{self.inference.name}' is given; leave it out, or write inference = "
                 '{ name = "sliding", stride = … }'
             )
+        if isinstance(self.weight_decay, dict) and DEFAULT not in self.weight_decay:
+            raise ValueError(
+                f'weight_decay as a table needs "{DEFAULT}", the decay of all that it does not name'
+            )
+        if self.min_weight_decay > self.base_decay:
+            raise ValueError(
+                f"min_weight_decay {self.min_weight_decay} is above weight_decay {self.base_decay}"
+            )
         return self
 
     @property
     def trackers(self) -> tuple[str, ...]:
         """Each once."""
         return tuple(dict.fromkeys([*self.tracker, *(["tensorboard"] if self.tensorboard else [])]))
+
+    @property
+    def base_decay(self) -> float:
+        """The weight decay of what no table names."""
+        given = self.weight_decay
+        return given[DEFAULT] if isinstance(given, dict) else given
+
+    @property
+    def decays(self) -> dict[str, float]:
+        """The weight decays by component and pattern, without the default."""
+        given = self.weight_decay if isinstance(self.weight_decay, dict) else {}
+        return {entry: decay for entry, decay in given.items() if entry != DEFAULT}
+
+    def decay_at(self, decay: float, step: int) -> float:
+        """A weight decay of this recipe as it is at a step (from 0)."""
+        if self.decay_schedule == "constant":
+            return decay
+        floor = min(self.min_weight_decay, decay)  # what is not decayed stays so
+        return floor + (decay - floor) * self._left(self.decay_schedule, step)
 
     def rate(self, step: int) -> float:
         """The factor on `lr` at a step (from 0): linear warm-up, then decay to min_lr.
@@ -180,19 +226,20 @@ class RecipeSpec(Options):
         (mmcv's order).
         """
         floor = self.min_lr / self.lr
-        left = 1 - step / self.steps
         if self.schedule == "constant":
             factor = 1.0
         else:
-            decay = {
-                "poly": left**self.power,
-                "linear": left,
-                "cosine": (1 - math.cos(math.pi * left)) / 2,
-            }[self.schedule]
-            factor = floor + (1 - floor) * decay
+            factor = floor + (1 - floor) * self._left(self.schedule, step)
         if step < self.warmup:
             if self.warmup_ratio is None:
                 factor *= (step + 1) / self.warmup
             else:
                 factor *= self.warmup_ratio + (1 - self.warmup_ratio) * step / self.warmup
         return factor
+
+    def _left(self, schedule: str, step: int) -> float:
+        """What a falling schedule has left at a step, from 1 to 0."""
+        left = 1 - step / self.steps
+        if schedule == "poly":
+            return float(left**self.power)
+        return (1 - math.cos(math.pi * left)) / 2 if schedule == "cosine" else left

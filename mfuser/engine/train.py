@@ -32,7 +32,7 @@ from mfuser.engine.diagnose import Diverged as Diverged
 from mfuser.engine.folder import RUN, check_folder, check_unlocked, clear_folder, open_folder
 from mfuser.engine.live import Live
 from mfuser.engine.log import EVERY, Log, Watcher
-from mfuser.engine.optimizer import parameter_groups
+from mfuser.engine.optimizer import parameter_groups, set_rates
 from mfuser.engine.processes import Processes, processes
 from mfuser.engine.saving import Saver
 from mfuser.engine.signals import interruptible
@@ -158,6 +158,11 @@ def _parts(registry: Registry, run: RunSpec, folder: Path, resume: bool, main: b
         model = build_model(run.pairing, seed=run.seed)
     except MFuserError as error:
         raise placed(error, f"[pairing.{run.pairing_name}]") from error
+    try:
+        parameter_groups(model, run.recipe)
+    except MFuserError as error:
+        place = f"recipe '{run.recipe_name}' on pairing '{run.pairing_name}'"
+        raise placed(error, place) from error
     class_map = ClassMap(source, run.pairing.classes)
     check_crop(source, run.pairing.image_size)
     trackers.check(run.recipe.trackers)
@@ -236,7 +241,7 @@ class Trainer:
                 task.advance(note=f"loss {loss:.3f}")
                 if step % EVERY == 0 or step + 1 == recipe.steps:
                     seconds = round(time.perf_counter() - begun, 4)
-                    rate = self.optimizer.param_groups[0]["lr"]
+                    rate = recipe.lr * recipe.rate(step)
                     log.write(step + 1, {"loss": loss, "lr": rate, "seconds": seconds, **losses})
                 done = step + 1
                 if self.averages is not None:
@@ -304,9 +309,7 @@ class Trainer:
         """One optimizer step; returns the losses as numbers."""
         recipe, accelerator = self.recipe, self.accelerator
         diagnose.seed_step(self.run.seed, step, accelerator.process_index)
-        factor = recipe.rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * factor * group["factor"]
+        set_rates(self.optimizer, recipe, step)
         logged: dict[str, float] = {}
         for micro, batch in enumerate(batches):
             if batch.skipped:
