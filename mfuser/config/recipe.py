@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -56,6 +57,75 @@ class AverageSpec(Options):
         return min(self.decay, averaged / (averaged + 10))
 
 
+class SourceSpec(Options):
+    """One of several sources.
+
+    name: a dataset, as --source takes it. weight: its share of the crops, all of them together 1;
+        None, for all or for none of them: every source has the same share, whatever its size.
+    """
+
+    name: str
+    weight: float | None = Field(default=None, ge=0.001, le=1)
+
+
+def parse_sources(text: str) -> tuple[SourceSpec, ...]:
+    """ "gta", "gta,synthia" or "gta=0.7,synthia=0.3". Raises ValueError for what is none of these
+    and for weights that do not go together."""
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, given, weight = part.partition("=")
+        try:
+            number = float(weight) if given else None
+        except ValueError:
+            raise ValueError(
+                f"the weight of '{name.strip()}' is a number such as 0.5, not '{weight.strip()}'"
+            ) from None
+        if number is not None and not 0.001 <= number <= 1:
+            raise ValueError(
+                f"the weight of '{name.strip()}' is its share of the crops, from 0.001 to 1, not "
+                f"{weight.strip()}"
+            )
+        found.append(SourceSpec(name=name.strip(), weight=number))
+    check_sources(found)
+    return tuple(found)
+
+
+def check_sources(sources: Sequence[SourceSpec]) -> None:
+    """Raises ValueError where a name is given twice, or the weights are not shares of the whole."""
+    names = [source.name for source in sources]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"source '{twice[0]}' is given twice; give it once, with a larger weight if need be"
+        )
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return
+    if len(weights) < len(sources):
+        without = next(source.name for source in sources if source.weight is None)
+        raise ValueError(
+            f"{len(weights)} of {len(sources)} sources have a weight, and '{without}' has none; "
+            "give all of them one, or none for equal shares"
+        )
+    if abs(sum(weights) - 1) > ROUNDING:
+        scaled = ", ".join(f"{w / sum(weights):.3g}" for w in weights)
+        raise ValueError(
+            f"the weights of the sources sum to {sum(weights):.4g}, not 1; in the same ratio they "
+            f"are {scaled}"
+        )
+
+
+ROUNDING = 0.0015
+"""How far weights may sum to more or less than 1: three thirds written as 0.333 do."""
+
+
+def _sources(value: object) -> object:
+    if isinstance(value, str):
+        return parse_sources(value)
+    if isinstance(value, list | tuple):
+        return tuple({"name": one} if isinstance(one, str) else one for one in value)
+    return value
+
+
 def _names(value: object) -> object:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -92,7 +162,12 @@ class RecipeSpec(Options):
     power: of "poly". min_lr: the rate that a falling schedule ends at.
     precision: of the forward pass, "no" is float32.
     checkpointing: recompute activations in the backward pass: less memory, a third more time.
-    save_every: steps between checkpoints. source, targets: used where the command names none.
+    save_every: steps between checkpoints.
+    source: used where the command names none; several share the crops equally ("gta,synthia") or
+        by weight ("gta=0.7,synthia=0.3").
+    targets: used where the command names none.
+    sources: the same as source, as a list: [{ name = "gta", weight = 0.7 }, …], or as tables
+        [[recipe.NAME.sources]].
     inference: how images of any size are segmented; None: by a sliding window, with `stride`.
     stride: of the sliding window; None: two thirds of the window. test_images: score only the
         first so many images of each target.
@@ -106,7 +181,7 @@ class RecipeSpec(Options):
     note: what the report should say besides its figures.
     ema: also average the trained weights over the steps; the averages are what is evaluated.
     validate_every: steps between measurements of what a report would evaluate, on held-out images
-        of the source: its own val split, else at most a tenth of its images, which are then not
+        of every source: its own val split, else at most a tenth of its images, which are then not
         trained on. The best weights are kept (`--weights best`).
     validate_images: at most so many images. validate_on: another dataset, a target perhaps; reports
         of the best weights then say so.
@@ -139,6 +214,7 @@ class RecipeSpec(Options):
     workers: NonNegativeInt = 2
     save_every: PositiveInt = 1000
     source: str | None = None
+    sources: Annotated[tuple[SourceSpec, ...], BeforeValidator(_sources)] = ()
     targets: Names = ()
     inference: Annotated[SerializeAsAny[InferenceSpec] | None, component_of("inference")] = None
     stride: ImageSize | None = None
@@ -185,6 +261,9 @@ class RecipeSpec(Options):
                 f"inference = '{self.inference.name}' is given; leave it out, or write inference = "
                 '{ name = "sliding", stride = … }'
             )
+        if self.source is not None and self.sources:
+            raise ValueError("'source' and 'sources' are both given; leave one of them out")
+        self.mixture()
         if isinstance(self.weight_decay, dict) and DEFAULT not in self.weight_decay:
             raise ValueError(
                 f'weight_decay as a table needs "{DEFAULT}", the decay of all that it does not name'
@@ -194,6 +273,13 @@ class RecipeSpec(Options):
                 f"min_weight_decay {self.min_weight_decay} is above weight_decay {self.base_decay}"
             )
         return self
+
+    def mixture(self) -> tuple[SourceSpec, ...]:
+        """The sources that the recipe names. Raises ValueError for what is no list of sources."""
+        if self.source is not None:
+            return parse_sources(self.source)
+        check_sources(self.sources)
+        return self.sources
 
     @property
     def trackers(self) -> tuple[str, ...]:

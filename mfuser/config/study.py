@@ -50,7 +50,8 @@ class StudySpec(Options):
     """A grid of pairings, each trained with every seed and tested on the targets.
 
     base: the pairing that is varied. settings: laid over it in every variant.
-    recipe, recipe_settings: how each is trained. source, targets: None: the recipe's.
+    recipe, recipe_settings: how each is trained. source, targets: None: the recipe's; source as
+        --source takes it.
     seeds: each variant is trained once with each.
     axes: what is varied -> its values; every combination is a variant. An axis is
         a key of the pairing ("fusion", "fusion.every", "image_size", …),

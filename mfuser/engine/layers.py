@@ -52,9 +52,10 @@ def _stacks(backbone: VisionBackbone) -> dict[str, list[str]]:
     and of the text tower where there is one."""
     names = {module: name for name, module in backbone.named_modules()}
     try:
-        vision = [names[block] for block in backbone.block_modules()]
-    except (MFuserError, KeyError) as error:
+        blocks = backbone.block_modules()
+    except MFuserError as error:
         raise MFuserError(f"layer_decay finds no layers: {error}") from error
+    vision = [names[block] for block in blocks]
     stacks = {_common(vision): vision}
     if isinstance(backbone, VisionLanguageBackbone):
         own = next(iter(stacks))
