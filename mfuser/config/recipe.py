@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from mfuser.config.tables import flat
 from mfuser.data.transforms import AugmentationSpec
 from mfuser.specs import ImageSize, InferenceSpec, Options, component_of
 
@@ -123,7 +124,22 @@ def _sources(value: object) -> object:
         return parse_sources(value)
     if isinstance(value, list | tuple):
         return tuple({"name": one} if isinstance(one, str) else one for one in value)
-    return value
+    raise ValueError(f'takes a list such as ["gta", {{ name = "synthia", … }}], not {value!r}')
+
+
+def _table(value: object) -> object:
+    """ "encoder.vfm.norm" may be written as nested tables."""
+    if isinstance(value, dict):
+        return flat(value)
+    raise ValueError(f"takes a table such as {{ decoder = 10 }}, not {value!r}")
+
+
+def _number_or_table(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if isinstance(value, dict):
+        return flat(value)
+    raise ValueError(f"takes a number or a table such as {{ default = 0.05 }}, not {value!r}")
 
 
 def _names(value: object) -> object:
@@ -194,9 +210,11 @@ class RecipeSpec(Options):
     accumulate: PositiveInt = 1
     lr: PositiveFloat = 1e-4
     backbone_lr: NonNegativeFloat = 1.0
-    lr_scale: dict[str, NonNegativeFloat] = {}
+    lr_scale: Annotated[dict[str, NonNegativeFloat], BeforeValidator(_table)] = {}
     layer_decay: float | None = Field(default=None, gt=0, le=1)
-    weight_decay: NonNegativeFloat | dict[str, NonNegativeFloat] = 1e-5
+    weight_decay: Annotated[
+        NonNegativeFloat | dict[str, NonNegativeFloat], BeforeValidator(_number_or_table)
+    ] = 1e-5
     no_decay: Names = ("norm", "level_embed", "query_embed")
     decay_schedule: Literal["constant", "linear", "cosine"] = "constant"
     min_weight_decay: NonNegativeFloat = 0.0

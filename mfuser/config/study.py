@@ -15,24 +15,12 @@ from pydantic import (
 
 from mfuser.config.pairing import PairingSpec
 from mfuser.config.recipe import Names, RecipeSpec
+from mfuser.config.tables import flat
 from mfuser.errors import suggest
 from mfuser.specs import ImageSize, Options
 
 ALTERNATIVE = ("label", "set", "pairing", "recipe")
 """Keys of a labeled axis value that changes more than one key."""
-
-
-def _flat(axes: Any) -> Any:
-    """{"fusion": {"every": […]}} is {"fusion.every": […]}; the last of two that agree counts."""
-    if not isinstance(axes, dict):
-        return axes
-    flat: dict[str, Any] = {}
-    for key, value in axes.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items()}
-        else:
-            flat[key] = value
-    return flat
 
 
 class PaperReference(Options):
@@ -71,7 +59,7 @@ class StudySpec(Options):
     source: str | None = None
     targets: Names = ()
     seeds: tuple[NonNegativeInt, ...] = (0,)
-    axes: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_flat)]
+    axes: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(flat)]
     reference: str | None = None
     paper: PaperReference | None = None
 

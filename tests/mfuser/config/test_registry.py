@@ -368,6 +368,7 @@ def test_the_recipes_of_the_paper_are_the_released_ones() -> None:
     assert [soma.decay_at(0.05, step) for step in (0, 20000, 40000)] == pytest.approx(
         [0.05, 0.025005, 1e-5]
     )
+    assert soma.source == "gta" and soma.ema is not None and soma.ema.at(12000) == 0
     images = {"gta": 24966, "synthia": 9400, "urbansyn": 7539}
     assert {s.name: s.weight for s in reg.recipe("three-sources").mixture()} == pytest.approx(
         {name: count / sum(images.values()) for name, count in images.items()}, abs=5e-4
