@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,8 @@ from mfuser.cli.options import (
 if TYPE_CHECKING:
     from mfuser.config.registry import Registry
     from mfuser.config.study import AdapterStudySpec, StudySpec
-    from mfuser.study.runs import Inputs, Job
+    from mfuser.engine.console import Console
+    from mfuser.study.runs import Inputs, Job, Trouble
 
 
 OPTIONS = {
@@ -63,6 +65,20 @@ OPTIONS = {
 @set_recipe_option
 @click.option("--index", type=int, default=0, help="Take this share of the runs, counted from 0.")
 @click.option("--of", type=click.IntRange(min=1), default=1, help="The number of shares.")
+@click.option(
+    "--launcher",
+    type=click.Choice(["local", "submitit", "ray"]),
+    default="local",
+    show_default=True,
+    help="Who runs the runs: this process one by one, SLURM, or a Ray cluster.",
+)
+@click.option(
+    "--launcher-set",
+    "launcher_settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the launcher, e.g. timeout_min=600 or gpus=1.",
+)
 @click.option("--dry-run", is_flag=True, help="List the runs and their state; run nothing.")
 @registry_options
 @data_options
@@ -73,6 +89,8 @@ def ablate(
     out: Path | None,
     index: int,
     of: int,
+    launcher: str,
+    launcher_settings: tuple[str, ...],
     dry_run: bool,
     registries: tuple[str, ...],
     plugins: tuple[str, ...],
@@ -86,7 +104,8 @@ def ablate(
 
     Nothing runs before the whole grid is validated. Finished runs are skipped, so the same command
     continues after Ctrl-C. A run that fails does not stop the others. Several processes or
-    machines can share the work (--index, --of), each on one GPU (CUDA_VISIBLE_DEVICES).
+    machines can share the work (--index, --of), each on one GPU (CUDA_VISIBLE_DEVICES); or
+    --launcher hands every run to SLURM or Ray and watches them (docs/studies.md).
     """
     registry = open_registry(registries, plugins, data_roots)
     spec = registry.study(study, _overrides(changes), by=OPTIONS)
@@ -105,7 +124,46 @@ def ablate(
     else:
         assert isinstance(spec, StudySpec)
         plan = _TrainingPlan(registry, study, spec, folder, inputs)
-    work(plan, study, folder, index, of, dry_run, as_json)
+    engine = Engine(launcher, launcher_settings)
+    work(plan, study, folder, index, of, dry_run, as_json, engine=engine)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Who runs a study's runs, and its options as they were given."""
+
+    name: str = "local"
+    settings: tuple[str, ...] = ()
+
+    def run(self, jobs: list[Job], folder: Path, console: Console) -> list[Trouble]:
+        """Those that did not finish. Raises StudyInterrupted after Ctrl-C."""
+        from mfuser.study.runs import work_through
+
+        if self.name == "local":
+            return work_through(jobs, console)
+        from mfuser.study.launchers import open_launcher
+        from mfuser.study.spread import spread
+
+        launcher = open_launcher(self.name, self._options(), folder)
+        try:
+            return spread(jobs, launcher, console)
+        finally:
+            launcher.close()
+
+    def check(self, of: int) -> None:
+        """Raises UsageError for options that do not go together."""
+        if self.name == "local" and self.settings:
+            raise click.UsageError("--launcher-set goes with --launcher submitit or ray")
+        if self.name != "local" and of > 1:
+            raise click.UsageError(
+                f"--launcher {self.name} shares out the work itself: leave out --index and --of"
+            )
+        self._options()
+
+    def _options(self) -> dict[str, Any]:
+        from mfuser.config.tables import parse_settings
+
+        return parse_settings(self.settings)
 
 
 class _Plan:
@@ -178,8 +236,10 @@ def work(
     dry_run: bool,
     as_json: bool,
     quiet: bool = False,
+    engine: Engine = Engine(),
 ) -> Any:
     """Run what is left of a study; its results are shown and returned (None after a dry run)."""
+    engine.check(of)
     from mfuser.engine.console import Console
     from mfuser.reporting.tables import show
     from mfuser.study import runs
@@ -194,7 +254,7 @@ def work(
     runs.open_study(folder, study, plan.identities)
     console = Console()
     try:
-        troubles = runs.work_through(share, console)
+        troubles = engine.run(share, folder, console)
     except runs.StudyInterrupted as stop:
         console.say(
             f"{stop}. What is finished stays; the same command goes on from here:\n"

@@ -20,7 +20,8 @@ PACKAGES = (
 )
 EXTRAS = {
     **{"numba": "cpu", "transformers": "hf", "mamba_ssm": "mamba"},
-    **{name: name for name in ("tensorboard", "wandb", "mlflow")},
+    **{name: name for name in ("tensorboard", "wandb", "mlflow", "ray")},
+    "submitit": "slurm",
 }
 
 

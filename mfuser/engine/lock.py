@@ -51,6 +51,14 @@ def locked(path: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
+def holder(path: Path) -> str | None:
+    """ "HOST, process 123" that holds the lock file `path`; None where nobody says so."""
+    pid, host, _ = _read(path.with_name(f"{path.name}.owner"))
+    if pid is None or (host == socket.gethostname() and not lives(pid)):
+        return None
+    return f"{host}, process {pid}"
+
+
 def _acquire(lock: FileLock, owner: Path, what: str) -> None:
     begun = time.monotonic()
     while True:

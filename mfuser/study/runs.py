@@ -58,6 +58,17 @@ class Job:
     def lock(self) -> Path:
         return self.folder.with_name(f".{self.folder.name}.lock")
 
+    def order(self) -> dict[str, Any]:
+        """What a worker is told: the request, and the files it answers in, wherever it runs."""
+        return {
+            **self.request,
+            "label": self.label,
+            "folder": str(self.folder.absolute()),
+            "outcome": str(self.outcome.absolute()),
+            "lock": str(self.lock.absolute()),
+            "cwd": str(Path.cwd()),
+        }
+
     def _finished(self) -> bool:
         """Whether all its files are there, and its record is whole."""
         try:
@@ -160,7 +171,7 @@ def check_runs(registry: Registry, variants: Sequence[Variant], out: Path) -> No
             if not (folder / RUN).is_file():
                 continue
             begun = read_run(registry, folder)
-            for key in ("pairing", "recipe", "sources", "targets", "seed"):
+            for key in ("pairing", "recipe", "source", "targets", "seed"):
                 if getattr(begun, key) != getattr(run, key):
                     raise CheckpointError(
                         f"{folder} holds a different run from the study's (its {key} differs); "
@@ -175,22 +186,20 @@ def share(jobs: Sequence[Job], index: int, of: int) -> list[Job]:
     return list(jobs[index::of])
 
 
-def work_through(jobs: Sequence[Job], console: Console) -> list[tuple[Job, str, str]]:
+Trouble = tuple[Job, str, str]
+"""A run that did not finish, its state, and why."""
+
+
+def work_through(jobs: Sequence[Job], console: Console) -> list[Trouble]:
     """Run the unfinished ones in turn; returns those that failed, with the reason.
 
     A diverged run would diverge again and is skipped; failed and interrupted ones are run again.
     Raises StudyInterrupted after Ctrl-C, once the current run has saved.
     """
-    troubles: list[tuple[Job, str, str]] = []
+    troubles: list[Trouble] = []
     for number, job in enumerate(jobs, 1):
-        status, message = job.state()
         head = f"[{number}/{len(jobs)}] {job.label}"
-        if status == "finished":
-            console.say(f"{head}: already finished")
-            continue
-        if status == "diverged":
-            console.say(f"{head}: diverged earlier (remove {job.outcome} to try again)")
-            troubles.append((job, status, message))
+        if settled(job, head, console, troubles):
             continue
         try:
             job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -216,22 +225,35 @@ def work_through(jobs: Sequence[Job], console: Console) -> list[tuple[Job, str, 
     return troubles
 
 
+def settled(job: Job, head: str, console: Console, troubles: list[Trouble]) -> bool:
+    """Whether there is nothing left to run of a job, which is then said."""
+    status, message = job.state()
+    if status == "finished":
+        console.say(f"{head}: already finished")
+    elif status == "diverged":
+        console.say(f"{head}: diverged earlier (remove {job.outcome} to try again)")
+        troubles.append((job, status, message))
+    return status in ("finished", "diverged")
+
+
 def _run(job: Job) -> tuple[int, bool]:
-    """The job in its own process -> its exit code, and whether Ctrl-C or SIGTERM was passed on.
+    """The job in its own process -> its exit code, and whether Ctrl-C or SIGTERM was passed on."""
+    return in_process(job.order(), sys.stderr.fileno() if _has_descriptor(sys.stderr) else None)
+
+
+def in_process(
+    order: dict[str, Any], stdout: int | None = None, started: Callable[[Any], None] | None = None
+) -> tuple[int, bool]:
+    """A job's order carried out by a process of its own -> its exit code, and whether Ctrl-C or
+    SIGTERM was passed on to it.
 
     That process holds the job's lock, which lasts as long as it, even if this one is killed.
+    started: is given the process.
     """
-    request = {
-        **job.request,
-        "label": job.label,
-        "folder": str(job.folder),
-        "outcome": str(job.outcome),
-        "lock": str(job.lock),
-    }
     process = subprocess.Popen(
         [sys.executable, "-m", "mfuser.study.worker"],
         stdin=subprocess.PIPE,
-        stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else None,
+        stdout=stdout,
         text=True,
         # Its own group: a terminal's Ctrl-C reaches it once, through us.
         start_new_session=True,
@@ -243,8 +265,10 @@ def _run(job: Job) -> tuple[int, bool]:
             process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
 
     asked: list[int] = []
+    if started is not None:
+        started(process)
     with handling(pass_on):
-        process.communicate(json.dumps(request))
+        process.communicate(json.dumps(order))
     return process.returncode, bool(asked)
 
 

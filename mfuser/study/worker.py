@@ -7,6 +7,7 @@ system kills affects no other.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -34,7 +35,12 @@ def train(job: dict[str, Any], registry: Registry) -> None:
 
 
 def main() -> int:
-    job = json.load(sys.stdin)
+    return carry_out(json.load(sys.stdin))
+
+
+def carry_out(job: dict[str, Any]) -> int:
+    """A job's order (`runs.Job.order`) in this process; returns the exit code."""
+    os.chdir(job["cwd"])
     try:
         with locked(Path(job["lock"]), job["label"]):
             return work(job, Path(job["outcome"]))
