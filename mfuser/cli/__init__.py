@@ -183,6 +183,7 @@ def _fail(message: str, arguments: list[str], code: int = 2) -> None:
 
 from mfuser.cli import (  # noqa: E402, F401  (they add their commands)
     ablate,
+    bench,
     convert,
     data,
     export,

@@ -65,7 +65,7 @@ def build_model(
 def sketch(spec: PairingSpec) -> DGSSModel:
     """The model's layout on the meta device: shapes and counts, no weights, no tokenizer."""
     with torch.device("meta"):
-        return _assemble(_without_weights(spec), tokens="none").eval()
+        return _assemble(without_weights(spec), tokens="none").eval()
 
 
 def unfilled(spec: PairingSpec) -> DGSSModel:
@@ -76,7 +76,7 @@ def unfilled(spec: PairingSpec) -> DGSSModel:
     constructors compute with their parameters (ViTamin, Swin) cannot be built so: theirs are
     random values in memory.
     """
-    spec = _without_weights(spec)
+    spec = without_weights(spec)
     from accelerate import init_empty_weights
 
     try:
@@ -86,17 +86,17 @@ def unfilled(spec: PairingSpec) -> DGSSModel:
         return _assemble(spec, tokens="if there").eval()
 
 
-def _without_weights(spec: Any) -> Any:
+def without_weights(spec: Any) -> Any:
     """The same spec with every backbone's weights "random", nested ones too."""
     if isinstance(spec, BaseModel):
-        update = {n: _without_weights(getattr(spec, n)) for n in type(spec).model_fields}
+        update = {n: without_weights(getattr(spec, n)) for n in type(spec).model_fields}
         if "weights" in update:
             update["weights"] = "random"
         return spec.model_copy(update=update)
     if isinstance(spec, list | tuple):
-        return type(spec)(map(_without_weights, spec))
+        return type(spec)(map(without_weights, spec))
     if isinstance(spec, dict):
-        return {key: _without_weights(value) for key, value in spec.items()}
+        return {key: without_weights(value) for key, value in spec.items()}
     return spec
 
 
@@ -210,17 +210,10 @@ def _tune(spec: PairingSpec, backbones: Mapping[str, VisionBackbone]) -> None:
     tuning = spec.tuning
     for role in spec.tuned():
         assert tuning is not None
-        backbone = backbones[role]
-        before = {id(p) for p in backbone.parameters() if p.requires_grad}
         try:
-            built(tuning, type(None), partial(tuning.build, backbone))
+            built(tuning, type(None), partial(tuning.build, backbones[role]))
         except MFuserError as error:
             raise placed(error, f"tuning '{tuning.name}' of the {role}") from error
-        backbone.tuned = frozenset(
-            name
-            for name, parameter in backbone.named_parameters()
-            if parameter.requires_grad and id(parameter) not in before
-        )
 
 
 def _adapters(

@@ -1,0 +1,470 @@
+"""What a pairing costs on this machine, part by part, and what a whole recipe would take."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfuser.config.pairing import PairingSpec
+from mfuser.config.recipe import RecipeSpec
+from mfuser.config.registry import Registry
+from mfuser.config.run import RunSpec
+from mfuser.data.images import UnreadableImage
+from mfuser.data.transforms import Augmentation
+from mfuser.engine.optimizer import parameter_groups
+from mfuser.engine.stopwatch import OTHER, Stopwatch, modules_of, watch_model
+from mfuser.errors import DataError, MFuserError
+from mfuser.files import replacing, write_json
+from mfuser.model.assembly import build_model, without_weights
+from mfuser.model.dgss import DGSSModel, evaluating
+from mfuser.model.sliding_window import sliding_window
+from mfuser.reporting.adapter_cost import machine
+from mfuser.reporting.tables import Table
+from mfuser.specs import Options
+
+SCAN = "MFUSER_SCAN_BACKEND"
+"""Environment variable that fixes the implementation of the selective scan."""
+_PEAK_SIZE = {"cpu": 1024, "cuda": 8192}
+"""Rows of the square matrices whose product measures the peak."""
+
+
+class PartCost(Options):
+    """One part. forward, backward: seconds of a training step; inference: of an image.
+
+    parameters, trained: their number. flops: of the forward pass and backward pass of a step.
+    saved_bytes: kept from forward to backward. of_peak: FLOPs a second of the step over the peak.
+    """
+
+    part: str
+    parameters: int
+    trained: int
+    forward: float
+    backward: float
+    flops: int
+    saved_bytes: int
+    of_peak: float | None
+    inference: float | None = None
+
+
+class Inference(Options):
+    """Seconds an image of `size` (height, width), median; released: the same scores made one
+    window at a time, with the class texts computed for each and the reference scan."""
+
+    size: tuple[int, int]
+    seconds: float
+    released: float | None
+    released_scan: str | None
+
+
+class DryRun(Options):
+    """What a whole training by the recipe takes here. hours: without validation and tests.
+
+    weights, gradients, optimizer, activations: bytes; the most that one step holds is about their
+    sum. checkpoint: bytes on disk, of which a run keeps the last one and the trained weights.
+    """
+
+    recipe: str
+    steps: int
+    hours: float
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    checkpoint: int
+
+    @property
+    def memory(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+class Bench(Options):
+    """seconds: of a training step, median over `repeats`; the parts' are scaled to it."""
+
+    pairing: str
+    image_size: tuple[int, int]
+    batch: int
+    precision: str
+    checkpointing: bool
+    machine: dict[str, Any]
+    peak_flops: float
+    repeats: int
+    seconds: float
+    optimizer: float
+    data: float | None
+    parts: list[PartCost]
+    inference: Inference | None
+    dry_run: DryRun
+
+    def tables(self) -> list[Table]:
+        heads = ("part", "params M", "trained M", "forward ms", "backward ms", "of step", "GFLOPs",
+                 "of peak", "saved MB", "image ms")  # fmt: skip
+        rows = [self._row(p) for p in self.parts]
+        rows.append(["optimizer", "", "", f"{1e3 * self.optimizer:.1f}", "",
+                     f"{self.optimizer / self.seconds:.1%}", "", "", "", ""])  # fmt: skip
+        if self.data is not None:
+            rows.append(["data, one process", "", "", f"{1e3 * self.data:.1f}", "",
+                         f"({self.data / self.seconds:.1%})", "", "", "", ""])  # fmt: skip
+        return [Table(heads, rows, title=f"{self.pairing}: a step of {self.batch} crops", left=1)]
+
+    def _row(self, p: PartCost) -> list[str]:
+        share = (p.forward + p.backward) / self.seconds
+        return [
+            p.part,
+            _million(p.parameters),
+            _million(p.trained),
+            f"{1e3 * p.forward:.1f}",
+            f"{1e3 * p.backward:.1f}" if p.backward else "",
+            f"{share:.1%}",
+            f"{p.flops / 1e9:.1f}" if p.flops else "",
+            "" if p.of_peak is None else f"{p.of_peak:.0%}",
+            f"{p.saved_bytes / 1e6:.1f}" if p.saved_bytes else "",
+            "" if p.inference is None else f"{1e3 * p.inference:.1f}",
+        ]
+
+    def summary(self) -> list[str]:
+        height, width = self.image_size
+        lines = [
+            f"a step of {self.batch} crops of {height}x{width}: {self.seconds:.3f} s, median of "
+            f"{self.repeats}; precision {self.precision}"
+            + (", checkpointing" if self.checkpointing else ""),
+            f"peak of the device, measured by a matrix product: {self.peak_flops / 1e9:,.0f} "
+            "GFLOPs a second",
+        ]
+        if self.inference is not None:
+            i = self.inference
+            told = f"an image of {i.size[0]}x{i.size[1]}: {i.seconds:.2f} s"
+            if i.released is not None:
+                told += (
+                    f"; window by window with the class texts each time and the scan "
+                    f"'{i.released_scan}', as released: {i.released:.2f} s, "
+                    f"{i.released / i.seconds:.1f} times as long"
+                )
+            lines.append(told)
+        d = self.dry_run
+        lines.append(
+            f"recipe '{d.recipe}', {d.steps:,} steps here: about {d.hours:.1f} h; memory about "
+            f"{d.memory / 1e9:.2f} GB (weights {d.weights / 1e9:.2f}, gradients "
+            f"{d.gradients / 1e9:.2f}, optimizer {d.optimizer / 1e9:.2f}, activations "
+            f"{d.activations / 1e9:.2f}); checkpoint {d.checkpoint / 1e6:,.0f} MB"
+        )
+        where = ", ".join(f"{k} {v}" for k, v in self.machine.items())
+        return [*lines, f"measured on {where}; random weights"]
+
+
+def bench(
+    spec: PairingSpec,
+    recipe: RecipeSpec,
+    *,
+    pairing: str = "",
+    recipe_name: str = "",
+    device: str = "cpu",
+    repeats: int = 3,
+    frame: tuple[int, int] | None = None,
+    released: bool = True,
+    source: Callable[[], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Bench:
+    """Measure training steps and, with `frame` (height, width), the segmentation of an image.
+
+    Weights are random: nothing is downloaded, and time does not depend on them. released: also
+    segment as the released code does. source: reads the crops of one step, for the time of data.
+
+    Raises MFuserError for a pairing in which nothing trains, or a frame below the image size.
+    """
+    tell = say or (lambda _: None)
+    model = _filled(build_model(without_weights(spec), seed=0)).to(device)
+    model.encoder.checkpointing = recipe.checkpointing
+    watch = Stopwatch(torch.device(device))
+    size = spec.image_size
+    if frame is not None and (frame[0] < size[0] or frame[1] < size[1]):
+        raise MFuserError(
+            f"a frame of {frame[0]}x{frame[1]} is below the window of {size[0]}x{size[1]}"
+        )
+    images = torch.rand(recipe.batch_size, 3, *size, device=device)
+    labels = torch.randint(0, len(model.classes), (recipe.batch_size, *size), device=device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr)
+    tell(f"laid out {pairing}; measuring the peak of {device}")
+    peak = _peak(device, recipe.precision)
+    inference = None
+    if frame is not None:
+        tell(f"segmenting {frame[0]}x{frame[1]}")
+        inference = _inference(model, frame, device, recipe, repeats, released)
+    parts = watch_model(model, watch)
+    of_image = _timed_image(model, watch, frame, device, recipe) if frame is not None else {}
+    _step(model, watch, optimizer, images, labels, recipe)  # compiles, and fills caches
+    watch.seconds.clear()
+    steps = []
+    for k in range(repeats):
+        tell(f"step {k + 1} of {repeats}")
+        steps.append(_step(model, watch, optimizer, images, labels, recipe))
+    tell("counting FLOPs")
+    with watch.counting():
+        timed = dict(watch.seconds)
+        _pass(model, watch, images, labels, recipe)
+    optimizer.zero_grad(set_to_none=True)
+    seconds = statistics.median(steps)
+    scale = seconds / sum(steps)
+    costs = [_part(model, part, watch, timed, scale, peak, of_image) for part in (*parts, OTHER)]
+    data = _data_seconds(source) if source is not None else None
+    return Bench(
+        pairing=pairing,
+        image_size=size,
+        batch=recipe.batch_size,
+        precision=recipe.precision,
+        checkpointing=recipe.checkpointing,
+        machine=machine(device),
+        peak_flops=peak,
+        repeats=repeats,
+        seconds=seconds,
+        optimizer=scale * timed.get(("optimizer", OTHER), 0.0),
+        data=data,
+        parts=costs,
+        inference=inference,
+        dry_run=_dry_run(
+            model, optimizer, recipe, recipe_name, _paced(seconds, data, recipe), watch
+        ),
+    )
+
+
+def data_of(registry: Registry, run: RunSpec) -> Callable[[], None] | None:
+    """Reads and crops the images of one step, in this process; None where the source is not
+    here."""
+    try:
+        dataset = run.source.build(registry, "train")
+    except (DataError, UnreadableImage):
+        return None
+    augment = Augmentation(run.recipe.augmentation, run.pairing.image_size)
+
+    def read() -> None:
+        for k in range(run.recipe.batch_size):
+            sample = dataset[k % len(dataset)]
+            augment(sample.image, sample.label, np.random.default_rng(k))
+
+    return read
+
+
+def save(found: Bench, folder: Path) -> str | None:
+    """bench.json, and bench.png where matplotlib is; returns why there is no picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "bench.json", found.model_dump(mode="json"))
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return 'no chart: matplotlib is not installed (pip install "mfuser[plot]")'
+    parts = [p for p in found.parts if p.forward or p.backward][::-1]
+    names = [p.part for p in parts]
+    figure = Figure(figsize=(7.0, 1.2 + 0.36 * len(parts)), layout="tight")
+    axis = figure.subplots()
+    forward = [1e3 * p.forward for p in parts]
+    axis.barh(names, forward, label="forward")
+    axis.barh(names, [1e3 * p.backward for p in parts], left=forward, label="backward")
+    axis.set_xlabel(f"ms of a training step ({1e3 * found.seconds:.0f} ms)")
+    axis.set_title(f"{found.pairing} on {found.machine['device']}", fontsize=9)
+    axis.legend(fontsize=8)
+    axis.grid(axis="x", alpha=0.3)
+    with replacing(folder / "bench.png") as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    return None
+
+
+def _filled(model: DGSSModel) -> DGSSModel:
+    """With token ids, where no tokenizer could be loaded for them."""
+    if model.encoder.vlm is not None and model.ids is None:
+        model.ids = torch.ones(len(model.classes), model.spec.prompt.slots, dtype=torch.long)
+    return model
+
+
+def _autocast(device: str, precision: str) -> Any:
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in kinds:
+        return nullcontext()
+    return torch.autocast(device, kinds[precision])
+
+
+def _pass(
+    model: DGSSModel, watch: Stopwatch, images: Tensor, labels: Tensor, recipe: RecipeSpec
+) -> None:
+    model.train()
+    with watch.during("forward"), _autocast(watch.device.type, recipe.precision):
+        losses: Any = model(images, labels)
+        total = torch.stack(list(losses.values())).sum()
+    with watch.during("backward"):
+        total.backward()
+
+
+def _step(
+    model: DGSSModel,
+    watch: Stopwatch,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    recipe: RecipeSpec,
+) -> float:
+    """One training step; its seconds."""
+    before = sum(watch.seconds.values())
+    _pass(model, watch, images, labels, recipe)
+    with watch.during("optimizer"):
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return sum(watch.seconds.values()) - before
+
+
+def _part(
+    model: DGSSModel,
+    part: str,
+    watch: Stopwatch,
+    timed: dict[tuple[str, str], float],
+    scale: float,
+    peak: float,
+    of_image: dict[str, float],
+) -> PartCost:
+    forward, backward = (scale * timed.get((phase, part), 0.0) for phase in ("forward", "backward"))
+    flops = watch.flops["forward", part] + watch.flops["backward", part]
+    parameters = {p for module in modules_of(model, part) for p in module.parameters()}
+    if part == "mask decoder":
+        parameters -= {p for m in modules_of(model, "pixel decoder") for p in m.parameters()}
+    busy = forward + backward
+    return PartCost(
+        part=part,
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        forward=forward,
+        backward=backward,
+        flops=flops,
+        saved_bytes=watch.saved[part],
+        of_peak=flops / busy / peak if flops and busy else None,
+        inference=of_image.get(part),
+    )
+
+
+def _timed_image(
+    model: DGSSModel, watch: Stopwatch, frame: tuple[int, int], device: str, recipe: RecipeSpec
+) -> dict[str, float]:
+    """Seconds of one image by part."""
+    image = torch.rand(1, 3, *frame, device=device)
+    with watch.during("image"), _autocast(device, recipe.precision):
+        model.segment(image)
+    return {part: s for (phase, part), s in watch.seconds.items() if phase == "image"}
+
+
+def _inference(
+    model: DGSSModel,
+    frame: tuple[int, int],
+    device: str,
+    recipe: RecipeSpec,
+    repeats: int,
+    released: bool,
+) -> Inference:
+    image = torch.rand(1, 3, *frame, device=device)
+    watch = Stopwatch(torch.device(device))
+
+    def seconds(work: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(repeats):
+            before = sum(watch.seconds.values())
+            with watch.during("image"):
+                work()
+            taken.append(sum(watch.seconds.values()) - before)
+        return statistics.median(taken)
+
+    def ours() -> None:
+        with _autocast(device, recipe.precision):
+            model.segment(image)
+
+    ours()  # kernels are compiled, caches filled
+    mine = seconds(ours)
+    theirs, scan = None, None
+    if released:
+        with _scan("reference") as scan:
+            theirs = seconds(lambda: _as_released(model, image))
+    return Inference(size=frame, seconds=mine, released=theirs, released_scan=scan)
+
+
+def _as_released(model: DGSSModel, image: Tensor) -> None:
+    """Every window for itself, the class texts computed again for each."""
+    with evaluating(model):
+        sliding_window(model.scores, image, model.spec.image_size, None, 1)
+
+
+@contextmanager
+def _scan(backend: str) -> Iterator[str]:
+    before = os.environ.get(SCAN)
+    os.environ[SCAN] = backend
+    try:
+        yield backend
+    finally:
+        if before is None:
+            del os.environ[SCAN]
+        else:
+            os.environ[SCAN] = before
+
+
+def _peak(device: str, precision: str) -> float:
+    """FLOPs a second of a large matrix product in the precision of the forward pass."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    n = _PEAK_SIZE["cuda" if device == "cuda" else "cpu"]
+    a = torch.rand(n, n, device=device, dtype=kinds.get(precision, torch.float32))
+    watch = Stopwatch(torch.device(device))
+    taken = []
+    for _ in range(4):
+        before = sum(watch.seconds.values())
+        with watch.during("product"):
+            torch.mm(a, a)
+        taken.append(sum(watch.seconds.values()) - before)
+    return float(2 * n**3 / min(taken))
+
+
+def _data_seconds(read: Callable[[], object]) -> float:
+    watch = Stopwatch(torch.device("cpu"))
+    read()
+    before = sum(watch.seconds.values())
+    with watch.during("data"):
+        read()
+    return sum(watch.seconds.values()) - before
+
+
+def _paced(seconds: float, data: float | None, recipe: RecipeSpec) -> float:
+    """Seconds from step to step: workers read ahead, or the step waits for its crops."""
+    if data is None:
+        return seconds
+    return max(seconds, data / recipe.workers) if recipe.workers else seconds + data
+
+
+def _dry_run(
+    model: DGSSModel,
+    optimizer: torch.optim.Optimizer,
+    recipe: RecipeSpec,
+    name: str,
+    seconds: float,
+    watch: Stopwatch,
+) -> DryRun:
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    state = sum(
+        t.numel() * t.element_size()
+        for entry in optimizer.state.values()
+        for t in entry.values()
+        if isinstance(t, Tensor)
+    )
+    return DryRun(
+        recipe=name,
+        steps=recipe.steps,
+        hours=seconds * recipe.steps * recipe.accumulate / 3600,
+        weights=sum(t.numel() * t.element_size() for t in model.state_dict().values()),
+        gradients=trained,
+        optimizer=state,
+        activations=sum(watch.saved.values()),
+        checkpoint=math.ceil(trained + state),
+    )
+
+
+def _million(count: int) -> str:
+    return f"{count / 1e6:.2f}" if count else ""
