@@ -61,6 +61,8 @@ class VisionBackbone(nn.Module, ABC):
     """License of the weights where their publisher states one."""
     always_trains: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the names of parameters that train although the backbone is frozen."""
+    tuned: frozenset[str] = frozenset()
+    """Names of the parameters that a tuning added or made trainable; set where models are built."""
 
     mean: Tensor
     """Buffer (1, 3, 1, 1): mean of the images the weights were trained on; see `set_statistics`."""

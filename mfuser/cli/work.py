@@ -60,7 +60,9 @@ def inference_options(command: Command) -> Command:
 @cli.command()
 @click.argument("pairing")
 @recipe_option("Recipe to train with. Default: the one named like the pairing, else 'paper'.")
-@source_option("Dataset to train on. Default: the recipe's.")
+@source_option(
+    "Dataset to train on, or several: gta,synthia or gta=0.7,synthia=0.3. Default: the recipe's."
+)
 @targets_option("Domains to test on. Default: the recipe's.")
 @out_option("Run folder. Default: runs/PAIRING.")
 @click.option("--steps", type=int, default=None, help="Same as --set-recipe steps=N.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -16,11 +17,16 @@ from pydantic import (
     model_validator,
 )
 
+from mfuser.config.tables import flat
 from mfuser.data.transforms import AugmentationSpec
 from mfuser.specs import ImageSize, InferenceSpec, Options, component_of
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """torch's generators take 63 bits."""
+
+
+DEFAULT = "default"
+"""The entry of a table of weight decays that holds for all it does not name."""
 
 
 class RareClassSpec(Options):
@@ -52,6 +58,90 @@ class AverageSpec(Options):
         return min(self.decay, averaged / (averaged + 10))
 
 
+class SourceSpec(Options):
+    """One of several sources.
+
+    name: a dataset, as --source takes it. weight: its share of the crops, all of them together 1;
+        None, for all or for none of them: every source has the same share, whatever its size.
+    """
+
+    name: str
+    weight: float | None = Field(default=None, ge=0.001, le=1)
+
+
+def parse_sources(text: str) -> tuple[SourceSpec, ...]:
+    """ "gta", "gta,synthia" or "gta=0.7,synthia=0.3". Raises ValueError for what is none of these
+    and for weights that do not go together."""
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, given, weight = part.partition("=")
+        try:
+            number = float(weight) if given else None
+        except ValueError:
+            raise ValueError(
+                f"the weight of '{name.strip()}' is a number such as 0.5, not '{weight.strip()}'"
+            ) from None
+        if number is not None and not 0.001 <= number <= 1:
+            raise ValueError(
+                f"the weight of '{name.strip()}' is its share of the crops, from 0.001 to 1, not "
+                f"{weight.strip()}"
+            )
+        found.append(SourceSpec(name=name.strip(), weight=number))
+    check_sources(found)
+    return tuple(found)
+
+
+def check_sources(sources: Sequence[SourceSpec]) -> None:
+    """Raises ValueError where a name is given twice, or the weights are not shares of the whole."""
+    names = [source.name for source in sources]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"source '{twice[0]}' is given twice; give it once, with a larger weight if need be"
+        )
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return
+    if len(weights) < len(sources):
+        without = next(source.name for source in sources if source.weight is None)
+        raise ValueError(
+            f"{len(weights)} of {len(sources)} sources have a weight, and '{without}' has none; "
+            "give all of them one, or none for equal shares"
+        )
+    if abs(sum(weights) - 1) > ROUNDING:
+        scaled = ", ".join(f"{w / sum(weights):.3g}" for w in weights)
+        raise ValueError(
+            f"the weights of the sources sum to {sum(weights):.4g}, not 1; in the same ratio they "
+            f"are {scaled}"
+        )
+
+
+ROUNDING = 0.0015
+"""How far weights may sum to more or less than 1: three thirds written as 0.333 do."""
+
+
+def _sources(value: object) -> object:
+    if isinstance(value, str):
+        return parse_sources(value)
+    if isinstance(value, list | tuple):
+        return tuple({"name": one} if isinstance(one, str) else one for one in value)
+    raise ValueError(f'takes a list such as ["gta", {{ name = "synthia", … }}], not {value!r}')
+
+
+def _table(value: object) -> object:
+    """ "encoder.vfm.norm" may be written as nested tables."""
+    if isinstance(value, dict):
+        return flat(value)
+    raise ValueError(f"takes a table such as {{ decoder = 10 }}, not {value!r}")
+
+
+def _number_or_table(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if isinstance(value, dict):
+        return flat(value)
+    raise ValueError(f"takes a number or a table such as {{ default = 0.05 }}, not {value!r}")
+
+
 def _names(value: object) -> object:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -66,9 +156,20 @@ class RecipeSpec(Options):
     """How a pairing is trained and tested.
 
     steps: optimizer steps. batch_size: crops per step and process. accumulate: batches per step.
-    lr, weight_decay: AdamW's.
-    backbone_lr: multiplies the rate of encoders that are not frozen.
-    no_decay: parameters whose name contains one of these are not decayed.
+    lr: AdamW's learning rate.
+    backbone_lr: multiplies the rate of what trains inside the encoders.
+    lr_scale: multiplies the rate of what it names, in place of backbone_lr: components (vfm, vlm,
+        tuning, fusion, merge, pyramid, enhancer, decoder, prompt) and patterns of parameter or
+        module names, e.g. { decoder = 10, "encoder.vfm.*.attn" = 0.1 }. The most specific entry
+        counts: patterns before components, the longer pattern before the shorter.
+    layer_decay: multiplies the rate inside the encoders by layer_decay ** (blocks - layer), the
+        embeddings being layer 0 and block i layer i + 1 (BEiT, timm).
+    weight_decay: AdamW's, a number or a table as lr_scale takes it, of decays instead of factors,
+        with "default" for the rest: { default = 0.05, decoder = 0.01 }.
+    no_decay: parameters whose name contains one of these are never decayed.
+    decay_schedule: how the weight decay falls to min_weight_decay over all steps: "constant", not
+        at all; "linear"; "cosine", half a cosine (annealed, as in SoMA).
+    min_weight_decay: the decay that a falling schedule ends at.
     warmup: steps over which the rate rises linearly to what the schedule says.
     warmup_ratio: the share of the rate at the very first step, as mmcv counts; None: 1 / warmup,
         so that no step is lost on a rate of almost 0.
@@ -77,7 +178,12 @@ class RecipeSpec(Options):
     power: of "poly". min_lr: the rate that a falling schedule ends at.
     precision: of the forward pass, "no" is float32.
     checkpointing: recompute activations in the backward pass: less memory, a third more time.
-    save_every: steps between checkpoints. source, targets: used where the command names none.
+    save_every: steps between checkpoints.
+    source: used where the command names none; several share the crops equally ("gta,synthia") or
+        by weight ("gta=0.7,synthia=0.3").
+    targets: used where the command names none.
+    sources: the same as source, as a list: [{ name = "gta", weight = 0.7 }, …], or as tables
+        [[recipe.NAME.sources]].
     inference: how images of any size are segmented; None: by a sliding window, with `stride`.
     stride: of the sliding window; None: two thirds of the window. test_images: score only the
         first so many images of each target.
@@ -91,7 +197,7 @@ class RecipeSpec(Options):
     note: what the report should say besides its figures.
     ema: also average the trained weights over the steps; the averages are what is evaluated.
     validate_every: steps between measurements of what a report would evaluate, on held-out images
-        of the source: its own val split, else at most a tenth of its images, which are then not
+        of every source: its own val split, else at most a tenth of its images, which are then not
         trained on. The best weights are kept (`--weights best`).
     validate_images: at most so many images. validate_on: another dataset, a target perhaps; reports
         of the best weights then say so.
@@ -104,8 +210,14 @@ class RecipeSpec(Options):
     accumulate: PositiveInt = 1
     lr: PositiveFloat = 1e-4
     backbone_lr: NonNegativeFloat = 1.0
-    weight_decay: NonNegativeFloat = 1e-5
+    lr_scale: Annotated[dict[str, NonNegativeFloat], BeforeValidator(_table)] = {}
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    weight_decay: Annotated[
+        NonNegativeFloat | dict[str, NonNegativeFloat], BeforeValidator(_number_or_table)
+    ] = 1e-5
     no_decay: Names = ("norm", "level_embed", "query_embed")
+    decay_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    min_weight_decay: NonNegativeFloat = 0.0
     warmup: NonNegativeInt = 1500
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
     schedule: Literal["poly", "linear", "cosine", "constant"] = "poly"
@@ -120,6 +232,7 @@ class RecipeSpec(Options):
     workers: NonNegativeInt = 2
     save_every: PositiveInt = 1000
     source: str | None = None
+    sources: Annotated[tuple[SourceSpec, ...], BeforeValidator(_sources)] = ()
     targets: Names = ()
     inference: Annotated[SerializeAsAny[InferenceSpec] | None, component_of("inference")] = None
     stride: ImageSize | None = None
@@ -166,12 +279,49 @@ class RecipeSpec(Options):
                 f"inference = '{self.inference.name}' is given; leave it out, or write inference = "
                 '{ name = "sliding", stride = … }'
             )
+        if self.source is not None and self.sources:
+            raise ValueError("'source' and 'sources' are both given; leave one of them out")
+        self.mixture()
+        if isinstance(self.weight_decay, dict) and DEFAULT not in self.weight_decay:
+            raise ValueError(
+                f'weight_decay as a table needs "{DEFAULT}", the decay of all that it does not name'
+            )
+        if self.min_weight_decay > self.base_decay:
+            raise ValueError(
+                f"min_weight_decay {self.min_weight_decay} is above weight_decay {self.base_decay}"
+            )
         return self
+
+    def mixture(self) -> tuple[SourceSpec, ...]:
+        """The sources that the recipe names. Raises ValueError for what is no list of sources."""
+        if self.source is not None:
+            return parse_sources(self.source)
+        check_sources(self.sources)
+        return self.sources
 
     @property
     def trackers(self) -> tuple[str, ...]:
         """Each once."""
         return tuple(dict.fromkeys([*self.tracker, *(["tensorboard"] if self.tensorboard else [])]))
+
+    @property
+    def base_decay(self) -> float:
+        """The weight decay of what no table names."""
+        given = self.weight_decay
+        return given[DEFAULT] if isinstance(given, dict) else given
+
+    @property
+    def decays(self) -> dict[str, float]:
+        """The weight decays by component and pattern, without the default."""
+        given = self.weight_decay if isinstance(self.weight_decay, dict) else {}
+        return {entry: decay for entry, decay in given.items() if entry != DEFAULT}
+
+    def decay_at(self, decay: float, step: int) -> float:
+        """A weight decay of this recipe as it is at a step (from 0)."""
+        if self.decay_schedule == "constant":
+            return decay
+        floor = min(self.min_weight_decay, decay)  # what is not decayed stays so
+        return floor + (decay - floor) * self._left(self.decay_schedule, step)
 
     def rate(self, step: int) -> float:
         """The factor on `lr` at a step (from 0): linear warm-up, then decay to min_lr.
@@ -180,19 +330,20 @@ class RecipeSpec(Options):
         (mmcv's order).
         """
         floor = self.min_lr / self.lr
-        left = 1 - step / self.steps
         if self.schedule == "constant":
             factor = 1.0
         else:
-            decay = {
-                "poly": left**self.power,
-                "linear": left,
-                "cosine": (1 - math.cos(math.pi * left)) / 2,
-            }[self.schedule]
-            factor = floor + (1 - floor) * decay
+            factor = floor + (1 - floor) * self._left(self.schedule, step)
         if step < self.warmup:
             if self.warmup_ratio is None:
                 factor *= (step + 1) / self.warmup
             else:
                 factor *= self.warmup_ratio + (1 - self.warmup_ratio) * step / self.warmup
         return factor
+
+    def _left(self, schedule: str, step: int) -> float:
+        """What a falling schedule has left at a step, from 1 to 0."""
+        left = 1 - step / self.steps
+        if schedule == "poly":
+            return float(left**self.power)
+        return (1 - math.cos(math.pi * left)) / 2 if schedule == "cosine" else left

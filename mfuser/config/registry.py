@@ -35,6 +35,9 @@ from mfuser.specs import DatasetSpec, Spec
 TABLES = ("pairing", "recipe", "dataset", "study")
 """Tables of named entries; beside them `[plugins]` and `[data]`."""
 
+INSTEAD = {"source": "sources", "sources": "source"}
+"""Keys of a recipe that say the same: one replaces the other of the table below it."""
+
 Overrides = Mapping[str, Any] | Sequence[str]
 """Changes of a table: another table, or "key.key=value" strings."""
 Place = Callable[[Keys], str]
@@ -225,7 +228,7 @@ class Registry:
             if not isinstance(table, dict):
                 line = tables.located(file, (kind, name))
                 raise RegistryError(f"{line}: [{kind}.{name}] is a table, not {table!r}")
-            self._tables[kind][name] = merge(self._tables[kind].get(name, {}), table)
+            self._tables[kind][name] = _over(kind, self._tables[kind].get(name, {}), table)
             for path in ((), *tables.paths(table)):
                 self._origins[(kind, name, *path)] = Origin(file, name)
 
@@ -250,7 +253,7 @@ class Registry:
             origin = self._origins.get((kind, parent, *path))
             if origin is not None:
                 self._origins.setdefault((kind, name, *path), origin)
-        return merge(inherited, table)
+        return _over(kind, inherited, table)
 
     def _resolve(
         self,
@@ -268,7 +271,7 @@ class Registry:
                 return by if isinstance(by, str) else by[path[0]]
             return self.place(kind, name, *path)
 
-        return self._validate(model, merge(self.raw(kind, name), given), place)
+        return self._validate(model, _over(kind, self.raw(kind, name), given), place)
 
     def _dataset(self, table: Table, place: Place) -> DatasetSpec:
         spec = self._component("dataset", table, place)
@@ -288,6 +291,13 @@ class Registry:
             return model.model_validate(table, context={"components": self.components})
         except ValidationError as error:
             raise _refused(error, table, place) from error
+
+
+def _over(kind: str, below: Table, above: Mapping[str, Any]) -> Table:
+    """A table of a kind on another."""
+    if kind == "recipe":
+        below = {key: value for key, value in below.items() if INSTEAD.get(key) not in above}
+    return merge(below, above)
 
 
 def _refused(error: ValidationError, table: Any, place: Place) -> RegistryError:

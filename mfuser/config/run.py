@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PositiveInt, SerializeAsAny, field_serializer
+from pydantic import (
+    BeforeValidator,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    model_serializer,
+    model_validator,
+)
 
 from mfuser.config.pairing import PairingSpec
-from mfuser.config.recipe import RecipeSpec
+from mfuser.config.recipe import RecipeSpec, SourceSpec, parse_sources
 from mfuser.config.registry import Registry
 from mfuser.errors import CheckpointError, DataError, MFuserError
 from mfuser.interfaces import Dataset
@@ -50,6 +60,21 @@ class Domain(Options):
         dataset.test_size = spec.test_size
         return dataset
 
+    def same_images(self, other: Domain) -> bool:
+        """Whether two domains are one, whatever part of it is read and how."""
+        if self.name == other.name:
+            return True
+        if self.spec is None or other.spec is None:
+            return False
+        read_alike = {"split": None, "test_size": None}
+        return self.spec.model_copy(update=read_alike) == other.spec.model_copy(update=read_alike)
+
+
+class Source(Domain):
+    """A domain that is trained on. share: of the crops."""
+
+    share: PositiveFloat = 1.0
+
 
 def domains(registry: Registry, reference: str) -> list[Domain]:
     """A reference such as "gta", "acdc" (four domains), "streets:night" -> its domains."""
@@ -61,18 +86,52 @@ def domains(registry: Registry, reference: str) -> list[Domain]:
     return [Domain(name=part.label(), spec=part) for part in parts]
 
 
+def sources(registry: Registry, named: str | Sequence[SourceSpec]) -> tuple[Source, ...]:
+    """The sources of a command ("gta,synthia=…") or a recipe, with their shares of the crops.
+
+    Raises MFuserError for names that are not known, stand for several domains or for the same
+    images, and for weights that do not go together.
+    """
+    if isinstance(named, str):
+        try:
+            named = parse_sources(named)
+        except ValueError as error:
+            raise MFuserError(f"--source {named}: {error}") from error
+    if not named:
+        raise MFuserError("--source names no dataset; give one, e.g. --source gta")
+    total = sum(source.weight or 1.0 for source in named)
+    found: list[Source] = []
+    for one in named:
+        parts = domains(registry, one.name)
+        if len(parts) != 1:
+            names = ", ".join(d.name for d in parts)
+            raise MFuserError(
+                f"--source {one.name} stands for {len(parts)} domains ({names}); name one, or "
+                "those that you mean, separated by commas"
+            )
+        for other in found:
+            if other.same_images(parts[0]):
+                raise MFuserError(
+                    f"sources '{other.name}' and '{parts[0].name}' are the same images; name them "
+                    "once, with a larger weight if need be"
+                )
+        share = (one.weight or 1.0) / total
+        found.append(Source(name=parts[0].name, spec=parts[0].spec, share=share))
+    return tuple(found)
+
+
 class RunSpec(Options):
     """Everything that decides a run's result.
 
-    most_frequent: the class that covers most of the source, the baseline of the report.
-    source_classes: the classes that the source labels.
+    most_frequent: the class that covers most of the sources, the baseline of the report.
+    source_classes: the classes that the sources label.
     """
 
     pairing_name: str
     recipe_name: str
     pairing: PairingSpec
     recipe: RecipeSpec
-    source: Domain
+    sources: tuple[Source, ...]
     targets: tuple[Domain, ...] = ()
     seed: int = 0
     world: PositiveInt = 1
@@ -80,6 +139,31 @@ class RunSpec(Options):
     version: str = __version__
     most_frequent: str | None = None
     source_classes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _trains(self) -> RunSpec:
+        if not self.sources:
+            raise ValueError("a run has at least one source")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """One source is written as `source`, several as `sources`."""
+        table: dict[str, Any] = handler(self)
+        if len(table.get("sources", ())) != 1:
+            return table
+        one = {key: value for key, value in table["sources"][0].items() if key != "share"}
+        return {
+            "source" if key == "sources" else key: one if key == "sources" else value
+            for key, value in table.items()
+        }
+
+    @property
+    def source_names(self) -> str:
+        """ "gta", or "gta 70 %, synthia 30 %"."""
+        if len(self.sources) == 1:
+            return self.sources[0].name
+        return ", ".join(f"{s.name} {100 * s.share:.3g} %" for s in self.sources)
 
     @staticmethod
     def read(registry: Registry, table: Any, place: str) -> RunSpec:
@@ -89,10 +173,16 @@ class RunSpec(Options):
         """
         if not isinstance(table, dict):
             raise CheckpointError(f"{place} is not the record of a run")
+        single = "source" in table and "sources" not in table  # as `_written` leaves it
+        if single:
+            table = {k: v for k, v in table.items() if k != "source"} | {
+                "sources": [table["source"]]
+            }
         try:
             return registry.validate(RunSpec, table, place)
         except MFuserError as error:
-            raise CheckpointError(f"{error}{needed_plugins(registry, table)}") from error
+            text = str(error).replace("sources.0.", "source.", int(single))
+            raise CheckpointError(f"{text}{needed_plugins(registry, table)}") from error
 
     @staticmethod
     def of(
@@ -106,16 +196,10 @@ class RunSpec(Options):
         targets: tuple[str, ...] = (),
     ) -> RunSpec:
         """Raises MFuserError where neither the command nor the recipe names a source."""
-        source = recipe.source if source is None else source
-        if source is None:
+        named = recipe.mixture() if source is None else source
+        if not named:
             raise MFuserError(
                 f"recipe '{recipe_name}' names no source: give --source, e.g. --source gta"
-            )
-        sources = domains(registry, source)
-        if len(sources) != 1:
-            raise MFuserError(
-                f"--source {source} stands for {len(sources)} domains "
-                f"({', '.join(d.name for d in sources)}); name one"
             )
         found: dict[str, Domain] = {}
         for reference in targets or recipe.targets:
@@ -125,7 +209,7 @@ class RunSpec(Options):
             recipe_name=recipe_name,
             pairing=pairing,
             recipe=recipe,
-            source=sources[0],
+            sources=sources(registry, named),
             targets=tuple(found.values()),
             seed=recipe.seed,
             plugins=registry.plugins,

@@ -15,24 +15,12 @@ from pydantic import (
 
 from mfuser.config.pairing import PairingSpec
 from mfuser.config.recipe import Names, RecipeSpec
+from mfuser.config.tables import flat
 from mfuser.errors import suggest
 from mfuser.specs import ImageSize, Options
 
 ALTERNATIVE = ("label", "set", "pairing", "recipe")
 """Keys of a labeled axis value that changes more than one key."""
-
-
-def _flat(axes: Any) -> Any:
-    """{"fusion": {"every": […]}} is {"fusion.every": […]}; the last of two that agree counts."""
-    if not isinstance(axes, dict):
-        return axes
-    flat: dict[str, Any] = {}
-    for key, value in axes.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items()}
-        else:
-            flat[key] = value
-    return flat
 
 
 class PaperReference(Options):
@@ -50,7 +38,8 @@ class StudySpec(Options):
     """A grid of pairings, each trained with every seed and tested on the targets.
 
     base: the pairing that is varied. settings: laid over it in every variant.
-    recipe, recipe_settings: how each is trained. source, targets: None: the recipe's.
+    recipe, recipe_settings: how each is trained. source, targets: None: the recipe's; source as
+        --source takes it.
     seeds: each variant is trained once with each.
     axes: what is varied -> its values; every combination is a variant. An axis is
         a key of the pairing ("fusion", "fusion.every", "image_size", …),
@@ -70,7 +59,7 @@ class StudySpec(Options):
     source: str | None = None
     targets: Names = ()
     seeds: tuple[NonNegativeInt, ...] = (0,)
-    axes: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_flat)]
+    axes: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(flat)]
     reference: str | None = None
     paper: PaperReference | None = None
 

@@ -87,6 +87,19 @@ def _value(text: str) -> Any:
         return text
 
 
+def flat(table: Any) -> Any:
+    """{"fusion": {"every": […]}} is {"fusion.every": […]}; the last of two that agree counts."""
+    if not isinstance(table, dict):
+        return table
+    found: Table = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{inner}": v for inner, v in flat(value).items()}
+        else:
+            found[key] = value
+    return found
+
+
 def paths(table: Mapping[str, Any], prefix: Keys = ()) -> list[Keys]:
     """The path of every key of a table, parents before children."""
     found: list[Keys] = []

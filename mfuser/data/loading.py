@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 from mfuser.data.images import UnreadableImage
 from mfuser.data.sampling import (
     ClassStatistics,
+    Mixture,
     RareClassSampler,
     ShuffledSampler,
     sample_rng,
@@ -92,21 +94,41 @@ class Batch:
         return self.images.to(device), self.labels.to(device)
 
 
+@dataclass(frozen=True)
+class CropSource:
+    """A dataset that crops are drawn from, its labels in the model's class ids."""
+
+    dataset: Dataset
+    class_map: ClassMap
+    sampler: RareClassSampler | ShuffledSampler
+
+    def draw(
+        self, rng: np.random.Generator, seed: int, position: int, attempt: int
+    ) -> tuple[int, int | None]:
+        """(index of an image, class that its crop should show or None).
+
+        position: crops of this source before this one. attempt: unreadable images before it.
+        """
+        if isinstance(self.sampler, RareClassSampler):
+            return self.sampler.draw(rng)
+        if attempt:  # another image takes the place of an unreadable one
+            return int(rng.integers(self.sampler.size)), None
+        return self.sampler.index_at(seed, position), None
+
+
 class _Crops(TorchDataset["Crop | MFuserError"]):
     """Crop number `slot` of the whole run; depends on (seed, slot) alone."""
 
     def __init__(
         self,
-        dataset: Dataset,
-        class_map: ClassMap,
-        sampler: RareClassSampler | ShuffledSampler,
+        sources: Sequence[CropSource],
+        mixture: Mixture,
         augmentation: Augmentation,
         seed: int,
         skip_unreadable: bool,
     ) -> None:
-        self.dataset = dataset
-        self.class_map = class_map
-        self.sampler = sampler
+        self.sources = sources
+        self.mixture = mixture
         self.augmentation = augmentation
         self.seed = seed
         self.skip_unreadable = skip_unreadable
@@ -119,20 +141,21 @@ class _Crops(TorchDataset["Crop | MFuserError"]):
             return error
 
     def _crop(self, slot: int) -> Crop:
+        which, position = self.mixture.at(slot)
+        source = self.sources[which]
         rng = sample_rng(self.seed, slot)
         skipped: list[str] = []
         for attempt in range(TRIES):
-            index, wanted = self._draw(rng, slot, attempt)
+            index, wanted = source.draw(rng, self.seed, position, attempt)
             try:
-                sample = self.dataset[index]
+                sample = source.dataset[index]
             except UnreadableImage:
                 if not self.skip_unreadable:
                     raise
-                skipped.append(self.dataset.name(index))
+                skipped.append(source.dataset.name(index))
                 continue
-            image, label = self.augmentation(
-                sample.image, self.class_map(sample.label, sample.name), rng, wanted, sample.name
-            )
+            mapped = source.class_map(sample.label, sample.name)
+            image, label = self.augmentation(sample.image, mapped, rng, wanted, sample.name)
             return (
                 torch.from_numpy(image).permute(2, 0, 1).contiguous(),
                 torch.from_numpy(label),
@@ -140,13 +163,6 @@ class _Crops(TorchDataset["Crop | MFuserError"]):
                 sample.name,
             )
         raise DataError(f"{TRIES} images in a row were unreadable, {skipped[-1]} among them")
-
-    def _draw(self, rng: np.random.Generator, slot: int, attempt: int) -> tuple[int, int | None]:
-        if isinstance(self.sampler, RareClassSampler):
-            return self.sampler.draw(rng)
-        if attempt:  # another image takes the place of an unreadable one
-            return int(rng.integers(self.sampler.size)), None
-        return self.sampler.index_at(self.seed, slot), None
 
 
 class TrainingStream:
@@ -176,6 +192,10 @@ class TrainingStream:
             worker_init_fn=_start_worker,
             persistent_workers=False,
         )
+
+    def first(self, source: int, count: int) -> Iterator[int]:
+        """The numbers of a source's first crops."""
+        return islice(self.crops.mixture.numbers(source), count)
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises DataError for the first image that cannot be used, when its turn comes, and for a
@@ -235,11 +255,10 @@ class _Slots:
 
 
 def training_stream(
-    dataset: Dataset,
-    class_map: ClassMap,
-    sampler: RareClassSampler | ShuffledSampler,
+    sources: Sequence[CropSource],
     augmentation: Augmentation,
     *,
+    shares: Sequence[float] = (1.0,),
     seed: int,
     steps: int,
     batch_size: int,
@@ -249,8 +268,8 @@ def training_stream(
     workers: int = 0,
     skip_unreadable: bool = False,
 ) -> TrainingStream:
-    """Augmented crops of a source, in the model's class ids."""
-    crops = _Crops(dataset, class_map, sampler, augmentation, seed, skip_unreadable)
+    """Augmented crops of the sources, in the model's class ids. shares: of each source."""
+    crops = _Crops(sources, Mixture(shares, seed), augmentation, seed, skip_unreadable)
     return TrainingStream(
         crops, steps, batch_size, start=start, rank=rank, world=world, workers=workers
     )

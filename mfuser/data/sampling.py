@@ -7,7 +7,7 @@ resumed run, or one on another number of processes, sees the same images.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -27,6 +27,13 @@ FORMAT = 1
 
 _ORDER = 0x6F726465
 """Keeps an epoch's order apart from the sample of the same number."""
+
+
+_MIXTURE = 0x6D6978
+"""Likewise, a block's order of the sources."""
+
+BLOCK = 1000
+"""Crops in a row that hold every source's share."""
 
 
 def sample_rng(*key: int) -> np.random.Generator:
@@ -204,12 +211,16 @@ class RareClassSampler:
 
 
 class ShuffledSampler:
-    """Every image once per epoch, in an order that depends on the seed and the epoch."""
+    """Every image once per epoch, in an order that depends on the seed and the epoch.
 
-    def __init__(self, size: int) -> None:
+    stream: number of the source, from 0: those of one size are not read in one order.
+    """
+
+    def __init__(self, size: int, stream: int = 0) -> None:
         if size < 1:
             raise DataError("the source has no image to draw")
         self.size = size
+        self._key = (_ORDER, stream) if stream else (_ORDER,)
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def index_at(self, seed: int, position: int) -> int:
@@ -217,9 +228,68 @@ class ShuffledSampler:
         epoch, place = divmod(position, self.size)
         order = self._orders.get((seed, epoch))
         if order is None:
-            order = sample_rng(seed, epoch, _ORDER).permutation(self.size)
+            order = sample_rng(seed, epoch, *self._key).permutation(self.size)
             # Processes of one run are at most an epoch apart: two orders are enough.
             while len(self._orders) > 1:
                 self._orders.pop(next(iter(self._orders)))
             self._orders[seed, epoch] = order
         return int(order[place])
+
+
+class Mixture:
+    """The source of every crop, of several that share them.
+
+    Each BLOCK crops in a row hold the shares, to a crop, in an order that depends on the seed and
+    the block. One source has them all.
+    """
+
+    def __init__(self, shares: Sequence[float], seed: int) -> None:
+        self.seed = seed
+        self.counts = _apportioned(shares, BLOCK)
+        """Crops of each source in a block."""
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def at(self, number: int) -> tuple[int, int]:
+        """(source of a crop, how many crops of that source come before it)."""
+        if len(self.counts) == 1:
+            return 0, number
+        block, place = divmod(number, BLOCK)
+        order, before = self._block(block)
+        source = int(order[place])
+        return source, block * int(self.counts[source]) + int(before[place])
+
+    def numbers(self, source: int) -> Iterator[int]:
+        """The crops of a source, in order, without end."""
+        number = 0
+        while True:
+            if self.at(number)[0] == source:
+                yield number
+            number += 1
+
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(BLOCK,) sources, and (BLOCK,) the crops of the same source before each in the block."""
+        known = self._blocks.get(block)
+        if known is None:
+            order = np.repeat(np.arange(len(self.counts)), self.counts)
+            order = sample_rng(self.seed, block, _MIXTURE).permutation(order)
+            before = np.zeros(BLOCK, np.int64)
+            for source, count in enumerate(self.counts):
+                before[order == source] = np.arange(count)
+            known = order, before
+            while len(self._blocks) > 1:  # a step may lie in two
+                self._blocks.pop(next(iter(self._blocks)))
+            self._blocks[block] = known
+        return known
+
+
+def _apportioned(shares: Sequence[float], total: int) -> np.ndarray:
+    """Whole numbers in the ratio of the shares that sum to `total`, none of them 0 (the largest
+    remainders are rounded up)."""
+    exact = np.asarray(shares, np.float64) / sum(shares) * total
+    counts = np.floor(exact + 1e-9).astype(np.int64)
+    for source in np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]:
+        counts[source] += 1
+    for source in np.flatnonzero(counts == 0):
+        counts[source] += 1
+        counts[counts.argmax()] -= 1
+    return counts

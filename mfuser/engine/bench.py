@@ -19,6 +19,7 @@ from mfuser.config.recipe import RecipeSpec
 from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
 from mfuser.data.images import UnreadableImage
+from mfuser.data.sampling import Mixture
 from mfuser.data.transforms import Augmentation
 from mfuser.engine.optimizer import parameter_groups
 from mfuser.engine.stopwatch import OTHER, Stopwatch, modules_of, watch_model
@@ -239,14 +240,16 @@ def data_of(registry: Registry, run: RunSpec) -> Callable[[], None] | None:
     """Reads and crops the images of one step, in this process; None where the source is not
     here."""
     try:
-        dataset = run.source.build(registry, "train")
+        datasets = [source.build(registry, "train") for source in run.sources]
     except (DataError, UnreadableImage):
         return None
     augment = Augmentation(run.recipe.augmentation, run.pairing.image_size)
+    mixture = Mixture([source.share for source in run.sources], run.seed)
 
     def read() -> None:
         for k in range(run.recipe.batch_size):
-            sample = dataset[k % len(dataset)]
+            source, position = mixture.at(k)
+            sample = datasets[source][position % len(datasets[source])]
             augment(sample.image, sample.label, np.random.default_rng(k))
 
     return read

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mfuser.config.registry import Registry
-from mfuser.config.run import Domain, RunSpec, domains
+from mfuser.config.run import RunSpec, Source, sources
 from mfuser.engine import checkpoints
 from mfuser.errors import CheckpointError
 from mfuser.model.assembly import unfilled
@@ -60,7 +60,7 @@ def convert(
         recipe_name=name,
         pairing=spec,
         recipe=recipe,
-        source=domains(registry, source)[0] if source else Domain(name="not stated", spec=None),
+        sources=sources(registry, source) if source else (Source(name="not stated", spec=None),),
         source_classes=spec.classes,
         plugins=registry.plugins,
     )

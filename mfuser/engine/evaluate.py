@@ -145,7 +145,7 @@ def assess(
     rows = {"trained": model}
     if baselines:
         rows["untrained"] = group.together(lambda: build_model(model.spec, seed=run.seed))
-    seen = {d.name for d in chosen if same_images(d, run.source)}
+    seen = {d.name for d in chosen if any(d.same_images(s) for s in run.sources)}
     results: dict[str, dict[str, DomainResult]] = {}
     panels: dict[str, list[list[np.ndarray]]] = {}
     shown: dict[str, list[Shown]] = {}
@@ -334,7 +334,7 @@ def scored_classes(
     if recipe.scored == "shared":
         shared = tuple(k for k in shared if model.classes[k] in run.source_classes)
     if not shared:
-        raise MFuserError(f"target '{name}' shares no class with the source '{run.source.name}'")
+        raise MFuserError(f"target '{name}' shares no class with the source '{run.source_names}'")
     return shared
 
 
@@ -342,16 +342,6 @@ def _unlabeled(classes: tuple[str, ...], dataset: Dataset, scored: tuple[int, ..
     """Scored classes that no label of the target can show."""
     labeled = ClassMap(dataset, classes).shared
     return [classes[k] for k in scored if k not in labeled]
-
-
-def same_images(one: Domain, other: Domain) -> bool:
-    """Whether two domains are one, whatever part of it is read and how."""
-    if one.name == other.name:
-        return True
-    if one.spec is None or other.spec is None:
-        return False
-    read_alike = {"split": None, "test_size": None}
-    return one.spec.model_copy(update=read_alike) == other.spec.model_copy(update=read_alike)
 
 
 def _result(classes: tuple[str, ...], measured: Measured, seen: bool, run: RunSpec) -> DomainResult:

@@ -52,7 +52,7 @@ def check_folder(registry: Registry, folder: Path, run: RunSpec, resume: bool) -
         was = begun.model_copy(update={"recipe": begun.recipe.model_copy(update=free)})
         differing = [
             key
-            for key in ("pairing", "recipe", "source", "seed", "world")
+            for key in ("pairing", "recipe", "sources", "seed", "world")
             if getattr(was, key) != getattr(run, key)
         ]
         if differing:
@@ -135,4 +135,6 @@ def _difference(begun: RunSpec, run: RunSpec, key: str) -> str:
         was, now = old.model_dump(mode="json"), new.model_dump(mode="json")
         changed = next(k for k in was if was[k] != now[k])
         return f"{key}.{changed} is {was[changed]!r}, not {now[changed]!r}"
-    return f"{key} is {getattr(old, 'name', old)!r}, not {getattr(new, 'name', new)!r}"
+    if key == "sources":
+        return f"source is {begun.source_names!r}, not {run.source_names!r}"
+    return f"{key} is {old!r}, not {new!r}"

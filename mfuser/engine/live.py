@@ -76,7 +76,7 @@ class Live:
         facts = {
             "pairing": self.run.pairing_name,
             "recipe": self.run.recipe_name,
-            "source": self.run.source.name,
+            "source": self.run.source_names,
             "validation": described(self.kept) if self.kept else None,
             "state": state,
             "step": done,

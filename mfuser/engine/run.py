@@ -64,7 +64,8 @@ def train(
 
     pairing: its name in the registry (or a resolved RunSpec, which makes the next four of no
         account). recipe: by default that of the pairing's name, else "paper". source, targets:
-        datasets such as "gta" or "acdc:fog"; by default the recipe's.
+        datasets such as "gta" or "acdc:fog"; by default the recipe's. source may be several, with
+        equal shares of the crops, "gta,synthia", or their own, "gta=0.7,synthia=0.3".
     settings, recipe_settings: changes such as "fusion.state_size=8" and "steps=400".
     folder: see `mfuser.engine.folder`. resume: go on in it from the last checkpoint.
     evaluate: False stops after training. device: "cpu" or "cuda"; by default a GPU if there is one.

@@ -1,14 +1,18 @@
-"""The source of a run: its class counts, its sampler, the size of its images."""
+"""The sources of a run: their class counts, their samplers, the size of their images."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from mfuser.config.recipe import RecipeSpec
+import numpy as np
+
+from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
 from mfuser.data.images import UnreadableImage
-from mfuser.data.loading import TRIES, ClassMap, TrainingStream
+from mfuser.data.loading import TRIES, ClassMap, Crop, CropSource, TrainingStream
 from mfuser.data.parts import thinned
 from mfuser.data.sampling import (
     ClassStatistics,
@@ -17,7 +21,7 @@ from mfuser.data.sampling import (
     class_statistics,
 )
 from mfuser.engine.console import Console
-from mfuser.errors import DataError, MFuserError
+from mfuser.errors import DataError, MFuserError, listed
 from mfuser.files import CACHE, cache_folder, unwritable
 from mfuser.interfaces import IGNORE, Dataset
 
@@ -25,19 +29,72 @@ COUNTED = 200
 """Source labels read for the most frequent class where nothing needs them all."""
 
 
-def count_classes(
-    source: Dataset, class_map: ClassMap, run: RunSpec, console: Console
-) -> ClassStatistics:
-    """Class counts of the source: all of it for rare-class sampling, else a sample.
+@dataclass(frozen=True)
+class Built:
+    """A source as it is on disk. name: in reports. class_map: into the pairing's classes."""
 
-    Raises DataError where no label shows a class of the pairing.
+    name: str
+    dataset: Dataset
+    class_map: ClassMap
+
+
+def build_sources(registry: Registry, run: RunSpec) -> list[Built]:
+    """Raises DataError for a source that is not there, has no class of the pairing, or whose first
+    image is smaller than the crop."""
+    built = []
+    for source in run.sources:
+        dataset, classes = source.build(registry, "train"), run.pairing.classes
+        try:
+            class_map = ClassMap(dataset, classes)
+        except DataError as error:
+            theirs = [dataset.classes[i] for i in dataset.class_ids]
+            raise DataError(
+                f"source '{source.name}' labels none of the pairing's classes ({listed(classes)}); "
+                f"its own are {listed(theirs)}"
+            ) from error
+        check_crop(dataset, run.pairing.image_size)
+        built.append(Built(source.name, dataset, class_map))
+    return built
+
+
+def count_classes(
+    sources: Sequence[Built], run: RunSpec, console: Console
+) -> list[ClassStatistics]:
+    """Class counts of each source, in the pairing's classes: all of it for rare-class sampling,
+    else a sample. Several sources are told apart by what they label.
+
+    Raises DataError for a source no label of which shows a class of the pairing.
     """
+    if len(sources) > 1:
+        for sentence in _unlabeled(sources, run.pairing.classes):
+            console.say(sentence)
+    return [one.class_map.statistics(_count(one, run, console)) for one in sources]
+
+
+def _unlabeled(sources: Sequence[Built], classes: Sequence[str]) -> list[str]:
+    """A sentence on each source that lacks classes of the pairing, and on what all of them lack."""
+    lacking = {
+        one.name: [name for k, name in enumerate(classes) if k not in one.class_map.shared]
+        for one in sources
+    }
+    said = [
+        f"source '{name}' never labels {', '.join(missing)}"
+        for name, missing in lacking.items()
+        if missing
+    ]
+    none = [name for name in classes if all(name in missing for missing in lacking.values())]
+    return [*said, f"no source labels {', '.join(none)}"] if none else said
+
+
+def _count(built: Built, run: RunSpec, console: Console) -> ClassStatistics:
+    source, class_map = built.dataset, built.class_map
     skip = run.recipe.on_bad_image == "skip"
     if run.recipe.rare_classes is None:
         sampled = class_statistics(thinned(source, COUNTED), skip_unreadable=skip)
         if class_map.statistics(sampled).pixels.any():
             return sampled
-    with console.task("counting classes", len(source)) as task:
+    of = f" of {built.name}" if len(run.sources) > 1 else ""
+    with console.task(f"counting classes{of}", len(source)) as task:
         counted = class_statistics(
             source,
             _cache(console),
@@ -47,7 +104,7 @@ def count_classes(
         )
     if not class_map.statistics(counted).pixels.any():
         raise DataError(
-            f"dataset '{run.source.name}': none of its {len(source)} labels shows a class of the "
+            f"dataset '{built.name}': none of its {len(source)} labels shows a class of the "
             "pairing, every pixel is ignored; check its labels and how they are mapped "
             "(mfuser data check)"
         )
@@ -67,13 +124,40 @@ def _cache(console: Console) -> Path | None:
     return None
 
 
-def sampler(
-    source: Dataset, recipe: RecipeSpec, statistics: ClassStatistics
-) -> RareClassSampler | ShuffledSampler:
-    rare = recipe.rare_classes
-    if rare is None:
-        return ShuffledSampler(len(source))
-    return RareClassSampler(statistics, rare.temperature, rare.min_pixels)
+def crop_sources(
+    sources: Sequence[Built], run: RunSpec, statistics: Sequence[ClassStatistics]
+) -> list[CropSource]:
+    """The sources with a sampler of their own: rare classes are those that are rare in it."""
+    rare = run.recipe.rare_classes
+    return [
+        CropSource(
+            one.dataset,
+            one.class_map,
+            ShuffledSampler(len(one.dataset), stream)
+            if rare is None
+            else RareClassSampler(counted, rare.temperature, rare.min_pixels),
+        )
+        for stream, (one, counted) in enumerate(zip(sources, statistics, strict=True))
+    ]
+
+
+def described(
+    run: RunSpec, sources: Sequence[Built], statistics: Sequence[ClassStatistics]
+) -> RunSpec:
+    """The run with what its sources show: the classes that they label, and the one that covers
+    most of the crops."""
+    classes = run.pairing.classes
+    shares = [
+        source.share * counted.frequencies
+        for source, counted in zip(run.sources, statistics, strict=True)
+    ]
+    labeled = sorted({k for one in sources for k in one.class_map.shared})
+    return run.model_copy(
+        update={
+            "most_frequent": classes[int(np.sum(shares, axis=0).argmax())],
+            "source_classes": tuple(classes[k] for k in labeled),
+        }
+    )
 
 
 def check_crop(source: Dataset, crop: tuple[int, int]) -> None:
@@ -91,16 +175,20 @@ def check_crop(source: Dataset, crop: tuple[int, int]) -> None:
 
 
 def check_crops(stream: TrainingStream, start: int, run: RunSpec) -> None:
-    """Raises DataError where the first crops of a run show ignored pixels alone."""
+    """Raises DataError where a source's first crops of a run show ignored pixels alone."""
     if start:
         return
-    for slot in range(TRIES):
-        crop = stream.crops[slot]
-        if isinstance(crop, MFuserError) or (crop[1] != IGNORE).any():
-            return  # an image that cannot be used is reported when its turn comes
     height, width = run.pairing.image_size
-    raise DataError(
-        f"dataset '{run.source.name}': its first {TRIES} crops of {height}x{width} (height x "
-        "width) show no class of the pairing, every pixel is ignored; check its labels and how "
-        "they are mapped (mfuser data check), or take larger crops (--set image_size=…)"
-    )
+    for k, source in enumerate(run.sources):
+        if not any(map(_usable, map(stream.crops.__getitem__, stream.first(k, TRIES)))):
+            raise DataError(
+                f"dataset '{source.name}': its first {TRIES} crops of {height}x{width} (height x "
+                "width) show no class of the pairing, every pixel is ignored; check its labels "
+                "and how they are mapped (mfuser data check), or take larger crops (--set "
+                "image_size=…)"
+            )
+
+
+def _usable(crop: Crop | MFuserError) -> bool:
+    """An image that cannot be used at all is reported when its turn comes."""
+    return isinstance(crop, MFuserError) or bool((crop[1] != IGNORE).any())

@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mfuser.config.recipe import RecipeSpec
 from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
-from mfuser.data.loading import Batch, ClassMap, TrainingStream, training_stream
+from mfuser.data.loading import Batch, TrainingStream, training_stream
 from mfuser.data.transforms import Augmentation
 from mfuser.engine import checkpoints, diagnose, precheck, trackers
 from mfuser.engine.averaging import Averages, take
@@ -32,14 +32,20 @@ from mfuser.engine.diagnose import Diverged as Diverged
 from mfuser.engine.folder import RUN, check_folder, check_unlocked, clear_folder, open_folder
 from mfuser.engine.live import Live
 from mfuser.engine.log import EVERY, Log, Watcher
-from mfuser.engine.optimizer import parameter_groups
+from mfuser.engine.optimizer import parameter_groups, set_rates
 from mfuser.engine.processes import Processes, processes
 from mfuser.engine.saving import Saver
 from mfuser.engine.signals import interruptible
-from mfuser.engine.source import check_crop, check_crops, count_classes, sampler
+from mfuser.engine.source import (
+    Built,
+    build_sources,
+    check_crops,
+    count_classes,
+    crop_sources,
+    described,
+)
 from mfuser.engine.validate import Kept, Validator, keep_back
 from mfuser.errors import MFuserError, placed
-from mfuser.interfaces import Dataset
 from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
 
@@ -90,29 +96,20 @@ def train(
         try:
             # Everything that can be wrong with what was given is found before the folder is made.
             parts = group.together(lambda: _parts(registry, run, folder, resume, group.main))
-            counted = group.from_main(
-                lambda: count_classes(parts.source, parts.class_map, run, console)
-            )
+            statistics = group.from_main(lambda: count_classes(parts.sources, run, console))
             # As JSON, since a class of a plugin's file does not travel between processes.
             table = group.from_main(
                 lambda: open_folder(registry, folder, run, resume, held).model_dump(mode="json")
             )
             opened = group.main
             run = RunSpec.read(registry, table, str(folder / RUN))
-            statistics = parts.class_map.statistics(counted)
-            run = run.model_copy(
-                update={
-                    "most_frequent": parts.classes[int(statistics.pixels.sum(0).argmax())],
-                    "source_classes": tuple(parts.classes[k] for k in parts.class_map.shared),
-                }
-            )
+            run = described(run, parts.sources, statistics)
             trainer = Trainer(group, parts.model, recipe, run, folder, console, parts.kept)
             start = trainer.resume() if resume else 0
             stream = training_stream(
-                parts.source,
-                parts.class_map,
-                sampler(parts.source, recipe, statistics),
+                crop_sources(parts.sources, run, statistics),
                 Augmentation(recipe.augmentation, parts.model.spec.image_size),
+                shares=[source.share for source in run.sources],
                 seed=run.seed,
                 steps=recipe.steps * recipe.accumulate,
                 start=start * recipe.accumulate,
@@ -136,14 +133,9 @@ def train(
 
 @dataclass
 class _Parts:
-    source: Dataset
+    sources: list[Built]
     kept: list[Kept]
-    class_map: ClassMap
     model: DGSSModel
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.model.classes
 
 
 def _parts(registry: Registry, run: RunSpec, folder: Path, resume: bool, main: bool) -> _Parts:
@@ -151,18 +143,24 @@ def _parts(registry: Registry, run: RunSpec, folder: Path, resume: bool, main: b
     if main:
         check_folder(registry, folder, run, resume)
         check_unlocked(folder)
-    source = run.source.build(registry, "train")
+    sources = build_sources(registry, run)
     for target in run.targets:
         target.build(registry, "val")
     try:
         model = build_model(run.pairing, seed=run.seed)
     except MFuserError as error:
         raise placed(error, f"[pairing.{run.pairing_name}]") from error
-    class_map = ClassMap(source, run.pairing.classes)
-    check_crop(source, run.pairing.image_size)
+    try:
+        parameter_groups(model, run.recipe)
+    except MFuserError as error:
+        place = f"recipe '{run.recipe_name}' on pairing '{run.pairing_name}'"
+        raise placed(error, place) from error
     trackers.check(run.recipe.trackers)
-    (source,), kept = keep_back(registry, run, [source], run.pairing.image_size)
-    return _Parts(source, kept, class_map, model)
+    left, kept = keep_back(
+        registry, run, [source.dataset for source in sources], run.pairing.image_size
+    )
+    sources = [replace(one, dataset=part) for one, part in zip(sources, left, strict=True)]
+    return _Parts(sources, kept, model)
 
 
 class Trainer:
@@ -236,7 +234,7 @@ class Trainer:
                 task.advance(note=f"loss {loss:.3f}")
                 if step % EVERY == 0 or step + 1 == recipe.steps:
                     seconds = round(time.perf_counter() - begun, 4)
-                    rate = self.optimizer.param_groups[0]["lr"]
+                    rate = recipe.lr * recipe.rate(step)
                     log.write(step + 1, {"loss": loss, "lr": rate, "seconds": seconds, **losses})
                 done = step + 1
                 if self.averages is not None:
@@ -304,9 +302,7 @@ class Trainer:
         """One optimizer step; returns the losses as numbers."""
         recipe, accelerator = self.recipe, self.accelerator
         diagnose.seed_step(self.run.seed, step, accelerator.process_index)
-        factor = recipe.rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * factor * group["factor"]
+        set_rates(self.optimizer, recipe, step)
         logged: dict[str, float] = {}
         for micro, batch in enumerate(batches):
             if batch.skipped:

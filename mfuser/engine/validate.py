@@ -24,7 +24,6 @@ from mfuser.engine.evaluate import (
     Measured,
     Protocol,
     measure,
-    same_images,
     scored_classes,
     test_scale,
 )
@@ -102,7 +101,7 @@ def keep_back(
         return left, []
     kept = _named(registry, run)
     if not kept:
-        for k, domain in enumerate(domains_of(run)):
+        for k, domain in enumerate(run.sources):
             left[k], held_out = _held_out(registry, domain, left[k], recipe.validate_images)
             kept.append(Kept(held_out, domain.name))
     kept = [replace(one, dataset=thinned(one.dataset, recipe.validate_images)) for one in kept]
@@ -116,11 +115,6 @@ def keep_back(
         except MFuserError as error:
             raise placed(error, f"validate_every: {one.name}: {one.dataset.name(0)}") from error
     return left, kept
-
-
-def domains_of(run: RunSpec) -> tuple[Domain, ...]:
-    """The sources of a run."""
-    return (run.source,)
 
 
 def _held_out(
@@ -148,7 +142,7 @@ def _named(registry: Registry, run: RunSpec) -> list[Kept]:
         if len(found) != 1:
             names = ", ".join(d.name for d in found)
             raise DataError(f"{name} stands for {len(found)} domains ({names}); name one")
-        if any(same_images(found[0], source) for source in domains_of(run)):
+        if any(found[0].same_images(source) for source in run.sources):
             return []
         return [Kept(found[0].build(registry, "val"), found[0].name, target=True)]
     except MFuserError as error:
@@ -244,6 +238,11 @@ class Validator:
             console=Console(quiet=True),  # one bar at a time
         )
 
+    def _name(self, kept: Kept, index: int) -> str:
+        """Of an image; those of several sources may be called alike."""
+        name = kept.dataset.name(index)
+        return f"{kept.name}: {name}" if len(self.kept) > 1 else name
+
     def _seen(self, step: int, found: Sequence[Measured]) -> Seen:
         figures = [scores(one.confusion.counts, one.scored) for one in found]
         known = {
@@ -260,7 +259,7 @@ class Validator:
             {name: float(np.mean(values)) for name, values in known.items() if values},
             {one.name: f.miou for one, f in zip(self.kept, figures, strict=True)},
             [
-                Example(kept.dataset.name(index), image, target, prediction)
+                Example(self._name(kept, index), image, target, prediction)
                 for kept, one in zip(self.kept, found, strict=True)
                 for index, (image, target, _, prediction) in one.pictures
             ],

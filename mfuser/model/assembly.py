@@ -210,10 +210,17 @@ def _tune(spec: PairingSpec, backbones: Mapping[str, VisionBackbone]) -> None:
     tuning = spec.tuning
     for role in spec.tuned():
         assert tuning is not None
+        backbone = backbones[role]
+        before = {id(p) for p in backbone.parameters() if p.requires_grad}
         try:
-            built(tuning, type(None), partial(tuning.build, backbones[role]))
+            built(tuning, type(None), partial(tuning.build, backbone))
         except MFuserError as error:
             raise placed(error, f"tuning '{tuning.name}' of the {role}") from error
+        backbone.tuned = frozenset(
+            name
+            for name, parameter in backbone.named_parameters()
+            if parameter.requires_grad and id(parameter) not in before
+        )
 
 
 def _adapters(

@@ -105,7 +105,7 @@ class Report(Options):
     average: float | None
     """mIoU averaged over the unseen domains."""
     gap: float | None
-    """Source minus that average, where the source was scored too."""
+    """Source minus that average, where the source was scored too; of several sources their mean."""
     _pictures: dict[str, Sequence[Picture]] = PrivateAttr(default_factory=dict)
 
     @property
@@ -132,7 +132,7 @@ class Report(Options):
         average = float(np.mean(unseen)) if unseen else None
         counts = {d.images for d in domains.values()}
         protocol = {
-            "source": run.source.name,
+            "source": run.source_names,
             "steps": step,
             "batch": recipe.batch_size * recipe.accumulate * run.world,
             "seed": run.seed,
@@ -145,7 +145,7 @@ class Report(Options):
             "mfuser": __version__,
         }
         if recipe.validate_every is not None:
-            held_out = f"held-out images of {run.source.name}"
+            held_out = f"held-out images of {' and '.join(s.name for s in run.sources)}"
             protocol["validated on"] = recipe.validate_on or held_out
         if weights and weights.get("target"):
             protocol["chosen on"] = weights["target"]
@@ -158,7 +158,7 @@ class Report(Options):
             domains=domains,
             untrained=untrained,
             average=average,
-            gap=seen[0] - average if seen and average is not None else None,
+            gap=float(np.mean(seen)) - average if seen and average is not None else None,
         )
         report._pictures = dict(pictures or {})
         return report

@@ -46,7 +46,7 @@ class Variant:
     def identity(self) -> dict[str, Any]:
         """Settings on which a results folder must agree to hold this variant."""
         run = next(iter(self.runs.values()))
-        table = run.model_dump(mode="json", include={"pairing", "recipe", "source", "targets"})
+        table = run.model_dump(mode="json", include={"pairing", "recipe", "sources", "targets"})
         table["recipe"].pop("seed")
         return table
 
@@ -91,7 +91,10 @@ def check_data(registry: Registry, found: Sequence[Variant]) -> None:
     checked: list[tuple[Domain, str]] = []
     for variant in found:
         run = next(iter(variant.runs.values()))
-        for domain, split in ((run.source, "train"), *((t, "val") for t in run.targets)):
+        for domain, split in (
+            *((s, "train") for s in run.sources),
+            *((t, "val") for t in run.targets),
+        ):
             if (domain, split) not in checked:
                 domain.build(registry, split)
                 checked.append((domain, split))

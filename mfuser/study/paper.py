@@ -19,7 +19,7 @@ else:
     import tomli as tomllib
 
 INCIDENTAL = (
-    *("seed", "workers", "save_every", "source", "targets"),
+    *("seed", "workers", "save_every", "source", "sources", "targets"),
     *("on_bad_image", "tensorboard", "tracker", "baselines", "checkpointing", "note"),
 )
 """Keys of a recipe that do not affect results, or that are compared elsewhere."""
@@ -84,8 +84,10 @@ def differences(registry: Registry, run: RunSpec, wanted: dict[str, Any]) -> lis
         effective.pop(key, None)
         recipe.pop(key, None)
     found += _compare("recipe", effective, recipe)
+    if len(run.sources) > 1:
+        found.append(f"the sources are {run.source_names}, not {protocol['source']} alone")
     for ours_domain, name in (
-        (run.source, protocol["source"]),
+        *((s, protocol["source"]) for s in run.sources[:1]),
         *((t, t.name) for t in run.targets if t.name in protocol["columns"]),
     ):
         expected = domains(registry, name)[0]

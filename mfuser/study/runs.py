@@ -171,7 +171,7 @@ def check_runs(registry: Registry, variants: Sequence[Variant], out: Path) -> No
             if not (folder / RUN).is_file():
                 continue
             begun = read_run(registry, folder)
-            for key in ("pairing", "recipe", "source", "targets", "seed"):
+            for key in ("pairing", "recipe", "sources", "targets", "seed"):
                 if getattr(begun, key) != getattr(run, key):
                     raise CheckpointError(
                         f"{folder} holds a different run from the study's (its {key} differs); "

@@ -37,3 +37,40 @@ def test_recipes_hold_together() -> None:
     ):
         with pytest.raises(MFuserError, match=message):
             reg.recipe("r", [wrong])
+
+
+def test_decays_of_tables_and_schedules() -> None:
+    reg = Registry([("file.toml", {"recipe": {"r": {"steps": 10, "warmup": 0}}})])
+    plain = reg.recipe("r", ["weight_decay=0.1"])
+    assert (plain.base_decay, plain.decays) == (0.1, {})
+    assert [plain.decay_at(0.1, s) for s in (0, 9)] == [0.1, 0.1]
+    table = reg.recipe("r", ["weight_decay={default=0.2, decoder=0.1}"])
+    assert (table.base_decay, table.decays) == (0.2, {"decoder": 0.1})
+    dotted = reg.recipe("r", ["lr_scale.encoder.vfm.*.attn=2", "lr_scale.decoder=3"])
+    assert dotted.lr_scale == {"encoder.vfm.*.attn": 2, "decoder": 3}
+    falling = ["weight_decay=0.1", "min_weight_decay=0.02", "decay_schedule=linear"]
+    linear = reg.recipe("r", falling)
+    assert [linear.decay_at(0.1, s) for s in (0, 5)] == pytest.approx([0.1, 0.06])
+    assert [linear.decay_at(d, 9) for d in (0.0, 0.01)] == [0.0, 0.01]  # below the floor: as it is
+    cosine = reg.recipe("r", [*falling, "decay_schedule=cosine"])
+    assert cosine.decay_at(0.1, 1) == pytest.approx(0.02 + 0.04 * (1 + math.cos(math.pi / 10)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("weight_decay.decoder=1", 'weight_decay as a table needs "default"'),
+        ("min_weight_decay=1", "min_weight_decay 1.0 is above weight_decay 1e-05"),
+        ("lr_scale.decoder=-3", r"lr_scale\.decoder = -3: .*greater than or equal to 0"),
+        ("lr_scale=3", r"lr_scale: takes a table such as { decoder = 10 }, not 3"),
+        ("weight_decay=x", "weight_decay: takes a number or a table .* not 'x'"),
+        ("sources=3", "sources: takes a list such as"),
+        ("layer_decay=1.5", r"layer_decay = 1\.5: .*less than or equal to 1"),
+        ("decay_schedule=annealed", "'constant', 'linear' or 'cosine'"),
+    ],
+)
+def test_rates_and_decays_that_are_refused(change: str, message: str) -> None:
+    reg = Registry([("file.toml", {"recipe": {"r": {"steps": 10, "warmup": 0}}})])
+    with pytest.raises(MFuserError, match=message) as caught:
+        reg.recipe("r", [change])
+    assert "\n" not in str(caught.value)

@@ -185,8 +185,8 @@ def test_everything_that_ships_is_valid() -> None:
         assert isinstance(shipping.pairing(name), PairingSpec)
     for name in shipping.names("recipe"):
         recipe = shipping.recipe(name)
-        for dataset in [recipe.source, *recipe.targets]:
-            assert dataset is None or shipping.dataset(dataset)
+        for dataset in [*(source.name for source in recipe.mixture()), *recipe.targets]:
+            assert shipping.dataset(dataset)
     for name in shipping.names("dataset"):
         assert shipping.dataset(name)
 
@@ -363,6 +363,16 @@ def test_the_recipes_of_the_paper_are_the_released_ones() -> None:
     tqdm, rein = reg.recipe("tqdm"), reg.recipe("rein")
     assert (tqdm.lr, tqdm.lr * tqdm.backbone_lr, tqdm.batch_size) == pytest.approx((1e-5, 1e-6, 8))
     assert rein.rate(0) == 1 and rein.rate(20000) == pytest.approx(0.5**0.9)
+    soma = reg.recipe("soma")
+    # mmengine's CosineAnnealingParamScheduler, begin = 0, end = 40000, at its half and its end.
+    assert [soma.decay_at(0.05, step) for step in (0, 20000, 40000)] == pytest.approx(
+        [0.05, 0.025005, 1e-5]
+    )
+    assert soma.source == "gta" and soma.ema is not None and soma.ema.at(12000) == 0
+    images = {"gta": 24966, "synthia": 9400, "urbansyn": 7539}
+    assert {s.name: s.weight for s in reg.recipe("three-sources").mixture()} == pytest.approx(
+        {name: count / sum(images.values()) for name, count in images.items()}, abs=5e-4
+    )
     same = {"weight_decay": paper.weight_decay, "no_decay": paper.no_decay}
     assert clip.model_copy(update=same) == paper
 

@@ -37,7 +37,7 @@ def test_what_an_earlier_version_wrote_is_read_and_written_again(
 ) -> None:
     run = RunSpec.read(tiny, written, "run.json")
     assert isinstance(run.pairing, PairingSpec) and isinstance(run.recipe, RecipeSpec)
-    assert isinstance(run.source.spec, DatasetSpec)
+    assert isinstance(run.sources[0].spec, DatasetSpec)
     no_decay = ",".join(written["recipe"]["no_decay"])
     assert run.pairing == tiny.pairing("tiny")
     assert run.recipe == tiny.recipe("tiny", [f"no_decay={no_decay}"])

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from mfuser import Registry, build_model
-from mfuser.data.loading import ClassMap, training_stream
+from mfuser.data.loading import ClassMap, CropSource, training_stream
 from mfuser.data.sampling import ShuffledSampler
 from mfuser.data.transforms import Augmentation, AugmentationSpec
 from mfuser.engine import checkpoints, processes
@@ -352,9 +352,11 @@ def test_a_run_continues_its_epoch(tiny: Registry) -> None:
     def stream(start: int) -> list[Any]:
         return list(
             training_stream(
-                dataset,
-                ClassMap(dataset, model_classes),
-                ShuffledSampler(len(dataset)),
+                [
+                    CropSource(
+                        dataset, ClassMap(dataset, model_classes), ShuffledSampler(len(dataset))
+                    )
+                ],
                 Augmentation(AugmentationSpec(), (64, 96)),
                 seed=4,
                 steps=9,

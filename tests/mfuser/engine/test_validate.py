@@ -71,7 +71,9 @@ def test_what_is_measured_is_what_an_evaluation_gives(
     six = run.model_copy(update={"recipe": run.recipe.model_copy(update={"validate_images": 6})})
     train(tiny, six, tmp_path / "six")
     for weights, line in (("last", measured(tmp_path / "six")[-1]), ("best", None)):
-        report = evaluate(tiny, tmp_path / "six", targets=[run.source], limit=6, weights=weights)
+        report = evaluate(
+            tiny, tmp_path / "six", targets=[run.sources[0]], limit=6, weights=weights
+        )
         if line is None:
             line = [entry for entry in measured(tmp_path / "six") if entry["validation"]["best"]][
                 -1
@@ -147,9 +149,9 @@ def test_images_are_held_out_where_there_is_no_val_split(
         if count == 40:  # one without a split, the other trained on its val split
             spec = spec.model_copy(update={"split": None})
         run = run.model_copy(
-            update={"source": run.source.model_copy(update={"spec": spec, "name": "other"})}
+            update={"sources": (run.sources[0].model_copy(update={"spec": spec, "name": "other"}),)}
         )
-        source = run.source.build(tiny, "train")
+        source = run.sources[0].build(tiny, "train")
         (left,), (kept,) = keep_back(tiny, run, [source], size)
         assert len(kept.dataset) == expected and not kept.target
         names = [{d.name(k) for k in range(len(d))} for d in (left, kept.dataset)]  # type: ignore[attr-defined]
@@ -158,10 +160,10 @@ def test_images_are_held_out_where_there_is_no_val_split(
         (again,), _ = keep_back(tiny, run.model_copy(update={"seed": 7}), [source], size)
         assert {again.name(k) for k in range(len(again))} == names[0]  # whatever the seed
 
-    lone = run.source.spec.model_copy(update={"count": 1})  # type: ignore[union-attr]
-    run = run.model_copy(update={"source": run.source.model_copy(update={"spec": lone})})
+    lone = run.sources[0].spec.model_copy(update={"count": 1})  # type: ignore[union-attr]
+    run = run.model_copy(update={"sources": (run.sources[0].model_copy(update={"spec": lone}),)})
     with pytest.raises(DataError, match="'other' has one image and no val split, so that nothing"):
-        keep_back(tiny, run, [run.source.build(tiny, "train")], size)
+        keep_back(tiny, run, [run.sources[0].build(tiny, "train")], size)
 
 
 def test_on_a_target_by_name_every_report_says_so(
@@ -199,9 +201,9 @@ def test_two_processes_share_the_images(
     # One process measures the same: all take the first one's running statistics.
     _, best = load_model(out, tiny, weights="best")
     run = RunSpec.read(tiny, best.meta["run"], "here")
-    _, (kept,) = keep_back(tiny, run, [run.source.build(tiny, "train")], (64, 96))
+    _, (kept,) = keep_back(tiny, run, [run.sources[0].build(tiny, "train")], (64, 96))
     monkeypatch.setattr(Domain, "build", lambda *_: kept.dataset)
-    report = evaluate(tiny, out, targets=[run.source], limit=4, weights="best")
+    report = evaluate(tiny, out, targets=[run.sources[0]], limit=4, weights="best")
     assert report.domains["toy"].miou == pytest.approx(best.meta["weights"]["miou"], abs=1e-9)
     assert found[-1]["validation"]["images"] == 4
     assert "of averaged weights" in report.protocol["checkpoint"]

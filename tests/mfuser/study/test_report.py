@@ -143,7 +143,7 @@ def test_sizes_of_table_3(name: str, params_m: str, gflops: str) -> None:
     spec = registry.components.validate(("fusion",), name)
     shape = adapter_cost.TokenShape(1024, (36, 36), 1)
     adapter = spec.build(shape, shape)  # type: ignore[attr-defined]
-    flops, _ = adapter_cost._flops(spec, shape, 2, name)  # type: ignore[arg-type]
+    flops, _ = adapter_cost._flops(spec, shape, 2, name, 2)  # type: ignore[arg-type]
     assert f"{sum(p.numel() for p in adapter.parameters()) / 1e6:.2f}" == params_m
     assert flops is not None and f"{flops / 1e9:.2f}" == gflops
 
