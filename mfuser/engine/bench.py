@@ -88,7 +88,10 @@ class DryRun(Options):
 
 
 class Bench(Options):
-    """seconds: of a training step, median over `repeats`; the parts' are scaled to it."""
+    """seconds: of a training step, median over `repeats`; the parts' are scaled to it.
+
+    peak_bytes: the most that a step held on a GPU; None elsewhere.
+    """
 
     pairing: str
     image_size: tuple[int, int]
@@ -99,6 +102,7 @@ class Bench(Options):
     peak_flops: float
     repeats: int
     seconds: float
+    peak_bytes: int | None
     optimizer: float
     data: float | None
     parts: list[PartCost]
@@ -140,6 +144,8 @@ class Bench(Options):
             f"peak of the device, measured by a matrix product: {self.peak_flops / 1e9:,.0f} "
             "GFLOPs a second",
         ]
+        if self.peak_bytes is not None:
+            lines.append(f"highest memory of a step: {self.peak_bytes / 1e9:.2f} GB")
         if self.inference is not None:
             i = self.inference
             told = f"an image of {i.size[0]}x{i.size[1]}: {i.seconds:.2f} s"
@@ -203,10 +209,13 @@ def bench(
     of_image = _timed_image(model, watch, frame, device, recipe) if frame is not None else {}
     _step(model, watch, optimizer, images, labels, recipe)  # compiles, and fills caches
     watch.seconds.clear()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     steps = []
     for k in range(repeats):
         tell(f"step {k + 1} of {repeats}")
         steps.append(_step(model, watch, optimizer, images, labels, recipe))
+    most = torch.cuda.max_memory_allocated() if device == "cuda" else None
     tell("counting FLOPs")
     with watch.counting():
         timed = dict(watch.seconds)
@@ -226,6 +235,7 @@ def bench(
         peak_flops=peak,
         repeats=repeats,
         seconds=seconds,
+        peak_bytes=most,
         optimizer=scale * timed.get(("optimizer", OTHER), 0.0),
         data=data,
         parts=costs,
