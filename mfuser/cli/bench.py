@@ -62,11 +62,12 @@ def bench(
     """
     registry = open_registry(registries, plugins, data_roots)
     from mfuser.engine.bench import bench as measure
-    from mfuser.engine.bench import data_of, save
+    from mfuser.engine.bench import data_of
     from mfuser.engine.console import Console
     from mfuser.engine.run import resolve
     from mfuser.files import check_writable
     from mfuser.reporting.adapter_cost import default_device
+    from mfuser.reporting.bench import save
     from mfuser.reporting.tables import show
 
     console = Console()

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mfuser import load_registry
-from mfuser.engine.bench import Bench
 from mfuser.engine.stopwatch import OTHER, Stopwatch, watch_model
 from mfuser.model.assembly import build_model
+from mfuser.reporting.bench import Bench
 
 RECIPE = ("--recipe", "tiny", "--device", "cpu", "--repeats", "2")
 
