@@ -34,6 +34,8 @@ _HOME = {
     "ManyFusionAdapter": "interfaces",
     "TextEnhancer": "interfaces",
     "Decoder": "interfaces",
+    "JoiningDecoder": "interfaces",
+    "LastBlocks": "interfaces",
     "DecoderOutput": "interfaces",
     "Network": "interfaces",
     "Inference": "interfaces",
@@ -72,6 +74,8 @@ if TYPE_CHECKING:
     from mfuser.interfaces import DecoderOutput as DecoderOutput
     from mfuser.interfaces import FusionAdapter as FusionAdapter
     from mfuser.interfaces import Inference as Inference
+    from mfuser.interfaces import JoiningDecoder as JoiningDecoder
+    from mfuser.interfaces import LastBlocks as LastBlocks
     from mfuser.interfaces import ManyFusionAdapter as ManyFusionAdapter
     from mfuser.interfaces import Network as Network
     from mfuser.interfaces import Sample as Sample

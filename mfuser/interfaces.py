@@ -104,6 +104,21 @@ class VisionBackbone(nn.Module, ABC):
     def finish(self, tokens: Tensor, state: Any) -> Tensor:
         """(B, N, D) -> (B, N, D): the final norm where it belongs before `project`, or nothing."""
 
+    def no_extra(self) -> str | None:
+        """Why further tokens cannot join its blocks; None: they can, by `block_with`."""
+        return "it has no block_with(), by which they would join its own"
+
+    def block_with(
+        self, i: int, tokens: Tensor, state: Any, extra: Tensor, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Block `i` on its own tokens (B, N, D) and on further ones (B, Q, D), which have no place
+        in the grid -> both.
+
+        All attend to all, but for `visible` (B, Q, T), bool: the patches that each further token
+        sees. None: all of them. Where this works, `finish` norms each token by itself.
+        """
+        raise NotImplementedError
+
     def block_modules(self) -> list[nn.Module]:
         """The module behind each block, in order: where tuning finds the layers that it changes.
 
@@ -202,6 +217,33 @@ class DecoderOutput:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+class LastBlocks(ABC):
+    """The last blocks of an encoder, in the hands of a decoder whose own tokens join them.
+
+    What stands between the blocks (those of other encoders, fusion adapters) is run along with
+    them, on the encoder's own tokens alone.
+    """
+
+    count: int
+    """The blocks that are left; each `step` takes one, and none may be left over."""
+    grid: tuple[int, int]
+    """Patches (h, w)."""
+    batch: int
+    """Images B."""
+
+    @abstractmethod
+    def look(self, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """Further tokens (B, Q, D) -> the same and the patches as a map (B, D, h, w), both as they
+        stand, after the encoder's final norm."""
+
+    @abstractmethod
+    def step(self, extra: Tensor, visible: Tensor | None = None) -> Tensor:
+        """The next block, on the encoder's tokens and further ones (B, Q, D) -> the latter.
+
+        visible: (B, Q, h * w), bool, the patches that each of them attends to; None: all.
+        """
+
+
 class Decoder(nn.Module, ABC):
     """Predicts masks from the feature pyramid, and from class queries where there are some."""
 
@@ -212,6 +254,9 @@ class Decoder(nn.Module, ABC):
     whose share of their sum is one."""
     open_vocabulary: ClassVar[bool] = False
     """Whether it answers for any class texts, not for the classes alone that it was trained on."""
+    progress: float = 1.0
+    """The share of the training that is done, which the trainer sets before each of its steps: what
+    anneals follows from it alone. 1 everywhere else."""
 
     @abstractmethod
     def forward(self, pyramid: list[Tensor], queries: Tensor | None = None) -> DecoderOutput:
@@ -224,6 +269,18 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def semantic_logits(self, output: DecoderOutput, size: tuple[int, int]) -> Tensor:
         """-> class scores (B, K, *size)."""
+
+
+class JoiningDecoder(Decoder):
+    """A decoder whose own tokens join the encoder's last blocks (`DecoderSpec.joins`)."""
+
+    @abstractmethod
+    def join(self, blocks: LastBlocks, queries: Tensor | None = None) -> DecoderOutput:
+        """The blocks, to be stepped through; class texts (B, K, C) or None. There is no pyramid."""
+
+    def forward(self, pyramid: Any, queries: Tensor | None = None) -> DecoderOutput:
+        """`join`, called as a module: `LastBlocks` in place of the pyramid."""
+        return self.join(pyramid, queries)
 
 
 class Network(ABC):

@@ -251,6 +251,18 @@ class DecoderSpec(Spec):
     needs_text: ClassVar[bool] = False
     """Whether it needs class queries, hence a vision-language model."""
 
+    def joins(self) -> int:
+        """How many of an encoder's last blocks its own tokens join: the VFM's (of a list the first
+        one's), the VLM's where it is alone. 0: it reads the pyramid, as most do."""
+        return 0
+
+    def build_joining(
+        self, tokens: TokenShape, patch_size: Size, num_classes: int, text_dim: int | None
+    ) -> interfaces.JoiningDecoder:
+        """The decoder where it `joins` blocks, of an encoder with these tokens, each a patch of
+        `patch_size` pixels; in place of `build`."""
+        raise NotImplementedError
+
     def build(
         self, channels: tuple[int, ...], num_classes: int, text_dim: int | None
     ) -> interfaces.Decoder:

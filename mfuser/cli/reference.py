@@ -29,6 +29,8 @@ RETURNED = (
     interfaces.ManyFusionAdapter,
     interfaces.TextEnhancer,
     interfaces.Decoder,
+    interfaces.JoiningDecoder,
+    interfaces.LastBlocks,
     interfaces.DecoderOutput,
     interfaces.Inference,
     interfaces.Network,

@@ -177,6 +177,8 @@ class PairingSpec(Options):
                 f"enhancer '{self.enhancer.name}' works on class text embeddings, and there is no "
                 "'vlm' to make them; use enhancer = \"none\" or add a vlm"
             )
+        if self.decoder.joins():
+            self._fits_joining()
         one_tower = vfm is None or vlm is None
         if one_tower and self.fusion.name != "none" and not self.fusion.single_tower:
             raise ValueError(
@@ -205,6 +207,19 @@ class PairingSpec(Options):
         if self.taps is not None and len(self.taps) != 4:
             raise ValueError(f"'taps' takes four positions (strides 4 to 32), not {len(self.taps)}")
         return self
+
+    def _fits_joining(self) -> None:
+        """What a decoder leaves out that takes the last blocks into its own hands."""
+        if self.enhancer.name != "none":
+            raise ValueError(
+                f"decoder '{self.decoder.name}' joins the encoder's last blocks, and enhancer "
+                f"'{self.enhancer.name}' reads what comes after them; use enhancer = \"none\""
+            )
+        if self.taps is not None:
+            raise ValueError(
+                f"decoder '{self.decoder.name}' joins the encoder's last blocks and reads no "
+                "'taps'; leave them out"
+            )
 
     def encoders(self) -> dict[str, VisionSpec | VisionLanguageSpec]:
         """The encoders that are there, by role: "vfm", or "vfm_1", "vfm_2", … of a list; "vlm"."""

@@ -187,6 +187,7 @@ def replay(
         ]
         step, rank = int(saved.meta["step"]), int(saved.meta["rank"])
         seed_step(run.seed, step, rank)
+        model.decoder.progress = step / run.recipe.steps
         losses: dict[str, float] = {}
         with torch.no_grad(), accelerator.autocast():
             for batch in batches:

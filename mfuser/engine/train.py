@@ -260,6 +260,7 @@ class Trainer:
         self.model.record = self.saver.meta(self.recipe.steps)
         if self.averages is not None:
             self.model.record["weights"] = {"kind": "averaged"}
+        self.model.decoder.progress = 1.0
         return self.model.eval()
 
     def _fetch(self, step: int, start: int, batches: Iterator[Batch]) -> list[Batch]:
@@ -302,6 +303,7 @@ class Trainer:
         """One optimizer step; returns the losses as numbers."""
         recipe, accelerator = self.recipe, self.accelerator
         diagnose.seed_step(self.run.seed, step, accelerator.process_index)
+        self.model.decoder.progress = step / recipe.steps
         set_rates(self.optimizer, recipe, step)
         logged: dict[str, float] = {}
         for micro, batch in enumerate(batches):

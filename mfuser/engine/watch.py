@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mfuser.model.dgss import DGSSModel
 
-BACKBONE = ("embed", "block", "finish", "project", "encode_text")
+BACKBONE = ("embed", "block", "block_with", "finish", "project", "encode_text")
 DECODER = ("loss", "semantic_logits")
 
 
@@ -74,7 +74,7 @@ def _method(
     own = method in vars(part)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        index = str(args[0]) if method == "block" and args else ""
+        index = str(args[0]) if method.startswith("block") and args else ""
         this = Call(f"{role}.{method}({index})", part, True)
         stack.append(this)
         before(this, tensors((args, kwargs)))

@@ -15,6 +15,7 @@ from mfuser.errors import MFuserError, placed
 from mfuser.interfaces import (
     Decoder,
     FusionAdapter,
+    JoiningDecoder,
     ManyFusionAdapter,
     TextEnhancer,
     VisionBackbone,
@@ -22,6 +23,7 @@ from mfuser.interfaces import (
 )
 from mfuser.model.dgss import DGSSModel, Prompt
 from mfuser.model.encoder import PairEncoder, default_taps, lockstep, shapes
+from mfuser.model.joining import check_joins
 from mfuser.model.pyramid import STRIDES, Pyramid
 from mfuser.plugins.contracts import built, complete, freezes
 from mfuser.specs import VisionLanguageSpec, VisionSpec
@@ -101,6 +103,7 @@ def without_weights(spec: Any) -> Any:
 
 
 def _assemble(spec: PairingSpec, tokens: Literal["all", "if there", "none"] = "all") -> DGSSModel:
+    _check_joined(spec)
     backbones: dict[str, VisionBackbone] = {}
     for role, backbone_spec in spec.encoders().items():
         try:
@@ -115,7 +118,8 @@ def _assemble(spec: PairingSpec, tokens: Literal["all", "if there", "none"] = "a
 
     _tune(spec, backbones)
     positions = len(lockstep([b.depth for b in backbones.values()]))
-    taps = _taps(spec.taps, positions)
+    joins = spec.decoder.joins()
+    taps = () if joins else _taps(spec.taps, positions)
     encoder = PairEncoder(
         vfms if isinstance(spec.vfm, tuple) else backbones.get("vfm"),
         vlm,
@@ -129,13 +133,20 @@ def _assemble(spec: PairingSpec, tokens: Literal["all", "if there", "none"] = "a
             f"image_size {spec.image_size} is below {STRIDES[-1]} pixels, the pyramid's coarsest "
             "stride; enlarge it"
         )
-    patch = spec.image_size[0] / encoder.grid[0]
-    pyramid = Pyramid(encoder.tap_channels, spec.pyramid.width, patch)
     text_dim = vlm.text_dim if vlm is not None else None
     classes = len(spec.classes)
-    decoder = built(
-        spec.decoder, Decoder, lambda: spec.decoder.build(pyramid.channels, classes, text_dim)
-    )
+    pyramid: Pyramid | None = None
+    decoder: Decoder
+    if joins:
+        first = next(iter(backbones.values()))
+        shape, patch_size = first.token_shape, first.patch_size
+        build_joining = partial(spec.decoder.build_joining, shape, patch_size, classes, text_dim)
+        decoder = built(spec.decoder, JoiningDecoder, build_joining)
+    else:
+        patch = spec.image_size[0] / encoder.grid[0]
+        pyramid = Pyramid(encoder.tap_channels, spec.pyramid.width, patch)
+        build_decoder = partial(spec.decoder.build, pyramid.channels, classes, text_dim)
+        decoder = built(spec.decoder, Decoder, build_decoder)
     enhancer = built(
         spec.enhancer, TextEnhancer, lambda: spec.enhancer.build(text_dim or 0, classes)
     )
@@ -172,6 +183,19 @@ def with_classes(model: DGSSModel, classes: tuple[str, ...]) -> DGSSModel:
     ids = _ids(model.spec, vlm, True)
     model.ids = ids.to(model.ids.device) if isinstance(model.ids, Tensor) else ids
     return model
+
+
+def _check_joined(spec: PairingSpec) -> None:
+    """Whether the decoder's tokens can join the encoder's blocks, asked before weights are read."""
+    if not spec.decoder.joins():
+        return
+    role, tower = next(iter(spec.encoders().items()))
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            laid_out = _backbone(role, without_weights(tower), spec.image_size)
+    except MFuserError as error:
+        raise placed(error, f"{role} '{tower.name}'") from error
+    check_joins(spec.decoder, role, laid_out)
 
 
 def _ids(spec: PairingSpec, vlm: VisionLanguageBackbone, tokens: bool) -> Tensor:

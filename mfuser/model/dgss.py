@@ -17,6 +17,7 @@ from mfuser.errors import MFuserError
 from mfuser.interfaces import Decoder, DecoderOutput, Inference, Network, TextEnhancer
 from mfuser.model.alignment import alignment_loss, score_map
 from mfuser.model.encoder import PairEncoder
+from mfuser.model.joining import JoinedBlocks
 from mfuser.model.network import TrainedNetwork
 from mfuser.model.sliding_window import Sliding
 from mfuser.plugins.contracts import expect, scalars
@@ -54,7 +55,7 @@ class DGSSModel(nn.Module):
         self,
         spec: PairingSpec,
         encoder: PairEncoder,
-        pyramid: nn.Module,
+        pyramid: nn.Module | None,
         enhancer: TextEnhancer,
         decoder: Decoder,
         prompt: Prompt | None,
@@ -100,18 +101,36 @@ class DGSSModel(nn.Module):
 
         text: what `text()` returned, to spare computing it again.
         """
-        encoded = self.encoder(as_unit_range(images))
-        pyramid = self.pyramid(encoded.taps)
-        queries = alignment = None
-        if encoded.visual is not None:
-            text = self.text() if text is None else text
-            text = text.expand(images.shape[0], -1, -1)  # (B, K, C)
-            queries = self.enhancer(text, encoded.visual)
-            expect(self.enhancer, "forward()'s result", queries, tuple(text.shape))
-            alignment = score_map(encoded.visual[:, 1:], queries, encoded.grid)
-        read = (alignment,) if self.decoder.reads_alignment else ()
-        output = ModelOutput(self.decoder(pyramid, queries, *read), alignment)
+        images = as_unit_range(images)
+        if self.pyramid is None:
+            output = self._joining(images, text)
+        else:
+            encoded = self.encoder(images)
+            pyramid = self.pyramid(encoded.taps)
+            queries = alignment = None
+            if encoded.visual is not None:
+                texts = self._texts(images, text)
+                queries = self.enhancer(texts, encoded.visual)
+                expect(self.enhancer, "forward()'s result", queries, tuple(texts.shape))
+                alignment = score_map(encoded.visual[:, 1:], queries, encoded.grid)
+            read = (alignment,) if self.decoder.reads_alignment else ()
+            output = ModelOutput(self.decoder(pyramid, queries, *read), alignment)
         return output if labels is None else self.losses(output, labels)
+
+    def _joining(self, images: Tensor, text: Tensor | None) -> ModelOutput:
+        """A decoder whose tokens join the encoder's last blocks: the texts are its queries as they
+        are, since nothing visual is there yet that could enhance them."""
+        queries = None if self.encoder.vlm is None else self._texts(images, text)
+        blocks = JoinedBlocks(self.encoder, images, self.spec.decoder.joins())
+        decoded = self.decoder(blocks, queries)
+        encoded, alignment = blocks.end(), None
+        if queries is not None and encoded.visual is not None:
+            alignment = score_map(encoded.visual[:, 1:], queries, encoded.grid)
+        return ModelOutput(decoded, alignment)
+
+    def _texts(self, images: Tensor, text: Tensor | None) -> Tensor:
+        """The class texts of each image: (B, K, C)."""
+        return (self.text() if text is None else text).expand(images.shape[0], -1, -1)
 
     def losses(self, output: ModelOutput, labels: Tensor) -> dict[str, Tensor]:
         """The decoder's losses (eq. 11) and the pixel-text alignment (eq. 12)."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,17 @@ class Encoded:
     grid: tuple[int, int]
 
 
+@dataclass
+class Way:
+    """How far images have come. tokens, states: by encoder. fused: whether the adapters act.
+    kept: taps by position."""
+
+    tokens: dict[str, Tensor]
+    states: dict[str, object]
+    fused: bool = True
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+
 class PairEncoder(nn.Module):
     """Two backbones, or one, or a list of VFMs and perhaps a VLM, stepped together with fusion
     adapters between their blocks.
@@ -76,7 +87,7 @@ class PairEncoder(nn.Module):
     vfm: of a list of several the backbones are `vfm_1`, `vfm_2`, …, and `vfm` is None.
     adapters: position -> adapter, which reads the token sequences after that position and
         returns an offset for each (paper, eq. 2-6); of a list, a ManyFusionAdapter.
-    taps: four positions whose patch tokens feed the pyramid.
+    taps: four positions whose patch tokens feed the pyramid; none where there is no pyramid.
     project_vfm: maps the VFM's final tokens to the VLM's width before the two are added; of a
         list, the maps by role, where there are any.
     """
@@ -131,50 +142,69 @@ class PairEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Encoded:
         """Images (B, 3, H, W), RGB in [0, 1], of the image size."""
-        tokens, states, kept = self._run(images)
-        visual, grid = None, self.grid
-        if self.vlm is not None:
-            visual = self._project(self.vlm, self._merge(tokens, states), states["vlm"])
-            grid = self.vlm.grid
-        return Encoded([kept[p] for p in self.taps], visual, grid)
+        return self.end(self._run(images))
 
     def features(self, images: Tensor, fused: bool = True) -> dict[str, Tensor]:
         """Each encoder's patch tokens (B, h, w, D) after its last block and `finish`.
 
         fused: with the offsets of the adapters; else each encoder for itself.
         """
-        tokens, states, _ = self._run(images, fused)
+        way = self._run(images, fused)
         found = {}
         for role, backbone in self.backbones.items():
-            finished = self._finish(backbone, tokens[role], states[role])
+            finished = self._finish(backbone, way.tokens[role], way.states[role])
             found[role] = finished[:, backbone.num_prefix_tokens :].unflatten(1, backbone.grid)
         return found
 
     def visual_alone(self, images: Tensor) -> Tensor:
         """The embedding (B, 1 + T, C) of the VLM for itself: no offsets, nothing of the VFM."""
         assert self.vlm is not None
-        tokens, states, _ = self._run(images, fused=False)
-        finished = self._finish(self.vlm, tokens["vlm"], states["vlm"])
-        return self._project(self.vlm, finished, states["vlm"])
+        way = self._run(images, fused=False)
+        finished = self._finish(self.vlm, way.tokens["vlm"], way.states["vlm"])
+        return self._project(self.vlm, finished, way.states["vlm"])
 
-    def _run(
-        self, images: Tensor, fused: bool = True
-    ) -> tuple[dict[str, Tensor], dict[str, object], dict[int, Tensor]]:
-        """Tokens after the last position, the states of the streams, and the taps by position."""
+    def _run(self, images: Tensor, fused: bool = True) -> Way:
+        """From the images to the last position."""
+        way = self.begin(images, fused)
+        for position in range(len(self.schedule)):
+            self.advance(way, position)
+        return way
+
+    def begin(self, images: Tensor, fused: bool = True) -> Way:
+        """The tokens before the first block. fused: whether the adapters will act."""
         streams = {r: self._embed(b, images) for r, b in self.backbones.items()}
-        tokens = {role: stream.tokens for role, stream in streams.items()}
-        kept: dict[int, Tensor] = {}
-        for position, blocks in enumerate(self.schedule):
-            for (role, backbone), indices in zip(self.backbones.items(), blocks, strict=True):
-                for i in indices:
-                    tokens[role] = self._step(backbone, i, tokens[role], streams[role].state)
-            if fused and str(position) in self.adapters:
-                offsets = self._fuse(self.adapters[str(position)], tokens)
-                for role, offset in offsets.items():
-                    tokens[role] = tokens[role] + offset
-            if position in self.taps:
-                kept[position] = self._tap(tokens)
-        return tokens, {role: stream.state for role, stream in streams.items()}, kept
+        states = {r: s.state for r, s in streams.items()}
+        return Way({r: s.tokens for r, s in streams.items()}, states, fused)
+
+    def advance(self, way: Way, position: int, done: str | None = None) -> None:
+        """Every encoder through its blocks of a position, then adapter and tap.
+
+        done: an encoder that is through already.
+        """
+        tokens = way.tokens
+        for role, indices in zip(self.backbones, self.schedule[position], strict=True):
+            for i in indices if role != done else ():
+                self.step(way, role, i)
+        if way.fused and str(position) in self.adapters:
+            offsets = self._fuse(self.adapters[str(position)], tokens)
+            for role, offset in offsets.items():
+                tokens[role] = tokens[role] + offset
+        if position in self.taps:
+            way.kept[position] = self._tap(tokens)
+
+    def step(self, way: Way, role: str, i: int) -> None:
+        """One block of one encoder."""
+        backbone = self.backbones[role]
+        way.tokens[role] = self._step(backbone, i, way.tokens[role], way.states[role])
+
+    def end(self, way: Way) -> Encoded:
+        """What comes after the last position."""
+        visual, grid = None, self.grid
+        if self.vlm is not None:
+            merged = self._merge(way.tokens, way.states)
+            visual = self._project(self.vlm, merged, way.states["vlm"])
+            grid = self.vlm.grid
+        return Encoded([way.kept[p] for p in self.taps], visual, grid)
 
     def _embed(self, backbone: VisionBackbone, images: Tensor) -> Stream:
         stream = backbone.embed(backbone.normalize(images))

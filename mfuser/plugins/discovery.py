@@ -245,12 +245,15 @@ def _checked(given: Any, name: str) -> list[Component]:
                 + ", ".join(base.__name__ for base in KINDS.values())
             )
         if not isinstance(spec.model_fields["name"].default, str):
-            base = spec.__bases__[0].__name__
+            parent = spec.__bases__[0].__name__
             raise PluginError(
-                f"spec '{spec.__name__}' has no name: write class {spec.__name__}({base}, "
+                f"spec '{spec.__name__}' has no name: write class {spec.__name__}({parent}, "
                 'name="…")'
             )
-        if getattr(spec, "build") is getattr(KINDS[spec.kind], "build"):  # noqa: B009
+        base = KINDS[spec.kind]
+        # Decoders that join an encoder's blocks have another way.
+        ways = ("build", "build_joining")
+        if all(getattr(spec, way, None) is getattr(base, way, None) for way in ways):
             raise PluginError(f"spec '{spec.__name__}' does not define build()")
         result.append(Component(spec.kind, spec.component(), spec, name))
     return result

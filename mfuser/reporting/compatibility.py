@@ -47,7 +47,7 @@ def projections(model: DGSSModel) -> list[str]:
         if isinstance(p, nn.Linear):
             lines.append(f"final {role} tokens: {p.in_features} to {p.out_features}")
     width = model.spec.pyramid.width
-    if width is not None:
+    if width is not None and model.pyramid is not None:
         lines.append(f"taps: {encoder.tap_channels} to {width}, at each of {len(STRIDES)} strides")
     if encoder.vlm is not None and encoder.vlm.text_dim != encoder.vlm.embed_dim:
         lines.append(

@@ -74,6 +74,7 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
         "schedule": [[[r.start, r.stop] for r in blocks] for blocks in encoder.schedule],
         "adapters after": [int(p) for p in encoder.adapters],
         "taps": list(encoder.taps),
+        "decoder joins": spec.decoder.joins(),
         "common grid": list(encoder.grid),
         "resampling": compatibility.resampling(model),
         "projections": compatibility.projections(model),
@@ -128,10 +129,15 @@ def render(name: str, facts: dict[str, Any]) -> list[Table | str]:
         lines += [f"{what}: {'; '.join(facts[what]) or 'none'}"]
     trains = [f"{p['part']} {p['trained']:,}" for p in facts["parts"] if p["trained"]]
     lines += [f"trains: {', '.join(trains) or 'nothing'}"]
-    lines += [
-        f"{positions} positions; adapters after {_ranges(facts['adapters after'])}; "
+    read = (
         f"taps after {', '.join(map(str, facts['taps']))} (from 0); pyramid on a "
-        f"{facts['common grid'][0]}x{facts['common grid'][1]} grid",
+        f"{facts['common grid'][0]}x{facts['common grid'][1]} grid"
+    )
+    if facts["decoder joins"]:
+        joined = next(iter(facts["encoders"]))
+        read = f"the decoder's tokens join the last {facts['decoder joins']} blocks of the {joined}"
+    lines += [
+        f"{positions} positions; adapters after {_ranges(facts['adapters after'])}; {read}",
         "GFLOPs of one image, forward: 2 x multiply-adds, 1 per activation; the scan's own are "
         "counted with fusion and enhancer"
         if facts["gflops"] is not None

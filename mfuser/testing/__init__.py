@@ -42,7 +42,11 @@ FOR_EVERY_MODULE = (
     ("gradients", modules.gradients),
     ("global state", process.builds),
 )
-FOR_BACKBONES = (("frozen", kinds.frozen), ("image sizes", kinds.resizing))
+FOR_BACKBONES = (
+    ("frozen", kinds.frozen),
+    ("image sizes", kinds.resizing),
+    ("further tokens", kinds.further_tokens),
+)
 FOR_DECODERS = (("losses", kinds.losses),)
 FOR_DATASETS = (
     ("samples", datasets.samples),

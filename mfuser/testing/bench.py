@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
-from mfuser.errors import MFuserError
+from mfuser.errors import MFuserError, PluginError
 from mfuser.interfaces import (
     Decoder,
     FusionAdapter,
     Inference,
+    JoiningDecoder,
+    LastBlocks,
     ManyFusionAdapter,
     Network,
     TextEnhancer,
@@ -176,6 +180,13 @@ class DecoderBench(Bench):
     """Of the scores asked for: odd, and no multiple of a level."""
 
     def cases(self) -> Iterator[Any]:
+        if self.spec.joins():
+            wide = TokenShape(32, (3, 5), 1)
+            yield wide, 3, 24, (8, 8)
+            yield TokenShape(48, (4, 2), 0), 5, 40, (16, 16)
+            if not self.spec.needs_text:
+                yield wide, 1, None, (14, 14)
+            return
         yield (16, 16, 16, 16), 3, 24, (12, 20)
         yield (16, 16, 16, 16), 19, 40, (9, 17)
         yield (24, 16, 16, 8), 1, 24, (16, 8)
@@ -184,16 +195,32 @@ class DecoderBench(Bench):
 
     def describe(self, case: Any) -> str:
         channels, classes, text, size = case
+        if isinstance(channels, TokenShape):
+            return (
+                f"tokens {channels}, {classes} classes, text_dim {text}, patches of "
+                f"{size[0]}x{size[1]}"
+            )
         return (
             f"channels {channels}, {classes} classes, text_dim {text}, finest level "
             f"{size[0]}x{size[1]}"
         )
 
     def make(self, case: Any) -> Decoder:
+        first, classes, text, size = case
+        if isinstance(first, TokenShape):
+            joining = partial(self.spec.build_joining, first, size, classes, text)
+            return built(self.spec, JoiningDecoder, joining)
         return built(self.spec, Decoder, lambda: self.spec.build(case[0], case[1], case[2]))
 
     def inputs(self, case: Any, batch: int) -> Inputs:
         channels, classes, text, size = case
+        if isinstance(channels, TokenShape):
+            return {
+                "tokens": torch.randn(batch, channels.num_tokens, channels.embed_dim),
+                "grid": channels.grid,
+                "queries": torch.randn(batch, classes, text) if text else None,
+                "labels": labels_for(batch, self.SIZE, classes),
+            }
         sizes = [size]
         for _ in channels[1:]:
             sizes.append((max(1, sizes[-1][0] // 2), max(1, sizes[-1][1] // 2)))
@@ -208,8 +235,10 @@ class DecoderBench(Bench):
         output = self._output(module, inputs)
         return {"scores": module.semantic_logits(output, self.SIZE)}
 
-    @staticmethod
-    def _output(module: Any, inputs: Inputs) -> Any:
+    def _output(self, module: Any, inputs: Inputs) -> Any:
+        if "tokens" in inputs:
+            blocks = ToyBlocks(inputs["tokens"], inputs["grid"], self.spec.joins())
+            return module(blocks, inputs["queries"])
         read = [inputs["alignment"]] if module.reads_alignment else []
         return module(inputs["pyramid"], inputs["queries"], *read)
 
@@ -221,7 +250,31 @@ class DecoderBench(Bench):
             return dict(module.loss(output, inputs["labels"]))
 
     def expected(self, case: Any, inputs: Inputs) -> dict[str, tuple[int, ...]]:
-        return {"scores": (len(inputs["pyramid"][0]), case[1], *self.SIZE)}
+        return {"scores": (len(inputs["labels"]), case[1], *self.SIZE)}
+
+
+class ToyBlocks(LastBlocks):
+    """Blocks without weights: each token moves toward the mean of what it sees."""
+
+    def __init__(self, tokens: Tensor, grid: tuple[int, int], count: int) -> None:
+        self.tokens, self.grid, self.count, self.batch = tokens, grid, count, len(tokens)
+
+    def look(self, extra: Tensor) -> tuple[Tensor, Tensor]:
+        width = (self.tokens.shape[-1],)
+        patches = layer_norm(self.tokens[:, -self.grid[0] * self.grid[1] :], width)
+        return layer_norm(extra, width), patches.transpose(1, 2).unflatten(2, self.grid)
+
+    def step(self, extra: Tensor, visible: Tensor | None = None) -> Tensor:
+        if self.count == 0:
+            raise PluginError("the decoder steps further than the blocks that it declares to join")
+        patches = self.tokens[:, -self.grid[0] * self.grid[1] :]
+        if visible is None:
+            visible = extra.new_ones(*extra.shape[:2], patches.shape[1], dtype=torch.bool)
+        weight = visible.to(patches.dtype)
+        read = weight @ patches / weight.sum(-1, keepdim=True).clamp(min=1)
+        self.tokens = self.tokens + 0.5 * torch.tanh(extra.mean(1, keepdim=True))
+        self.count -= 1
+        return extra + 0.5 * torch.tanh(read)
 
 
 class BackboneBench(Bench):

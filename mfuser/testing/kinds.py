@@ -100,6 +100,60 @@ def resizing(bench: Bench) -> str:
     return f"a wrong size is refused; {', '.join(f'{h}x{w}' for h, w in done)} and back agree"
 
 
+def further_tokens(bench: Bench) -> str:
+    """Further tokens among its own, in every block: what they see, and what sees them"""
+    assert isinstance(bench, BackboneBench)
+    case = first(bench)
+    module = module_of(bench, case)
+    if (reason := module.no_extra()) is not None:
+        raise NotTried(reason)
+    images = bench.feed(case, 2)["images"]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(5)
+        stream = module.embed(module.normalize(images))
+        extra = torch.randn(2, 3, module.embed_dim)
+    patches = module.grid[0] * module.grid[1]
+    visible = torch.ones(2, 3, patches, dtype=torch.bool)
+    visible[:, 0, patches // 2] = False
+    tokens = stream.tokens
+    for i in range(module.depth):
+        with torch.no_grad():
+            alone = module.block(i, tokens, stream.state)
+            none = module.block_with(i, tokens, stream.state, extra[:, :0], None)
+            whole = module.block_with(i, tokens, stream.state, extra, None)
+            told = module.block_with(i, tokens, stream.state, extra, torch.ones_like(visible))
+        _agree(f"block {i} with no further token", {"tokens": none[0]}, {"tokens": alone})
+        for name, a, b in zip(("its own tokens", "further tokens"), whole, told, strict=True):
+            _agree(f"block {i}, visible = None and all of visible True", {name: a}, {name: b})
+        if whole[0].shape == alone.shape and torch.equal(whole[0], alone):
+            raise Broken(
+                f"block {i} with three further tokens",
+                "its own tokens are what they are without",
+                "tokens that attend to the further ones",
+                "put them into one sequence before attention",
+            )
+        given = tokens.detach().requires_grad_()
+        _, read = module.block_with(i, given, stream.state, extra, visible)
+        for q, hidden in ((0, True), (1, False)):
+            (grad,) = torch.autograd.grad(read[:, q].sum(), given, retain_graph=True)
+            seen = bool(grad[:, module.num_prefix_tokens + patches // 2].any())
+            if seen is hidden:
+                raise Broken(
+                    f"block {i}, a patch that `visible` {'hides from' if hidden else 'shows to'} "
+                    "a further token",
+                    "it reads it" if hidden else "it does not read it",
+                    "attention as `visible` says (True: it sees the patch)",
+                    "look at which way round the library's mask is meant",
+                )
+        tokens, extra = whole
+    return f"in {module.depth} blocks they see what they are shown, and all tokens see them"
+
+
+def _agree(tried: str, got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    if gap := widest_gap(expected, got, CLOSE):
+        raise Broken(tried, f"{gap[0]} differs by {gap[1]:.2g} (relative)", "the same", "")
+
+
 def losses(bench: Bench) -> str:
     """Losses of labels with every class, one class, and none"""
     assert isinstance(bench, DecoderBench)

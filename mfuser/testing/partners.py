@@ -12,7 +12,7 @@ from mfuser.config.pairing import PairingSpec
 from mfuser.errors import MFuserError
 from mfuser.interfaces import IGNORE
 from mfuser.plugins.components import Component, Components
-from mfuser.specs import Spec
+from mfuser.specs import DecoderSpec, Spec
 
 IMAGE = (48, 80)
 """(height, width) of the images that tiny pairings see: neither square nor a power of two."""
@@ -73,11 +73,16 @@ def pairing(components: Components, **parts: Any) -> PairingSpec:
 def _plainest(kind: str, components: Components, needs_text: bool | None = None) -> Spec:
     found = partners(kind, components)
     if kind == "decoder":
-        # Text-free ones fit every pairing.
-        found = dict(sorted(found.items(), key=lambda item: getattr(item[1], "needs_text", False)))
+        # Text-free ones that read the pyramid fit every pairing.
+        found = dict(sorted(found.items(), key=lambda item: _demands(item[1])))
     if not found:
         raise MFuserError(f"no {kind} component is installed that could be the partner")
     return found.get("none") or next(iter(found.values()))
+
+
+def _demands(decoder: Spec) -> tuple[bool, int]:
+    assert isinstance(decoder, DecoderSpec)
+    return decoder.needs_text, decoder.joins()
 
 
 def pairings(spec: Spec, components: Components) -> Iterator[tuple[str, PairingSpec]]:
@@ -112,6 +117,11 @@ def pairings(spec: Spec, components: Components) -> Iterator[tuple[str, PairingS
         if other == role or (role == "fusion" and kind in ("vision", "vision_language")):
             continue
         for name, partner in partners(kind, components).items():
+            decoder = partner if kind == "decoder" else spec
+            if "enhancer" in (role, other) and isinstance(decoder, DecoderSpec) and decoder.joins():
+                enhancer = partner if kind == "enhancer" else spec
+                if enhancer.name != "none":  # refused: it reads what comes after the blocks
+                    continue
             yield f"{other} {name}", pairing(components, **base, **{other: partner})
 
 

@@ -10,6 +10,7 @@ from mfuser.errors import MFuserError, PluginError
 from mfuser.interfaces import Inference
 from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
+from mfuser.model.joining import CannotJoinError
 from mfuser.plugins.contracts import built, origin
 from mfuser.specs import InferenceSpec
 from mfuser.testing.compare import require_finite, require_gradients
@@ -30,6 +31,8 @@ def trial(spec: PairingSpec, kind: str) -> str:
     """Assembly, a training step and a sliding window"""
     try:
         return _trial(spec, kind)
+    except CannotJoinError as error:
+        raise NotTried(str(error)) from error
     except PluginError as error:
         own = getattr(spec, ROLES[kind])
         if origin(own) in str(error):

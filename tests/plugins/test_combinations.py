@@ -49,6 +49,8 @@ def reason(choice: Choice) -> str | None:
         return f"decoder '{decoder}' takes class queries from text, and there is no 'vlm'"
     if towers == "vfm" and enhancer != "none":
         return f"enhancer '{enhancer}' works on class text embeddings, and there is no 'vlm'"
+    if decoder in ("eomt", "text_eomt") and enhancer != "none":
+        return f"enhancer '{enhancer}' reads what comes after them"
     if towers != "both" and fusion == "self_attention_separate":
         return "fusion 'self_attention_separate' joins two encoders, and there is only one"
     return None
@@ -83,6 +85,7 @@ def test_all_parts_are_there() -> None:
     assert set(decoder) == {
         *("text_mask2former", "mask2former", "linear", "text_similarity"),
         *("mlp", "text_mlp", "upernet", "text_upernet", "segmenter", "text_segmenter"),
+        *("eomt", "text_eomt"),
     }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mfuser import MFuserError, VisionLanguageBackbone
 from mfuser_plugins.backbones._resample import Resampling, resample_kernel, resample_positions
-from mfuser_plugins.backbones._stepping import Size, Stepped, Stepper
+from mfuser_plugins.backbones._stepping import Size, Stepped, Stepper, unmasked
 from mfuser_plugins.backbones._text import ClipText, load_tokenizer, tokenize
 from mfuser_plugins.backbones._text_towers import CocaText, HuggingFaceTower, reachable_config
 from mfuser_plugins.backbones._timm_families import stepper_class
@@ -60,6 +60,19 @@ class ClipStepper(Stepper):
 
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
         return self.blocks[i](tokens)
+
+    def no_extra(self) -> str | None:
+        return unmasked(self.blocks)
+
+    def joint_block(
+        self, i: int, tokens: Tensor, state: Any, extra: int, attends: Tensor | None
+    ) -> Tensor:
+        mask = None
+        if attends is not None:
+            # torch's own attention: one additive mask for each image and head.
+            mask = tokens.new_zeros(attends.shape).masked_fill(~attends, float("-inf"))
+            mask = mask.expand(-1, self.blocks[i].attn.num_heads, -1, -1).flatten(0, 1)
+        return self.blocks[i](tokens, attn_mask=mask)
 
     def _resize(self, size: Size, patch_size: Size) -> None:
         tower, kernel, table = self.tower, self.tower.conv1.weight, self.tower.positional_embedding

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mfuser import MFuserError
 from mfuser_plugins.backbones._resample import Resampling, resample_kernel
-from mfuser_plugins.backbones._stepping import Size, Stepped, Stepper
+from mfuser_plugins.backbones._stepping import FIXED_BIAS, Size, Stepped, Stepper
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,20 @@ class HuggingFaceStepper(Stepper):
         options = {"position_embeddings": state} if self.layout.rope else {}
         return self.layers[i](tokens, attention_mask=None, **options)
 
+    def no_extra(self) -> str | None:
+        return None
+
+    def joint_block(
+        self, i: int, tokens: Tensor, state: Any, extra: int, attends: Tensor | None
+    ) -> Tensor:
+        # Rotary positions are of the last tokens, the patches.
+        options = {"position_embeddings": state} if self.layout.rope else {}
+        mask = attends
+        if attends is not None and self.model.config._attn_implementation != "sdpa":
+            lowest = torch.finfo(tokens.dtype).min
+            mask = torch.zeros_like(attends, dtype=tokens.dtype).masked_fill(~attends, lowest)
+        return self.layers[i](tokens, attention_mask=mask, **options)
+
     def _resize(self, size: Size, patch_size: Size) -> None:
         kernel: Any = self.model.get_submodule(self.layout.kernel)
         if patch_size == tuple(kernel.kernel_size):
@@ -193,6 +207,9 @@ class HuggingFaceBeitStepper(HuggingFaceStepper):
                 dim_size=tokens.shape[1],
             )
         return tokens, (images.shape[2:], bias)
+
+    def no_extra(self) -> str | None:
+        return FIXED_BIAS
 
     def _tokens(self, images: Tensor) -> Tensor:
         tokens: Tensor = self.model.embeddings(images)

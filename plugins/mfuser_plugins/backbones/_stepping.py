@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from mfuser import MFuserError, Stream, VisionBackbone
 
 Size = tuple[int, int]
+
+FIXED_BIAS = "the bias of its attention is of a fixed number of tokens"
+"""Why models with tables of relative positions take no further tokens."""
 
 
 class Stepper(ABC):
@@ -52,6 +56,19 @@ class Stepper(ABC):
 
     @abstractmethod
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor: ...
+
+    def no_extra(self) -> str | None:
+        """Why further tokens cannot join the blocks; None: they can, by `joint_block`."""
+        return "its blocks are made for its own tokens alone"
+
+    def joint_block(
+        self, i: int, tokens: Tensor, state: Any, extra: int, attends: Tensor | None
+    ) -> Tensor:
+        """`block` on (B, N + extra, D), further tokens between prefix and patches.
+
+        attends: (B, 1, N + extra, N + extra), bool: which token (row) attends to which (column).
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def _resize(self, size: Size, patch_size: Size) -> None:
@@ -137,8 +154,32 @@ class Stepped(VisionBackbone):
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
         return self.stepper.block(i, tokens, state)
 
+    def no_extra(self) -> str | None:
+        return self.stepper.no_extra()
+
+    def block_with(
+        self, i: int, tokens: Tensor, state: Any, extra: Tensor, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        first, count = self.num_prefix_tokens, extra.shape[1]
+        joint = torch.cat([tokens[:, :first], extra, tokens[:, first:]], 1)
+        attends = None
+        if visible is not None:
+            rows = joint.shape[1]
+            attends = visible.new_ones(len(joint), 1, rows, rows)
+            attends[:, 0, first : first + count, first + count :] = visible
+        joint = self.stepper.joint_block(i, joint, state, count, attends)
+        prefix, extra, patches = joint.split([first, count, joint.shape[1] - first - count], 1)
+        return torch.cat([prefix, patches], 1), extra
+
     def block_modules(self) -> list[nn.Module]:
         return list(self.stepper.blocks)
+
+
+def unmasked(blocks: Any) -> str | None:
+    """The reason where blocks of the library take no mask of attention."""
+    kinds = {type(block) for block in blocks}
+    lacking = [k.__name__ for k in kinds if "attn_mask" not in signature(k.forward).parameters]
+    return f"its blocks ({lacking[0]}) take no mask of attention" if lacking else None
 
 
 def check_size(images: Tensor, size: Size) -> None:

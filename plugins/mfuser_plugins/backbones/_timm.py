@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mfuser import MFuserError
 from mfuser_plugins.backbones._resample import Resampling, resample_kernel, resample_positions
-from mfuser_plugins.backbones._stepping import Size, Stepped, Stepper
+from mfuser_plugins.backbones._stepping import FIXED_BIAS, Size, Stepped, Stepper, unmasked
 
 Tensors = dict[str, Tensor]
 
@@ -168,6 +168,14 @@ class ViTStepper(TimmStepper):
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
         return self.model.blocks[i](tokens)
 
+    def no_extra(self) -> str | None:
+        return unmasked(self.blocks)
+
+    def joint_block(
+        self, i: int, tokens: Tensor, state: Any, extra: int, attends: Tensor | None
+    ) -> Tensor:
+        return self.model.blocks[i](tokens, attn_mask=attends)
+
 
 class EvaStepper(TimmStepper):
     """EVA, EVA02, DINOv3, Perception Encoder: rotary positions are the state."""
@@ -182,9 +190,25 @@ class EvaStepper(TimmStepper):
         return self.model.norm_pre(tokens), rope
 
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
+        return self.model.blocks[i](tokens, rope=self._rope(i, state))
+
+    def _rope(self, i: int, state: Any) -> Any:
         # Mixed rotary tables are (depth, heads, h·w, d): one per block.
-        rope = state[i] if self.model.rope_mixed and state is not None else state
-        return self.model.blocks[i](tokens, rope=rope)
+        return state[i] if self.model.rope_mixed and state is not None else state
+
+    def no_extra(self) -> str | None:
+        return unmasked(self.blocks)
+
+    def joint_block(
+        self, i: int, tokens: Tensor, state: Any, extra: int, attends: Tensor | None
+    ) -> Tensor:
+        rope = self._rope(i, state)
+        if rope is not None:
+            # Sines, then cosines of each patch; further tokens are not rotated.
+            still = rope.new_zeros(*rope.shape[:-2], extra, rope.shape[-1])
+            still[..., rope.shape[-1] // 2 :] = 1
+            rope = torch.cat([still, rope], -2)
+        return self.model.blocks[i](tokens, rope=rope, attn_mask=attends)
 
 
 class BeitStepper(TimmStepper):
@@ -208,6 +232,9 @@ class BeitStepper(TimmStepper):
 
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
         return self.model.blocks[i](tokens, shared_rel_pos_bias=state)
+
+    def no_extra(self) -> str | None:
+        return FIXED_BIAS
 
 
 class TimmBackbone(Stepped):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mfuser_plugins.backbones._resample import resample_kernel, resample_positions
-from mfuser_plugins.backbones._stepping import Size
+from mfuser_plugins.backbones._stepping import FIXED_BIAS, Size
 from mfuser_plugins.backbones._timm import Tensors, TimmStepper
 
 
@@ -18,6 +18,9 @@ class RelPosStepper(TimmStepper):
     """VisionTransformerRelPos: no absolute positions; a shared bias is the state."""
 
     has_table = False
+
+    def no_extra(self) -> str | None:
+        return FIXED_BIAS
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
         model = self.model

@@ -93,6 +93,9 @@ class SwinStepper(StagedStepper):
         self.windows = [tuple(s.blocks[0].window_size) for s in getattr(model, self.stages)]
         super().__init__(model, how)
 
+    def no_extra(self) -> str | None:
+        return "its blocks attend within windows"
+
     def grid_of(self, size: Size) -> Size:
         patch = self._stem.patch_size
         h, w = size[0] // patch[0], size[1] // patch[1]
@@ -123,6 +126,9 @@ class ConvNeXtStepper(StagedStepper):
     """ConvNeXt and ConvNeXt v2: (B, D, h, w) throughout; any size as it is."""
 
     stages = "stages"
+
+    def no_extra(self) -> str | None:
+        return "its blocks are convolutions"
 
     @classmethod
     def strip(cls, model: Any) -> Any:

@@ -111,6 +111,14 @@ class DualEncoder(VisionLanguageBackbone):
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
         return self.vision.block(i, tokens, state)
 
+    def no_extra(self) -> str | None:
+        return self.vision.no_extra()
+
+    def block_with(
+        self, i: int, tokens: Tensor, state: Any, extra: Tensor, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.vision.block_with(i, tokens, state, extra, visible)
+
     def block_modules(self) -> list[nn.Module]:
         return self.vision.block_modules()
 

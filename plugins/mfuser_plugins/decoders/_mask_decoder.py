@@ -118,9 +118,14 @@ class MaskDecoder(Decoder):
 
     def semantic_logits(self, output: DecoderOutput, size: tuple[int, int]) -> Tensor:
         """Sum over queries of class probability times mask probability, in [0, Q]."""
-        classes = output.classes[-1].softmax(-1)[..., :-1]
-        scores = torch.einsum("bqk,bqhw->bkhw", classes, output.masks[-1].sigmoid())
-        return F.interpolate(scores, size, mode="bilinear", align_corners=False)
+        return class_scores(output, size)
+
+
+def class_scores(output: DecoderOutput, size: tuple[int, int]) -> Tensor:
+    """Sum over queries of class probability times mask probability: (B, K, *size), in [0, Q]."""
+    classes = output.classes[-1].softmax(-1)[..., :-1]
+    scores = torch.einsum("bqk,bqhw->bkhw", classes, output.masks[-1].sigmoid())
+    return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
 
 @torch.no_grad()
