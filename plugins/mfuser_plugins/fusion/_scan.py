@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mfuser_kernels import selective_scan
-
 
 class Scan(nn.Module):
     """SSM of the paper's eq. 4, with the step bias counted twice (as released)."""
@@ -19,6 +17,10 @@ class Scan(nn.Module):
     D: nn.Parameter
 
     def _add_scan(self, width: int, dt_rank: int, state_size: int) -> None:
+        # Here for `mfuser list`, which imports every plugin: with torch's FLOP counter comes
+        # triton. And no later: a counter knows the operators that existed when it was made.
+        import mfuser_kernels  # noqa: F401
+
         self.x_proj = nn.Linear(width, dt_rank + 2 * state_size, bias=False)
         self.dt_proj = nn.Linear(dt_rank, width)
         self.A_log = nn.Parameter(
@@ -41,6 +43,8 @@ class Scan(nn.Module):
 
         state: (B, D, N), what has been read before the first token.
         """
+        from mfuser_kernels import selective_scan
+
         dt_rank, state_size = self.dt_proj.in_features, self.A_log.shape[1]
         dt, B, C = self.x_proj(x).split([dt_rank, state_size, state_size], -1)
         y, last = selective_scan(
