@@ -156,9 +156,6 @@ def _tables(
     classes = [c for c in proposal.classes if c.lower() not in ("ignore", "void", "unlabeled")]
     registry.components.validate(("dataset",), {"name": component, **proposal.options})
     registry.pairing(pairing, {"classes": classes})
-    recipe = pairing if pairing in registry.names("recipe") else "paper"
-    if pairing.startswith("demo"):
-        recipe = "demo"
     try:
         where = str(folder.resolve().relative_to(out.resolve().parent))
     except ValueError:
@@ -168,7 +165,7 @@ def _tables(
         f"dataset.{name}": {"name": component, **proposal.options},
         f"pairing.{name}": {"extends": pairing, "classes": classes, "prompt": {"slots": SLOTS}},
         f"recipe.{name}": {
-            "extends": recipe,
+            "extends": registry.recipe_of(pairing),
             "source": name,
             "targets": [name],
             "steps": STEPS,

@@ -59,7 +59,10 @@ def inference_options(command: Command) -> Command:
 
 @cli.command()
 @click.argument("pairing")
-@recipe_option("Recipe to train with. Default: the one named like the pairing, else 'paper'.")
+@recipe_option(
+    "Recipe to train with. Default: the one named like the pairing, or like one that it extends, "
+    "else 'paper'."
+)
 @source_option(
     "Dataset to train on, or several: gta,synthia or gta=0.7,synthia=0.3. Default: the recipe's."
 )

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from mfuser.config.classes import CITYSCAPES
+from mfuser.config.declared import Declared
 from mfuser.errors import below
 from mfuser.specs import (
     DecoderSpec,
@@ -128,7 +129,7 @@ def _vision(value: Any, info: ValidationInfo) -> Any:
     return known_components(info).validate(("vision", "vision_language"), value)
 
 
-class PairingSpec(Options):
+class PairingSpec(Declared):
     """Everything that decides the model; it rebuilds the model from there alone.
 
     vfm, vlm: the encoders; "none" leaves one out. A vision-language model may serve as VFM, and a

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from mfuser.config.declared import Declared
 from mfuser.config.tables import flat
 from mfuser.data.transforms import AugmentationSpec
 from mfuser.specs import ImageSize, InferenceSpec, Options, component_of
@@ -152,7 +153,7 @@ _SEVERAL = BeforeValidator(_names)
 Names = Annotated[tuple[str, ...], _SEVERAL]
 
 
-class RecipeSpec(Options):
+class RecipeSpec(Declared):
     """How a pairing is trained and tested.
 
     steps: optimizer steps. batch_size: crops per step and process. accumulate: batches per step.

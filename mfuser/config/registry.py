@@ -138,6 +138,18 @@ class Registry:
                 return f"{line} [{kind}.{origin.name}]{by}"
         return f"[{kind}.{name}]"
 
+    def recipe_of(self, pairing: str) -> str:
+        """The recipe that a pairing is trained with where none is named: that of its name, or of
+        the name of the nearest pairing that it extends; else "paper"."""
+        seen: list[str] = []
+        name: Any = pairing
+        while isinstance(name, str) and name not in seen:
+            if name in self._tables["recipe"]:
+                return name
+            seen.append(name)
+            name = self._tables["pairing"].get(name, {}).get("extends")
+        return "paper"
+
     def raw(self, kind: str, name: str) -> Table:
         """A table with its `extends` applied, as written; not validated."""
         return self._inherit(kind, name, ())
@@ -188,7 +200,9 @@ class Registry:
         if variant:
             field = known[name].spec.variant  # type: ignore[attr-defined]
             if field is None:
-                raise RegistryError(f"dataset '{name}' has no variants; '{variant}' is none")
+                raise RegistryError(
+                    f"dataset '{name}' has no variants, so '{variant}' cannot be one"
+                )
             table[field] = variant
         return self._dataset(table, lambda _: f"dataset '{reference}'")
 
@@ -264,12 +278,18 @@ class Registry:
         by: str | Mapping[str, str],
     ) -> Model:
         given = dict(overrides) if isinstance(overrides, Mapping) else parse_settings(overrides)
-        overridden = set(tables.paths(given))
+        laid = tables.values(given)
 
         def place(path: Keys) -> str:
-            if any(path[:end] in overridden for end in range(1, len(path) + 1)):
-                return by if isinstance(by, str) else by[path[0]]
-            return self.place(kind, name, *path)
+            if any(path[: len(key)] == key for key in laid):
+                return _by(by, path)
+            written = self.place(kind, name, *path)
+            below = [_by(by, key) for key in laid if key[: len(path)] == path]
+            if not below:
+                return written
+            # A rule across keys, some laid over what is written; or all of a table's keys are.
+            laid_by = ", ".join(dict.fromkeys(below))
+            return f"{laid_by} on {written}" if (kind, name, *path) in self._origins else laid_by
 
         return self._validate(model, _over(kind, self.raw(kind, name), given), place)
 
@@ -298,6 +318,10 @@ def _over(kind: str, below: Table, above: Mapping[str, Any]) -> Table:
     if kind == "recipe":
         below = {key: value for key, value in below.items() if INSTEAD.get(key) not in above}
     return merge(below, above)
+
+
+def _by(by: str | Mapping[str, str], path: Keys) -> str:
+    return by if isinstance(by, str) else by[path[0]]
 
 
 def _refused(error: ValidationError, table: Any, place: Place) -> RegistryError:

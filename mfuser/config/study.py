@@ -13,6 +13,7 @@ from pydantic import (
     field_validator,
 )
 
+from mfuser.config.declared import Declared
 from mfuser.config.pairing import PairingSpec
 from mfuser.config.recipe import Names, RecipeSpec
 from mfuser.config.tables import flat
@@ -34,7 +35,7 @@ class PaperReference(Options):
     rows: dict[str, str] | None = None
 
 
-class StudySpec(Options):
+class StudySpec(Declared):
     """A grid of pairings, each trained with every seed and tested on the targets.
 
     base: the pairing that is varied. settings: laid over it in every variant.
@@ -96,7 +97,7 @@ class StudySpec(Options):
         return axes
 
 
-class AdapterStudySpec(Options):
+class AdapterStudySpec(Declared):
     """Adapters measured by themselves: parameters, FLOPs, time, memory, growth. Needs no data.
 
     adapters: fusion components, by name or as tables. encoders: how many they join; more than two

@@ -111,6 +111,17 @@ def paths(table: Mapping[str, Any], prefix: Keys = ()) -> list[Keys]:
     return found
 
 
+def values(table: Mapping[str, Any], prefix: Keys = ()) -> list[Keys]:
+    """The paths at which `merge` replaces what is below: options, and tables that name their
+    component."""
+    found: list[Keys] = []
+    for key, value in table.items():
+        path = (*prefix, str(key))
+        merges = isinstance(value, Mapping) and "name" not in value
+        found += values(value, path) if merges else [path]
+    return found
+
+
 def located(file: str, path: Keys) -> str:
     """ "registry.toml:12", the line that sets a key or, failing that, begins its table; the file's
     name alone where it cannot be told."""

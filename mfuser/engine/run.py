@@ -63,9 +63,10 @@ def train(
         run.report.average  # mIoU over the unseen domains, in [0, 1]
 
     pairing: its name in the registry (or a resolved RunSpec, which makes the next four of no
-        account). recipe: by default that of the pairing's name, else "paper". source, targets:
-        datasets such as "gta" or "acdc:fog"; by default the recipe's. source may be several, with
-        equal shares of the crops, "gta,synthia", or their own, "gta=0.7,synthia=0.3".
+        account). recipe: by default that of the pairing's name, or of the name of a pairing
+        that it extends, else "paper". source, targets: datasets such as "gta" or "acdc:fog"; by
+        default the recipe's. source may be several, with equal shares of the crops,
+        "gta,synthia", or their own, "gta=0.7,synthia=0.3".
     settings, recipe_settings: changes such as "fusion.state_size=8" and "steps=400".
     folder: see `mfuser.engine.folder`. resume: go on in it from the last checkpoint.
     evaluate: False stops after training. device: "cpu" or "cuda"; by default a GPU if there is one.
@@ -115,9 +116,9 @@ def resolve(
     *,
     console: Console | None = None,
 ) -> RunSpec:
-    """What `train` is asked for by names; fewer steps shorten the recipe's warm-up, which
+    """The run that names and settings stand for; fewer steps shorten the recipe's warm-up, which
     `console` says. Raises MFuserError for what is not known or refused."""
-    name = recipe or (pairing if pairing in registry.names("recipe") else "paper")
+    name = recipe or registry.recipe_of(pairing)
     recipe_settings = _warmed_up(registry, name, recipe_settings, console or Console())
     return RunSpec.of(
         registry,

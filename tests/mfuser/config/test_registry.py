@@ -314,6 +314,25 @@ def test_messages_about_settings() -> None:
         reg.pairing("base", ["fusio.every=1"])
     with pytest.raises(MFuserError, match="no pairing is called 'bose'; did you mean 'base'"):
         reg.pairing("bose")
+    # A rule across keys is broken by the setting and the file together; a key beside the
+    # setting's is the file's.
+    with pytest.raises(MFuserError, match=r"^--set on file0\.toml \[pairing\.base\]: decoder .*"):
+        reg.pairing("base", ["vlm=none"])
+    wrong = registry(PAIR + '[pairing.wrong]\nextends = "base"\nfusion.every = "x"')
+    with pytest.raises(MFuserError, match=r"^file0\.toml \[pairing\.wrong\]: fusion\.every = 'x'"):
+        wrong.pairing("wrong", ["fusion.state_size=2"])
+
+
+def test_the_recipe_of_a_pairing_is_that_of_what_it_extends() -> None:
+    reg = registry(
+        PAIR + '[pairing.a]\nextends = "base"\n[pairing.b]\nextends = "a"\n'
+        "[recipe.a]\nsteps = 1\n"
+        '[pairing.demolition]\nextends = "base"\n[pairing.loop]\nextends = "loop"'
+    )
+    assert [reg.recipe_of(p) for p in ("a", "b", "base", "demolition", "loop")] == [
+        *("a", "a", "paper", "paper", "paper")
+    ]
+    assert load_registry().recipe_of("demo-scratch") == "demo"
 
 
 def test_messages_about_files(tmp_path: Path, write_registry: Write) -> None:
