@@ -116,22 +116,15 @@ class CropSource:
         return self.sampler.index_at(seed, position), None
 
 
+@dataclass(eq=False)
 class _Crops(TorchDataset["Crop | MFuserError"]):
     """Crop number `slot` of the whole run; depends on (seed, slot) alone."""
 
-    def __init__(
-        self,
-        sources: Sequence[CropSource],
-        mixture: Mixture,
-        augmentation: Augmentation,
-        seed: int,
-        skip_unreadable: bool,
-    ) -> None:
-        self.sources = sources
-        self.mixture = mixture
-        self.augmentation = augmentation
-        self.seed = seed
-        self.skip_unreadable = skip_unreadable
+    sources: Sequence[CropSource]
+    mixture: Mixture
+    augmentation: Augmentation
+    seed: int
+    skip_unreadable: bool
 
     def __getitem__(self, slot: int) -> Crop | MFuserError:
         # Raised in a worker process, it would arrive with a traceback as its message.
@@ -166,24 +159,10 @@ class _Crops(TorchDataset["Crop | MFuserError"]):
 
 
 class TrainingStream:
-    """Batches from `start` to the last step; a step's batch depends on the seed alone.
+    """A batch for each of the steps; it depends on the seed alone."""
 
-    rank, world: this process takes its share of every step's crops.
-    """
-
-    def __init__(
-        self,
-        crops: _Crops,
-        steps: int,
-        batch_size: int,
-        *,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        workers: int = 0,
-    ) -> None:
+    def __init__(self, crops: _Crops, slots: _Slots, workers: int) -> None:
         self.crops = crops
-        slots = _Slots(range(start, steps), batch_size, rank, world)
         self.loader: DataLoader[Crop | MFuserError] = DataLoader(
             crops,
             batch_sampler=slots,
@@ -204,9 +183,8 @@ class TrainingStream:
         while True:
             try:
                 batch = next(batches, None)
-            except (RuntimeError, ConnectionError, EOFError) as error:
-                # The last two where it was handing over a batch as it was killed.
-                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self._worker_died(error):
                     raise
                 raise DataError(
                     "a data-loader worker was killed, as the system does when memory (or shared "
@@ -217,6 +195,15 @@ class TrainingStream:
             if isinstance(batch, MFuserError):
                 raise batch
             yield batch
+
+    def _worker_died(self, error: Exception) -> bool:
+        """Whether a worker is gone: torch has noticed, or a batch it had announced cannot be
+        fetched from it any more."""
+        # "Caught …": by a worker that lives.
+        if not self.loader.num_workers or str(error).startswith("Caught "):
+            return False
+        gone = ConnectionError, EOFError, FileNotFoundError
+        return isinstance(error, gone) or "DataLoader worker" in str(error)
 
     def _started(self) -> Iterator[Batch | MFuserError]:
         if not self.loader.num_workers:
@@ -268,11 +255,12 @@ def training_stream(
     workers: int = 0,
     skip_unreadable: bool = False,
 ) -> TrainingStream:
-    """Augmented crops of the sources, in the model's class ids. shares: of each source."""
+    """Augmented crops of the sources, in the model's class ids, from step `start` to the last.
+
+    shares: of each source. rank, world: this process takes its share of every step's crops.
+    """
     crops = _Crops(sources, Mixture(shares, seed), augmentation, seed, skip_unreadable)
-    return TrainingStream(
-        crops, steps, batch_size, start=start, rank=rank, world=world, workers=workers
-    )
+    return TrainingStream(crops, _Slots(range(start, steps), batch_size, rank, world), workers)
 
 
 def _collate(items: list[Crop | MFuserError]) -> Batch | MFuserError:
