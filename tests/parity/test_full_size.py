@@ -93,7 +93,7 @@ def test_every_released_key_is_accounted_for(laid_out: tuple[str, DGSSModel]) ->
 
 
 def test_options_are_the_released_ones(laid_out: tuple[str, DGSSModel]) -> None:
-    """What docs/parity.md says of tokens, positions, taps, statistics and windows."""
+    """The statements of docs/parity.md on tokens, positions, taps, statistics and windows."""
     kind, model = laid_out
     encoder = model.encoder
     assert encoder.vfm is not None and encoder.vlm is not None

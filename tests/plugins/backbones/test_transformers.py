@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small import HF_TEXT, HF_VISION
-from stepping import perturb
+from stepping import check_texts, perturb, step
 from torch import nn
 
 from mfuser import MFuserError, WeightsError
@@ -45,16 +45,6 @@ def pair(kind: str, size: tuple[int, int] = (80, 112), **options: Any) -> Any:
     backbone = HuggingFacePairSpec(model="random", config=config, **options).build(size)
     perturb(backbone)
     return backbone
-
-
-@torch.no_grad()
-def step(backbone: Any, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    stream = backbone.embed(images)
-    tokens, all_tokens = stream.tokens, []
-    for i in range(backbone.depth):
-        tokens = backbone.block(i, tokens, stream.state)
-        all_tokens.append(tokens)
-    return all_tokens, backbone.finish(tokens, stream.state)
 
 
 @torch.no_grad()
@@ -103,14 +93,7 @@ def test_pairs_equal_the_library(kind: str) -> None:
     wanted = model.get_image_features(images, interpolate_pos_encoding=True).pooler_output
     assert torch.equal(pooled[:, 0], wanted)
     assert dense.shape == (2, 35, backbone.text_dim)
-
-    ids = backbone.tokenize(["road", "traffic light"], 9)
-    assert torch.equal(backbone.encode_text(ids), model.get_text_features(ids).pooler_output)
-    extra = torch.tensor([500, 600, 700])
-    full = torch.cat([ids[:, :1], extra.expand(2, -1), ids[:, 1:]], dim=1)
-    context = model.text_model.embeddings.token_embedding(extra)
-    wanted = model.get_text_features(full).pooler_output
-    assert torch.equal(backbone.encode_text(ids, context), wanted)
+    ids = check_texts(backbone)
     with pytest.raises(MFuserError, match="10 context tokens and 9 slots"):
         backbone.encode_text(ids, torch.zeros(10, 64))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from small import HF_TEXT, HF_VISION
-from stepping import perturb
+from stepping import check_texts, perturb, step
 from torch import Tensor
 
 from mfuser import MFuserError
@@ -48,18 +48,8 @@ def vision(kind: str, config: dict[str, Any], size: tuple[int, int]) -> Any:
     return backbone
 
 
-@torch.no_grad()
-def step(backbone: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    stream = backbone.embed(images)
-    tokens, found = stream.tokens, []
-    for i in range(backbone.depth):
-        tokens = backbone.block(i, tokens, stream.state)
-        found.append(tokens)
-    return found, backbone.finish(tokens, stream.state)
-
-
 def library(backbone: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """What every layer gives in the library's own forward, and its last state."""
+    """The outputs of every layer in the library's own forward, and its last state."""
     outputs: list[Any] = []
     hooks = [m.register_forward_hook(lambda _, __, out: outputs.append(out))
              for m in backbone.stepper.layers]  # fmt: skip
@@ -128,13 +118,7 @@ def test_pairs_equal_the_library(kind: str) -> None:
         wanted = model.get_image_features(images, interpolate_pos_encoding=True).pooler_output
         assert torch.equal(pooled[:, 0], wanted)
     assert dense.shape == (2, 35, backbone.text_dim)
-    ids = backbone.tokenize(["road", "traffic light"], 9)
-    assert torch.equal(backbone.encode_text(ids), model.get_text_features(ids).pooler_output)
-    extra = torch.tensor([500, 600, 700])
-    full = torch.cat([ids[:, :1], extra.expand(2, -1), ids[:, 1:]], dim=1)
-    context = model.text_model.embeddings.token_embedding(extra)
-    wanted = model.get_text_features(full).pooler_output
-    assert torch.equal(backbone.encode_text(ids, context), wanted)
+    check_texts(backbone)
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:

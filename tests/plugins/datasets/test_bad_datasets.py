@@ -1,4 +1,4 @@
-"""What can be wrong with a dataset on disk, and that the error says so."""
+"""Faults of a dataset on disk, each named by the error."""
 
 from __future__ import annotations
 
