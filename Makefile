@@ -16,7 +16,7 @@ demo-scratch: $(VENV)/.installed
 	$(BIN)/mfuser train demo-scratch --recipe demo --out $(OUT)-scratch $(if $(wildcard $(OUT)-scratch/run.json),--resume)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 
 # A short set of tests with the lowest allowed version of each core dependency and with the newest:
 # two environments of about 6 GB each, kept for the next run. README says when it last passed.

@@ -1,7 +1,8 @@
-"""What the tests share: one thread, tiny pairings, registry files, what lies beside the project."""
+"""Shared fixtures: one thread, tiny pairings, registry files, data beside the project."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ domain  = "night"
 """
 
 
-# The same examples every time; a busy machine is no failure.
+# The same examples every time; a busy machine is not a failure.
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -91,12 +91,23 @@ settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)
+    # As often as it would, the collector walks all that torch and its libraries hold: a seventh of
+    # the time.
+    gc.set_threshold(50_000, 20, 100)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if getattr(session.config.option, "dist", "no") == "no":  # not where others run the tests
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
     """Every test starts from one seed, and no process group or precision outlives it."""
+    import torch
+
     torch.manual_seed(0)
     yield
     if "accelerate" in sys.modules:
@@ -151,7 +162,7 @@ def trained(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ig
 
 @pytest.fixture
 def begin(tiny):  # type: ignore[no-untyped-def]
-    """What a run of a tiny pairing is, with settings of its recipe."""
+    """Makes the RunSpec of a tiny pairing, with settings of its recipe."""
     from mfuser.config.run import RunSpec
 
     def make(pairing: str = "plain", *recipe: str, **kwargs: Any) -> RunSpec:
@@ -168,7 +179,7 @@ def begin(tiny):  # type: ignore[no-untyped-def]
 
 
 class Outcome:
-    """What a command line came to."""
+    """The result of a command line."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err

@@ -98,7 +98,7 @@ def pairings(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", having("toml"), ids=label)
 def test_toml_blocks_resolve(path: Path, tmp_path: Path) -> None:
-    """What a registry would hold is laid over what ships, and every table of it resolved."""
+    """Tables of a registry are laid over the shipped one, and each is resolved."""
     for n, block in enumerate(blocks(path, "toml")):
         if "[project" in block:
             assert 'mfuser_bottleneck"' in block  # the tutorial's pyproject.toml

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,30 +40,58 @@ def run(site: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_installed_packages_are_found(installed: Path) -> None:
-    ran = run(installed, "-m", "mfuser", "list", "--json")
-    assert ran.returncode == 0, ran.stderr
-    listed = json.loads(ran.stdout)
+COMMANDS = {
+    "list": ["list"],
+    # Its entry point's name is all a user knows of it.
+    "check": ["plugin", "check", "kitti"],
+    # A backbone and an adapter that have never met, in the demo pairing.
+    "describe": [
+        *("describe", "demo", "--set", "fusion={name='bottleneck', tokens=2}"),
+        *("--set", "vfm={name='dino', weights='random', width=64, depth=2}"),
+    ],
+}
+ONE_AFTER_THE_OTHER = """
+import json, sys
+from mfuser.cli import main
+for command in json.loads(sys.argv[1]):
+    try:
+        main([*command, "--json"])
+    except SystemExit as stop:
+        print(f"--- {stop.code}")
+"""
+
+
+@pytest.fixture(scope="module")
+def said(installed: Path) -> dict[str, tuple[int, str]]:
+    """Exit code and output of the commands, in one process where the packages are installed."""
+    ran = run(installed, "-c", ONE_AFTER_THE_OTHER, json.dumps(list(COMMANDS.values())))
+    parts = re.split(r"^--- (\d+)$", ran.stdout, flags=re.M)
+    assert len(parts) == 2 * len(COMMANDS) + 1, ran.stderr
+    return {
+        name: (int(code), text)
+        for name, text, code in zip(COMMANDS, parts[0::2], parts[1::2], strict=False)
+    }
+
+
+def test_installed_packages_are_found(said: dict[str, tuple[int, str]]) -> None:
+    code, text = said["list"]
+    assert code == 0, text
+    listed = json.loads(text)
     for kind, name in EXAMPLES.values():
         assert name in [c["name"] for c in listed[kind]]
     assert not any("broken" in p for p in listed["plugins"])
 
 
-def test_a_check_takes_less_than_a_minute(installed: Path) -> None:
-    # Its entry point's name is all a user knows of it.
-    ran = run(installed, "-m", "mfuser", "plugin", "check", "kitti", "--json")
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert json.loads(ran.stdout)["seconds"] < 60
+def test_a_check_takes_less_than_a_minute(said: dict[str, tuple[int, str]]) -> None:
+    code, text = said["check"]
+    assert code == 0, text
+    assert json.loads(text)["seconds"] < 60
 
 
-def test_a_pairing_of_two_strangers(installed: Path) -> None:
-    """A backbone and an adapter that have never met, in the demo pairing."""
-    settings = ["fusion={name='bottleneck', tokens=2}"]
-    settings += ["vfm={name='dino', weights='random', width=64, depth=2}"]
-    command = [part for s in settings for part in ("--set", s)]
-    ran = run(installed, "-m", "mfuser", "describe", "demo", *command, "--json")
-    assert ran.returncode == 0, ran.stderr
-    shown = json.loads(ran.stdout)
+def test_a_pairing_of_two_strangers(said: dict[str, tuple[int, str]]) -> None:
+    code, text = said["describe"]
+    assert code == 0, text
+    shown = json.loads(text)
     parts = {p["part"]: p for p in shown["parts"]}
     assert parts["fusion"]["component"] == "bottleneck" and parts["fusion"]["trained"] > 0
     assert parts["vfm"]["component"] == "dino" and parts["vfm"]["trained"] == 0

@@ -29,8 +29,6 @@ from mfuser.cli import main as command
 from mfuser.engine import checkpoints
 
 STEPS = 6
-AT_MOST = 5
-"""Kills of one run, which is then left to finish."""
 TRAIN = ("train", "plain", "--recipe", "tiny", "--device", "cpu", "--set-recipe")
 RECIPE = f"steps={STEPS}", "--set-recipe", "save_every=1", "--set-recipe"
 
@@ -56,10 +54,11 @@ class Tally:
 
 
 class Killing:
-    """registry: a file with the pairing `plain` and the recipe `tiny`. folder: for everything."""
+    """registry: a file with the pairing `plain` and the recipe `tiny`. folder: for everything.
+    each: kills of one run at the most, which is then left to finish."""
 
-    def __init__(self, registry: Path, folder: Path, seed: int = 0) -> None:
-        self.registry, self.folder = registry, folder
+    def __init__(self, registry: Path, folder: Path, seed: int = 0, each: int = 5) -> None:
+        self.registry, self.folder, self.each = registry, folder, each
         self.random = random.Random(seed)
         self.tally = Tally()
         self.durations: dict[str, float] = {}
@@ -94,7 +93,7 @@ class Killing:
         killed = 0
         workers = str(int(self.random.random() < 0.2))
         while True:
-            spare = killed >= AT_MOST or self.tally.kills.total() >= kills
+            spare = killed >= self.each or self.tally.kills.total() >= kills
             after = None if spare else self.random.uniform(0, self.durations[name])
             code, said = self._attempt(name, self._arguments(name, out, workers), after)
             if code == -9 and after is not None:
@@ -130,6 +129,7 @@ class Killing:
         words = self.folder / "said"
 
         def work() -> None:
+            sys.settrace(None)  # coverage of the children is not kept
             file = os.open(words, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, 1)
             os.dup2(file, 2)

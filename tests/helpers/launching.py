@@ -16,7 +16,7 @@ import cv2
 
 @dataclass
 class Ended:
-    """What one process came to. code: below 0, the signal that killed it."""
+    """How one process ended. code: below 0, the signal that killed it."""
 
     code: int | None
     out: str
@@ -53,6 +53,7 @@ def launch(
     }
 
     def work(rank: int) -> None:
+        sys.settrace(None)  # coverage of the children is not kept
         os.environ.update(variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)

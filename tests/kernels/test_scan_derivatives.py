@@ -15,7 +15,7 @@ from mfuser_kernels.scan import mamba, op
 from mfuser_kernels.scan.inputs import ScanInputs
 from mfuser_kernels.testing import GRADIENTS, relative_rms, scan_inputs
 
-BACKENDS = ["reference", "associative", "chunked", "cpu", "auto"]
+BACKENDS = ["reference", "associative", "chunked", "cpu"]
 CASES = [
     ((2, 7, 4, 3), {"start": True}),
     ((1, 1, 3, 2), {"skip": False, "gate": False, "bias": False, "softplus": False}),

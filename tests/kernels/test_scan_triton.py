@@ -14,10 +14,15 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 from mfuser_kernels import selective_scan
 from mfuser_kernels.testing import errors, run_scan, scan_inputs
 
-# The interpreter is chosen when a kernel is defined, so these run in a process of their own.
-INTERPRETED = """
+# The interpreter is chosen when a kernel is defined, so all runs in a process of its own: values,
+# torch's checks of the operators, derivatives.
+INTERPRETED = f"""
+import sys
 import torch
+sys.path.insert(0, {os.path.dirname(__file__)!r})
 from mfuser_kernels.testing import errors, scan_inputs
+from test_scan_derivatives import Problem, double_backward, jvp, relative_rms, vmap_of_grad
+from test_scan_opcheck import check_all
 torch.set_num_threads(1)
 for shape, options in (
     ((1, 17, 2, 3), dict(start=True)),
@@ -29,11 +34,17 @@ for shape, options in (
     found = errors(scan_inputs(*shape, **options), "triton")
     tolerance = 1e-2 if options.get("dtype") else 1e-5
     assert all(error < tolerance for error in found.values()), (shape, options, found)
+check_all((1, 3, 3, 3), dict(start=True), "", "triton")
+check_all((0, 3, 3, 3), dict(start=True), "", "triton")
+check_all((1, 2, 4, 1), dict(groups=2, constant="C", gate=False), "transposed", "triton")
+p = Problem((1, 2, 3, 2), dict(start=True))
+for kind in (jvp, double_backward, vmap_of_grad):
+    assert max(map(relative_rms, kind(p, "triton"), kind(p, "reference"))) < 2e-5, kind
 print("checked")
 """
 
 
-def test_interpreted_kernels():
+def test_interpreted_kernels_and_their_operators():
     found = subprocess.run(
         [sys.executable, "-c", INTERPRETED],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -65,7 +65,7 @@ def test_help_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 0.3), (["list"], 3.0)])
+@pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 0.15), (["list"], 2.0)])
 def test_help_and_list_are_quick(arguments: list[str], limit: float) -> None:
     """Seconds of processor time, which a busy machine does not stretch as it does the clock."""
 
@@ -73,12 +73,15 @@ def test_help_and_list_are_quick(arguments: list[str], limit: float) -> None:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
 
-    command = [sys.executable, "-m", "mfuser", *arguments]
-    subprocess.run(command, check=True, capture_output=True)  # byte code is written once
-    before = spent()
-    subprocess.run(command, check=True, capture_output=True)
-    # Twice the issue's figure: two processes on one core share its caches.
-    assert spent() - before < 2 * limit
+    for _ in range(2):  # the first may have byte code to write
+        before = spent()
+        subprocess.run(
+            [sys.executable, "-m", "mfuser", *arguments], check=True, capture_output=True
+        )
+        # Twice the promise: two processes on one core share its caches.
+        if (seconds := spent() - before) < 2 * limit:
+            return
+    raise AssertionError(f"{seconds:.2f} s of processor time")
 
 
 def test_list(mfuser: Any, write_registry: Any) -> None:
@@ -171,10 +174,11 @@ def test_short_options_are_the_recipes(mfuser: Any, write_registry: Any, inside:
     assert (run["recipe"]["steps"], run["recipe"]["seed"], run["seed"]) == (2, 7, 7)
 
 
-def test_where_output_is_cut_short() -> None:
-    """Nobody reading (`| head`) is no error worth a traceback."""
-    command = f"{sys.executable} -m mfuser list --json | true"
+def test_where_output_is_cut_short(inside: Path) -> None:
+    """Nobody reading (`| head`) is not worth a traceback."""
+    command = f"{sys.executable} -m mfuser plugin new mine --kind fusion --json | true"
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (inside / "mine").is_dir()
     assert "Traceback" not in result.stderr and "Exception" not in result.stderr
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import forked
 
 from mfuser.errors import PluginError
 from mfuser.plugins.scaffold import KINDS, write
@@ -33,7 +32,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Non
 def test_scaffold_works_at_once(
     kind: str, tmp_path: Path, importable: Callable[[Path], None], mfuser: Run
 ) -> None:
-    """What is written passes its own test file and the conformance suite, unchanged."""
+    """The generated package passes its own tests and the conformance suite, unchanged."""
     folder = tmp_path / "package"
     shown = mfuser("plugin", "new", f"my-{kind}", "--kind", kind, "--out", folder, "--json")
     assert shown.code == 0
@@ -56,10 +55,7 @@ def test_scaffold_works_at_once(
 def test_check_in_a_process_of_its_own(tmp_path: Path) -> None:
     """As an author runs it: in the package's folder, before anything is installed."""
     write("my-dataset", "dataset", tmp_path / "package")
-    command = [sys.executable, "-m", "mfuser", "plugin", "check", "my_dataset", "--json"]
-    ran = subprocess.run(
-        command, cwd=tmp_path / "package", capture_output=True, text=True, env={**os.environ}
-    )
+    ran = forked(["plugin", "check", "my_dataset", "--json"], tmp_path / "package")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     shown = json.loads(ran.stdout)
     assert shown["passed"] and shown["seconds"] < 60

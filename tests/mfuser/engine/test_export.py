@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,29 @@ import pytest
 import torch
 
 from mfuser import DGSSModel, MFuserError, build_model
-from mfuser.engine.export import export
+from mfuser.engine.export import Window, export
 
 
 @pytest.fixture(scope="module")
 def model(tiny: Any) -> DGSSModel:
-    return build_model(tiny.pairing("tiny"), seed=3)
+    """Every part of a model, the towers of one block: tracing takes seconds for each."""
+    shallow = ["vfm.options.depth=1", "vlm.options.vision_cfg.layers=1"]
+    return build_model(tiny.pairing("tiny", shallow), seed=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Both formats are written of one traced program."""
+    trace, traced = torch.export.export, {}
+
+    def once(window: Window, *arguments: Any, **options: Any) -> Any:
+        if window.model not in traced:
+            traced[window.model] = trace(window, *arguments, **options)
+        return traced[window.model]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "export", once)
+        yield
 
 
 def test_torch_program(model: DGSSModel, tmp_path: Path) -> None:
@@ -47,8 +65,9 @@ def test_onnx_program(model: DGSSModel, tmp_path: Path) -> None:
 
 
 def test_a_program_that_differs_is_not_kept(
-    model: DGSSModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = build_model(tiny.pairing("lone", ["vfm.options.depth=1"]), seed=3)
     monkeypatch.setattr("mfuser.engine.export.TOLERANCE", {"torch": -1.0})
     with pytest.raises(MFuserError, match="differs from the model"):
         export(model, tmp_path / "m.pt2", "torch")

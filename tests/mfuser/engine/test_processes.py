@@ -256,8 +256,8 @@ def test_a_launcher_does_not_scale_the_loss(monkeypatch: pytest.MonkeyPatch) -> 
 def test_torchrun(write_registry: Any, tmp_path: Path) -> None:
     """The documented command itself, without --device: processes on CPUs are connected too."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["-m", "mfuser", "train", "plain", "--recipe", "tiny", "--json", "--out", "run"]
-    command += ["--registry", str(write_registry())]
+    command += ["-m", "mfuser", "train", "lone", "--recipe", "tiny", "--json", "--out", "run"]
+    command += ["--registry", str(write_registry()), "--steps", "2", "--targets", "toy"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -301,7 +301,7 @@ def test_two_starts_in_one_folder(two: Any, tmp_path: Path) -> None:
 
 
 def test_a_lock_names_its_owner_and_ends_with_it(tmp_path: Path) -> None:
-    """What a killed process and its children held is free as soon as they are gone."""
+    """A lock held by a killed process and its children is free as soon as they are gone."""
     code = (
         "import sys, time, pathlib; from mfuser.engine.lock import locked\n"
         "with locked(pathlib.Path(sys.argv[1]), 'it'):\n"

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 
 from mfuser import Registry, build_model
 from mfuser.data.loading import ClassMap, CropSource, training_stream
@@ -173,16 +174,7 @@ def test_ctrl_c_in_a_terminal(write_registry: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mfuser", "train", "plain", "--recipe", "tiny"]
     command += ["--registry", str(registry), "--out", "run", "--no-evaluate"]
     command += ["--set-recipe", "steps=400", "--set-recipe", "workers=1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = Forked(command, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True)
     log = tmp_path / "run" / "log.jsonl"
     for _ in range(600):
         if process.poll() is not None or (log.is_file() and log.read_text()):

@@ -1,4 +1,4 @@
-"""What `mfuser describe` says of how two encoders compatibility."""
+"""`mfuser describe` on the compatibility of two encoders."""
 
 from __future__ import annotations
 

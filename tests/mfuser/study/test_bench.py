@@ -40,45 +40,27 @@ def mfuser_components():
 '''
 
 # The study of the real command, on towers that take seconds.
-REGISTRY = """
+QUICK = """
 [pairing.quick]
+extends    = "plain"
 image_size = [32, 64]
-decoder    = { name = "linear" }
-
-[pairing.quick.vfm]
-name    = "timm"
-model   = "vit_tiny_patch16_224"
-weights = "random"
-options = { embed_dim = 16, depth = 2, num_heads = 2 }
-
-[pairing.quick.vlm]
-name    = "open_clip"
-model   = "ViT-B-16"
-weights = "random"
-
-[pairing.quick.vlm.options]
-embed_dim  = 16
-vision_cfg = { layers = 2, width = 16, head_width = 8, patch_size = 16 }
-text_cfg   = { layers = 1, width = 16, heads = 2 }
 
 [dataset.quick]
-name   = "streets"
-domain = "game"
-size   = [32, 64]
-count  = 2
+extends = "toy"
+size    = [32, 64]
+count   = 2
 
 [dataset.quick-night]
 extends = "quick"
 domain  = "night"
 
 [recipe.quick]
-source     = "quick"
-targets    = ["quick", "quick-night"]
-steps      = 1
-warmup     = 0
-batch_size = 1
-workers    = 0
-augmentation = { scale = [1.0, 1.0], min_pixels = 0 }
+extends      = "tiny"
+source       = "quick"
+targets      = ["quick", "quick-night"]
+steps        = 1
+warmup       = 0
+augmentation = { scale = [1.0, 1.0] }
 
 [study.bench_fusion]
 base            = "quick"
@@ -90,13 +72,13 @@ axes            = { fusion = ["none"] }
 
 
 @pytest.fixture
-def here(inside: Path) -> Path:
+def here(inside: Path, write_registry: Callable[..., Path]) -> Path:
     (inside / "swap.py").write_text(SWAP, "utf-8")
-    (inside / "registry.toml").write_text(REGISTRY, "utf-8")
+    write_registry(QUICK)
     return inside
 
 
-def test_a_part_is_measured(here: Path, mfuser: Callable) -> None:
+def test_a_part_is_measured(here: Path, mfuser: Callable, forked_runs: None) -> None:
     ran = mfuser("plugin", "bench", "swap.py", "--set", "share=0.2", "--json")
     assert ran.code == 0, ran.err
     told = json.loads(ran.out)
@@ -138,7 +120,7 @@ def test_what_cannot_be_measured_is_refused(here: Path, mfuser: Callable) -> Non
         (["streets"], "offers no part of a kind that is measured (fusion, enhancer"),
         (["swap.py", "--component", "swop"], "offers no 'swop'; did you mean 'swap'"),
         (["nothing_of_this_name"], "nothing_of_this_name"),
-        (["swap.py", "--seeds", "a"], "'a' is no whole number"),
+        (["swap.py", "--seeds", "a"], "'a' is not a whole number"),
         (["swap.py", "--set", "shares=1", "--dry-run"], "shares"),
     ):
         ran = mfuser("plugin", "bench", *arguments)
@@ -154,10 +136,10 @@ def test_what_cannot_be_measured_is_refused(here: Path, mfuser: Callable) -> Non
         grid.variants(plan.registry, plan.study, plan.spec)
 
 
-def test_a_file_that_is_no_record_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_record_is_named(tmp_path: Path) -> None:
     assert "No part has been measured yet" in bench.leaderboard(tmp_path)
     (tmp_path / "x.json").write_text("{}", "utf-8")
-    with pytest.raises(MFuserError, match=r"x.json is no record of `mfuser plugin bench`"):
+    with pytest.raises(MFuserError, match=r"x.json is not a record of `mfuser plugin bench`"):
         bench.leaderboard(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What a study may say, the variants it comes to, and what is refused before anything runs."""
+"""The tables of studies, the variants they expand to, and errors found before anything runs."""
 
 from __future__ import annotations
 

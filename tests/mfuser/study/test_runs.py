@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from forked import Forked
 
 from mfuser.engine.console import Console
 from mfuser.engine.lock import locked
@@ -70,7 +72,9 @@ def workplace(write_registry, inside: Path) -> Path:  # type: ignore[no-untyped-
     return inside
 
 
-def test_failures_are_told_apart_and_a_strangers_part_joins(workplace: Path, mfuser) -> None:  # type: ignore[no-untyped-def]
+def test_failures_are_told_apart_and_a_strangers_part_joins(
+    workplace: Path, mfuser: Any, forked_runs: Any
+) -> None:
     common = ("--plugin", "swap.py", "--device", "cpu")
     outcome = mfuser("ablate", "s", *common, "--json")
     assert outcome.code == 1, outcome.err
@@ -104,7 +108,9 @@ def test_failures_are_told_apart_and_a_strangers_part_joins(workplace: Path, mfu
     assert model.stat().st_mtime_ns == before
     assert "none, seed 0: already finished" in outcome.err
 
-    # A damaged report counts for nothing: the run is finished again, its model stays.
+    # A damaged report counts for nothing: the run is finished again, its model stays. By a process
+    # that starts from nothing, as those of a user do.
+    forked_runs.undo()
     report = out / "none" / "seed0" / "report.json"
     whole = json.loads(report.read_text("utf-8"))
     report.write_text(report.read_text("utf-8")[:200], "utf-8")
@@ -153,10 +159,10 @@ def test_bad_input_ends_in_one_sentence(workplace: Path, mfuser, arguments, word
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_saves_and_says_how_to_go_on(workplace: Path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(workplace: Path, forked_runs: Any) -> None:
     command = [sys.executable, "-m", "mfuser", "ablate", "s", "--axis", "fusion=none"]
     command += ["--set-recipe", "steps=100000", "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = Forked(command, stderr=subprocess.PIPE, start_new_session=True)
     folder = workplace / "studies" / "s" / "none" / "seed0"
     deadline = time.monotonic() + 120
     while not (folder / "last.safetensors").is_file():

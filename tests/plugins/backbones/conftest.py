@@ -1,4 +1,4 @@
-"""What the tests of the backbones share."""
+"""Fixtures shared by the tests of the backbones."""
 
 from __future__ import annotations
 

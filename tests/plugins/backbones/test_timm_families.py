@@ -69,7 +69,7 @@ def images_of(size: tuple[int, int]) -> Tensor:
 
 
 def recorded(model: Any, blocks: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """What every block gives in the library's own forward, and what that returns."""
+    """The outputs of every block in the library's own forward, and its result."""
     outputs: list[Tensor] = []
     hooks = [b.register_forward_hook(lambda _, __, out: outputs.append(out)) for b in blocks]
     final = model.forward_features(images)

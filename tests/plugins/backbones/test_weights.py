@@ -146,7 +146,7 @@ def test_a_file_of_another_family(tmp_path: Path) -> None:
 
 
 def put(cache: Path, repository: str, name: str, tensors: dict[str, Tensor]) -> None:
-    """What `hf download` leaves."""
+    """A folder as `hf download` leaves it."""
     folder = cache / f"models--{repository.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)

@@ -1,4 +1,4 @@
-"""What every text enhancer promises."""
+"""The contract of every text enhancer."""
 
 from __future__ import annotations
 

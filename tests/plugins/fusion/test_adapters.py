@@ -1,4 +1,4 @@
-"""What every fusion adapter promises, and table 3's parameters."""
+"""The contract of every fusion adapter, and table 3's parameters."""
 
 from __future__ import annotations
 

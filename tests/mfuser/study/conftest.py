@@ -1,0 +1,21 @@
+"""Runs of studies in forked processes: a fresh one imports torch for seconds."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from forked import Forked
+
+from mfuser.study import runs
+
+
+@pytest.fixture
+def forked_runs() -> Iterator[pytest.MonkeyPatch]:
+    """Until its `undo()`, the processes that a study starts are forked from this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE)
+        patch.setattr(runs, "subprocess", stand_in)
+        yield patch
