@@ -95,7 +95,7 @@ def hub_free(name: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def assemble(library: str, name: str) -> dict[str, Any]:
-    """What `mfuser list backbones --all` shows of an architecture, or why it is refused."""
+    """The facts that `mfuser list backbones --all` shows of an architecture, or its refusal."""
     try:
         model = sketch(pairing(library, name))
         backbone: Any = model.encoder.vfm if library == "timm" else model.encoder.vlm

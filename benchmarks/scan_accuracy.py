@@ -1,4 +1,4 @@
-"""Errors of the scan where decays are close to 1, against float64: the table in docs/scan.md.
+"""Errors of the scan against float64 where decays are close to 1: the table in docs/scan.md.
 
 Of 1 - 1e-8 float32 keeps 1, and of a decay that is the same at every step always the same part is
 lost. `reference` in float32 shows what that does to the recurrence as it is written.
@@ -21,9 +21,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=20000, help="steps")
     parser.add_argument("--width", type=int, default=16, help="channels")
     arguments = parser.parse_args()
-    print(
-        f"L {arguments.length}, D {arguments.width}, N 8: largest relative RMS error, and of what"
-    )
+    print(f"L {arguments.length}, D {arguments.width}, N 8: largest relative RMS error, its tensor")
     print("| delta | " + " | ".join(BACKENDS) + " |")
     print("|---|" + "---|" * len(BACKENDS))
     for size in (1e-8, 1e-6, 1e-3):

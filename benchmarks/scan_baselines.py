@@ -1,4 +1,4 @@
-"""Other ways to compute the scan, for comparison: what each project does.
+"""Other implementations of the scan, for comparison, each as in its project.
 
 Each takes u, delta, A, B, C, D, delta_bias with softplus, and returns out; `given` lays tensors
 out as each project's own model does.
@@ -17,7 +17,7 @@ Scan = Callable[..., Tensor]
 
 
 def mamba_ref(u, delta, A, B, C, D, delta_bias):
-    """The steps of mamba-ssm's selective_scan_ref: all decays at once, a loop that indexes time.
+    """The steps of mamba-ssm's selective_scan_ref: all decays at once, then a loop over time.
 
     u, delta (B, D, L), B, C (B, N, L), out (B, D, L).
     """
@@ -72,7 +72,7 @@ def _associative(u, delta, A, B, C, D, delta_bias):
     return (states * C[:, :, None]).sum(-1) + D * u
 
 
-# What a project's model holds with time last; everything else is (B, L, D) and (B, L, N).
+# Tensors that a project's model keeps with time last; all others are (B, L, D) and (B, L, N).
 TIME_LAST = {"mamba_ref": ("u", "delta", "B", "C"), "transformers": ("u",)}
 
 
@@ -87,7 +87,7 @@ def given(name: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def baselines(compiled: bool = False) -> dict[str, Scan]:
-    """Those that can run here; the compiled one takes about a minute to compile."""
+    """The implementations that can run here; compiling the compiled one takes about a minute."""
     found: dict[str, Scan] = {"mamba_ref": mamba_ref, "transformers": transformers_slow}
     if importlib.util.find_spec("mambapy"):
         found["mambapy"] = mambapy_pscan

@@ -1,4 +1,4 @@
-"""The Triton scan on a GPU: time, share of memory bandwidth, ratio to mamba-ssm where it imports.
+"""The Triton scan on a GPU: time, share of memory bandwidth, and ratio to mamba-ssm if installed.
 
     python benchmarks/scan_gpu.py [--rounds 30] [--json FILE]
 
@@ -26,7 +26,7 @@ SHAPES = ((2, 2594, 512, 16), (2, 2594, 1024, 16), (8, 2594, 512, 16), (2, 16384
 
 
 def bandwidth() -> float:
-    """GB/s of a large copy, counted as read and written."""
+    """GB/s of a large copy, counting bytes read and written."""
     source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy: Callable[[], Any] = lambda: target.copy_(source)  # noqa: E731
@@ -35,7 +35,7 @@ def bandwidth() -> float:
 
 
 def least_bytes(x: dict[str, Any], backward: bool) -> int:
-    """Every input read and every output written once; the backward reads and writes them again."""
+    """Each input is read and each output written once; the backward reads and writes them again."""
     rows = x["u"].nbytes
     matrices = x["B"].nbytes + x["C"].nbytes
     return 3 * rows + matrices + (backward and 5 * rows + 2 * matrices)

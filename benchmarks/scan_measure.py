@@ -1,4 +1,4 @@
-"""Timing, memory and start-up measures of the scan benchmarks."""
+"""Measures time, memory and start-up for the scan benchmarks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def medians(
     clock: Callable[[], float] = time.perf_counter,
     sync: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds (p20, p50, p80), all contenders in turn, so that a busy moment hits all.
+    """Milliseconds (p20, p50, p80), contenders in turn, so that a busy moment affects all of them.
 
     A call under `slow` seconds runs three times a round; one above five seconds once in all.
     """
@@ -100,7 +100,7 @@ def _percentiles(found: list[float]) -> dict[str, float]:
 
 
 def exponentials(x: dict[str, Any]) -> Callable[[], None]:
-    """The decays alone: for each step, channel and state one product and one 2^x, summed."""
+    """Only the decays: one product and one 2^x per step, channel and state, summed."""
     from mfuser_kernels.scan.cpu import compiler, kernels, run
     from mfuser_kernels.scan.cpu.vector import const, loop
     from mfuser_kernels.scan.inputs import ScanInputs
@@ -144,7 +144,7 @@ def exponentials(x: dict[str, Any]) -> Callable[[], None]:
 
 
 def extra_memory(x: dict[str, Any], backward: bool) -> float:
-    """MB that torch allocates at the peak of one call beyond outputs and gradients."""
+    """Peak MB that torch allocates during one call, beyond outputs and gradients."""
     from torch.profiler import ProfilerActivity, profile
 
     given = {k: x[k].clone().requires_grad_(backward) for k in GIVEN}
@@ -181,7 +181,7 @@ print(first, clock() - start)
 
 
 def start_up(threads: int, clock: str) -> dict[str, float]:
-    """Seconds of the first scan of a process, with an empty cache and then with a filled one."""
+    """Seconds of the first scan in a process, with an empty cache and then with a filled one."""
     found = {}
     with tempfile.TemporaryDirectory() as cache:
         for process in ("first", "later"):

@@ -1,4 +1,4 @@
-"""Time of the forward scan over the length, for every implementation here, as a plot.
+"""Plots the time of the forward scan against the length, for every implementation.
 
     python benchmarks/scan_plot.py [--threads 2] [--compiled] [--out FILE] [--json FILE]
 

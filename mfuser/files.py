@@ -106,6 +106,6 @@ def lives(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # another user's; no number of a process
+    except (OSError, OverflowError):  # another user's, or not the number of a process
         return True
     return True

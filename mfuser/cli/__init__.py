@@ -56,7 +56,7 @@ class Root(Group):
                 return _broken(name, f"{entry.value} cannot be loaded: {why}")
             if isinstance(command, click.Command):
                 return command
-            return _broken(name, f"{entry.value} is no click command")
+            return _broken(name, f"{entry.value} is not a click command")
         return None
 
 

@@ -223,7 +223,7 @@ class _AdapterPlan(_Plan):
 def training_plan(
     registry: Registry, name: str, spec: StudySpec, folder: Path, inputs: Inputs
 ) -> _Plan:
-    """What `work` takes, for a study that a command put together."""
+    """The plan of a study that a command put together, for `work`."""
     return _TrainingPlan(registry, name, spec, folder, inputs)
 
 

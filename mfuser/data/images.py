@@ -101,7 +101,7 @@ _BROKEN = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow raises on damaged files."""
+"""Exceptions that Pillow raises on damaged files."""
 
 
 def _load(path: Path) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What a command shows while it works: bars on a terminal, plain lines elsewhere.
+"""Progress of a command: bars on a terminal, plain lines elsewhere.
 
 Everything here goes to standard error; standard output is for results.
 """

@@ -18,7 +18,7 @@ from mfuser.released import Translation, recognize, translate
 from mfuser.released.files import Released, read_released
 
 RECIPES = {"clip": "paper-clip"}
-"""What released files of a kind were trained with; all others with "paper"."""
+"""The recipe that released files of a kind were trained with; all others: "paper"."""
 
 
 def convert(

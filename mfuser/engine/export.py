@@ -35,7 +35,7 @@ TOLERANCE = {"torch": 1e-5, "onnx": 1e-4}
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written and how it compares with the model, on random images.
+    """The written file, and how it compares with the model on random images.
 
     difference: largest of a score, relative to the largest score. agreement: share of pixels with
     the same class. bytes: of the file and what lies beside it.
@@ -143,7 +143,7 @@ _WRITERS = {"torch": _write_torch, "onnx": _write_onnx}
 
 
 def _facts(model: DGSSModel) -> str:
-    """What a program's user must know, as JSON inside the file."""
+    """The facts that users of the program need, as JSON inside the file."""
     return json.dumps(
         {
             "classes": model.classes,

@@ -1,4 +1,4 @@
-"""What `predict` is given: files and folders, photographs and videos, and what is neither."""
+"""The inputs of `predict`: files and folders, images and videos, and what is neither."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mfuser.errors import DataError
 
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 OURS = (".mask", ".overlay", ".confidence")
-"""What precedes the ending of files that `predict` writes."""
+"""Precedes the suffix of the files that `predict` writes."""
 LEGEND = "legend.png"
 NOT_PICTURES = {".eps", ".ps", ".pdf", ".wmf", ".emf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib"}
 """Endings that Pillow registers for documents, films and fields."""

@@ -73,7 +73,7 @@ def check_parts(model: DGSSModel, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _blamed(stack: list[Call]) -> Iterator[None]:
-    """What a component raises, as a sentence that names it and its own line."""
+    """Reports an exception of a component in a sentence that names it and its own line."""
     try:
         yield
     except (MFuserError, torch.OutOfMemoryError, MemoryError):

@@ -74,7 +74,7 @@ def unfilled(spec: PairingSpec) -> DGSSModel:
     """The model without values in its parameters (they are on the meta device), buffers computed.
 
     For `load_state_dict(…, assign=True)`: no weights are looked for, no memory is taken. A
-    tokenizer that cannot be loaded is no error before class texts are asked for. Models whose
+    tokenizer that cannot be loaded is an error only once class texts are needed. Models whose
     constructors compute with their parameters (ViTamin, Swin) cannot be built so: theirs are
     random values in memory.
     """

@@ -233,7 +233,7 @@ def _row_of(key: str, rows: Iterable[Row]) -> tuple[Row, dict[str, str]] | None:
 
 
 def _released_names(ours: str, rows: Iterable[Row]) -> list[str]:
-    """What a released file would call our parameter; our own name where it has none."""
+    """A released file's name for our parameter; our own name where it has none."""
     for line in rows:
         for template in line.ours:
             if (match := _match(template, ours)) is not None:

@@ -23,7 +23,7 @@ MOSTLY_IGNORED = 0.5
 
 @dataclass
 class DatasetCheck:
-    """What was found in one split of a dataset.
+    """Findings for one split of a dataset.
 
     images: how many there are; official: how many its publisher ships, where known. opened: files
     that were read. sizes: "WxH" -> images. classes: name -> share of the labeled pixels, those

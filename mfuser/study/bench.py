@@ -30,7 +30,7 @@ RECORD = "bench.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run. plugins: what every run must load, where the part is not installed."""
+    """The study to run. plugins: what every run must load, where the part is not installed."""
 
     module: str
     component: Component
@@ -128,7 +128,7 @@ def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise MFuserError(f"--seeds: '{text}' is no whole number; write 0,1,2") from None
+        raise MFuserError(f"--seeds: '{text}' is not a whole number; write 0,1,2") from None
 
 
 def record(results: Results, plan: Plan, folder: Path) -> Record:
@@ -164,14 +164,16 @@ def record(results: Results, plan: Plan, folder: Path) -> Record:
 def leaderboard(folder: Path) -> str:
     """A page of all records in a folder, a table per kind, best first.
 
-    Raises MFuserError for a file that is no record.
+    Raises MFuserError for a file that is not a record.
     """
     records = []
     for path in sorted(folder.glob("*.json")):
         try:
             records.append(Record.model_validate_json(path.read_text("utf-8")))
         except (OSError, ValueError) as error:
-            raise MFuserError(f"{path} is no record of `mfuser plugin bench`: {error}") from error
+            raise MFuserError(
+                f"{path} is not a record of `mfuser plugin bench`: {error}"
+            ) from error
     lines = [
         "# Leaderboard", "",
         "Parts measured by `mfuser plugin bench MODULE` on frozen towers in miniature: mIoU in %,",

@@ -1,4 +1,4 @@
-"""What a file of tensors is, in words, for those who gave the wrong one."""
+"""Describes a file of tensors in words, for users who gave the wrong one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def described(tensors: Mapping[str, Tensor]) -> str:
 
 
 def without_model(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str | None:
-    """What a file holds, and what to give instead, where no model's weights are in it."""
+    """A file's contents, and what to give instead, where it holds no weights of a model."""
     weights = {k: v for k, v in tensors.items() if not is_optimizer(k)}
     if metadata.get("format", "").startswith("mfuser"):
         return (

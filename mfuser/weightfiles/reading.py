@@ -65,7 +65,7 @@ def read_content(
     *,
     mapped: bool = False,
 ) -> Content:
-    """What a .safetensors file, a torch.save file or a TorchScript archive holds.
+    """The contents of a .safetensors file, a torch.save file or a TorchScript archive.
 
     The format is told by the content, not by the suffix. Raises `error` if the file is truncated,
     is in another format, or holds objects that code would have to run for; what: the wording for a
@@ -162,7 +162,7 @@ def _records(path: Path) -> list[tuple[Callable[..., Any], str]]:
 
 
 def _other_format(path: Path) -> str | None:
-    """The format, and what to do, where it is none that is read here."""
+    """The format, and what to do, where it cannot be read here."""
     head = _head(path)
     start = head.lstrip()[:64].lower()
     if head.startswith(b"version https://git-lfs"):

@@ -24,7 +24,7 @@ from mfuser.weightfiles.contents import described, is_optimizer, without_model
 from mfuser.weightfiles.reading import Content, is_safetensors, read_content
 
 NOISE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""What torch.compile, FSDP and activation checkpointing put into names, at any depth."""
+"""Parts of names that torch.compile, FSDP and activation checkpointing insert, at any depth."""
 
 COMMON = (
     "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params",
@@ -63,8 +63,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Taken:
-    """What was taken of a file. part: before conversion. others: parts that would have fitted by
-    their names. left: how many tensors of the file are in neither (optimizers aside)."""
+    """The part of a file that was used. part: before conversion. others: parts that would have
+    fitted by their names. left: how many tensors of the file are in neither (optimizers aside)."""
 
     part: Part
     tensors: dict[str, Tensor]
@@ -108,7 +108,7 @@ def flat(content: Content) -> dict[str, Tensor]:
 
 
 def foreign(path: Path) -> str | None:
-    """What a file is that is not safetensors; None for one that is, or is meant to be."""
+    """The format of a file other than safetensors; None for one that is, or is meant to be."""
     if is_safetensors(path):
         return None
     try:

@@ -1,4 +1,4 @@
-"""What `mfuser doctor` says of the selective scan."""
+"""The entry of the selective scan in `mfuser doctor`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands on a post: lamps, traffic lights and signs. `side`: -1 left, +1 right of the road."""
+"""Things on a post: lamps, traffic lights and signs. `side`: -1 left, +1 right of the road."""
 
 from __future__ import annotations
 

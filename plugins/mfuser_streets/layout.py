@@ -1,4 +1,4 @@
-"""What stands where: one random street, drawn."""
+"""The layout of one random street."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What things are made of: class, colors, roughness, and whether they shine at night.
+"""Materials: class, colors, roughness, and whether they shine at night.
 
 Every material has two sets of colors, so that a domain can differ in more than its light: `vivid`
 is the paint box of a video game, `muted` what a camera sees.

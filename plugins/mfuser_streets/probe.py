@@ -1,4 +1,4 @@
-"""What frozen towers know: probes on their features, and the words of mini-vlm on its patches.
+"""Measures frozen towers: probes on their features, and the words of mini-vlm on its patches.
 
 A probe is trained on the source alone and scored on domains it never sees. Features are computed
 once, so that many probes cost little more than one.

@@ -1,4 +1,4 @@
-"""What lines the road, from the houses to the curb."""
+"""The roadside, from the houses to the curb."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _lot(
     urban: float,
     tall: float,
 ) -> list[Thing]:
-    """What stands between two points of the roadside."""
+    """The things between two points of the roadside."""
 
     def behind(distance: float) -> tuple[tuple[float, float], tuple[float, float]]:
         d = side * distance

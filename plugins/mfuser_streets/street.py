@@ -33,8 +33,8 @@ class Street:
 
 @dataclass(frozen=True)
 class City:
-    """What kind of city the streets belong to. Ranges are drawn from, one number per street side
-    or image."""
+    """The kind of city that the streets belong to. Ranges are drawn from, one number per street
+    side or image."""
 
     urban: tuple[float, float] = (0.15, 0.75)
     """Share of the roadside that is built up to the sidewalk."""

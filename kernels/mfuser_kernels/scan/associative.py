@@ -1,9 +1,10 @@
 """Backend `associative`: the scan in standard operators alone, without a loop over the sequence.
 
-For exported programs (torch.export, ONNX), which hold no operator of ours: `auto` takes it while a
-model is exported. The pairs (a, b) of h -> a h + b compose associatively (Blelloch 1990; Martin &
-Cundy, ICLR 2018), so log2(T) doublings give every state of a chunk of T steps, log2(K) more carry
-the states of K chunks. It holds B L D N numbers several times over; anywhere else take another.
+For exported programs (torch.export, ONNX), which cannot contain custom operators: `auto` selects it
+while a model is exported. The maps h -> a h + b compose associatively (Blelloch 1990; Martin &
+Cundy, ICLR 2018), so log2(T) doublings yield every state of a chunk of T steps, and log2(K) more
+propagate the states across K chunks. It needs several times B L D N numbers of memory; everywhere
+else, use another backend.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def scan(x: ScanInputs) -> tuple[Tensor, Tensor]:
 
 
 def _per_channel(m: Tensor, x: ScanInputs) -> Tensor:
-    """(D, N) or (B, L, G, N) -> what broadcasts with (B, L, D, N)."""
+    """(D, N) or (B, L, G, N) -> a tensor that broadcasts with (B, L, D, N)."""
     if m.dim() == 2 or m.shape[2] == 1:
         return m
     return m.repeat_interleave(x.width // m.shape[2], dim=2)
@@ -60,7 +61,7 @@ def _states(decay: Tensor, added: Tensor, initial: Tensor | None) -> Tensor:
     steps = min(CHUNK, length)
     chunks = -(-length // steps)
     pad = (0, 0, 0, 0, 0, chunks * steps - length)
-    # The padding multiplies by 1 and adds 0, so that the last state stays the last.
+    # Padding steps multiply by 1 and add 0, so they leave the last state unchanged.
     a = F.pad(decay, pad, value=1.0).unflatten(1, (chunks, steps))  # (B, K, T, D, N)
     b = F.pad(added, pad).unflatten(1, (chunks, steps))
     a, b = _prefixes(a, b, 2)

@@ -119,7 +119,7 @@ def from_config(
 
 
 def _misfit(model: Any, info: Any, unused: tuple[str, ...]) -> str:
-    """What from_pretrained could not fill, in words; empty if nothing."""
+    """Names the parameters that from_pretrained could not fill; empty if none."""
     missing = sorted(k for k in info["missing_keys"] if not k.startswith(unused))
     wrong = sorted(str(k) for k in info["mismatched_keys"])
     if not missing and not wrong:

@@ -171,7 +171,7 @@ def _match_inside(group: Group) -> Match | None:
 
 
 def _suffixes(images: Iterable[str], masks: Iterable[str]) -> list[tuple[str, str]]:
-    """What may follow the common stem: of the first image, the mask with the longest beginning."""
+    """Suffixes after a common stem: the first image, and the mask that shares most with it."""
     image = min(images, default="")
     tried = []
     for mask in sorted(masks, key=lambda m: -_agreeing(image, m))[:3]:

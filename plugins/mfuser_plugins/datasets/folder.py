@@ -31,7 +31,7 @@ Color = tuple[int, int, int]
 
 IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
-"""What folders and lists call the two splits."""
+"""Names of the two splits in folders and lists."""
 UNLABELED = ("ignore", "void", "unlabeled", "")
 """Names in a class table whose pixels are ignored."""
 

@@ -143,7 +143,7 @@ class ImageLosses(nn.Module):
 
 
 class WordLosses(nn.Module):
-    """What ties pictures to words: captions to crops, and class words to patches."""
+    """Ties pictures to words: captions to crops, and class words to patches."""
 
     def __init__(self, tokenizer: Any, context_length: int) -> None:
         super().__init__()

@@ -114,7 +114,7 @@ def pretrain(
 
 
 def _plateau(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What a run's beginning depends on: all but its length."""
+    """The settings that the beginning of a run depends on: all but its length."""
     return {k: v for k, v in recipe.items() if k not in ("steps", "decay")}
 
 

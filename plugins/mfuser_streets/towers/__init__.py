@@ -97,7 +97,7 @@ def register() -> None:
 
 
 def open_clip_tag() -> dict[str, Any]:
-    """What open_clip's own tags say of their weights, for the tag "mini-vlm"."""
+    """The description of the tag "mini-vlm", in the form of open_clip's own tags."""
     return {"file": str(FOLDER / f"{VLM}.safetensors"), "mean": MEAN, "std": STD}
 
 

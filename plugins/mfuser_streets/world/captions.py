@@ -1,4 +1,4 @@
-"""What a picture of the world shows, in words."""
+"""Captions of the world's pictures."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ RANGES: dict[str, Interval] = {
     "noise": (0, 0.2),
     "vignette": (0, 1),
 }
-"""What a parameter of a style may be."""
+"""The range of each parameter of a style."""
 
 NEUTRAL: dict[str, float] = dict.fromkeys(RANGES, 0.0) | {
     "saturation": 1.0, "texture": 1.0, "grain": 1.0, "air": 0.75, "exposure": 1.0,
@@ -217,7 +217,7 @@ DEVELOPMENT: dict[str, Box] = {
     "slush": _family(snow=(0.38, 0.5), flakes=(0.2, 0.38), overcast=(0.6, 1), sun=(0, 0)),
     "film": _family(saturation=(0, 0.1), contrast=(1.2, 1.4), gamma=(0.6, 0.75)),
 }
-"""What choices are made on, so that none is made on a target."""
+"""Choices are made on these, so that none is made on a target."""
 
 _CAMERA: dict[str, Interval] = {
     "mute": (1, 1), "saturation": (0.8, 1.1), "exposure": (0.95, 1.25), "contrast": (0.9, 1.15),
