@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from mfuser import Dataset, DatasetSpec, hookimpl
+from mfuser_plugins.datasets._conditions import ByCondition
 from mfuser_plugins.datasets._files import (
     PairedDataset,
     chosen_split,
@@ -22,7 +23,7 @@ LAYOUT = (
 )
 
 
-class AcdcSpec(DatasetSpec, name="acdc"):
+class AcdcSpec(ByCondition, name="acdc"):
     """ACDC: Swiss streets in adverse conditions. As a target it is one domain per condition.
 
     condition: fog, night, rain or snow; none means all four.
@@ -30,7 +31,7 @@ class AcdcSpec(DatasetSpec, name="acdc"):
     part of it.
     """
 
-    variant: ClassVar[str | None] = "condition"
+    CONDITIONS: ClassVar[tuple[str, ...]] = get_args(Condition)
 
     condition: Condition | None = None
 
@@ -38,7 +39,7 @@ class AcdcSpec(DatasetSpec, name="acdc"):
         root = require_root(self, root)
         split = chosen_split(self, split)
         pairs = []
-        for condition in get_args(Condition) if self.condition is None else [self.condition]:
+        for condition in self.chosen():
             labels = root / "gt" / condition / split
             pairs += pair_files(
                 self,
@@ -48,11 +49,6 @@ class AcdcSpec(DatasetSpec, name="acdc"):
                 LAYOUT,
             )
         return PairedDataset(root, pairs, self.test_size)
-
-    def expand(self) -> list[DatasetSpec]:
-        if self.condition is not None:
-            return [self]
-        return [self.model_copy(update={"condition": c}) for c in get_args(Condition)]
 
     def label(self) -> str:
         return "acdc" if self.condition is None else f"acdc:{self.condition}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from mfuser import Dataset, DatasetSpec, hookimpl
+from mfuser_plugins.datasets._conditions import ByCondition
 from mfuser_plugins.datasets._files import (
     Pair,
     PairedDataset,
@@ -28,7 +29,7 @@ LAYOUT = (
 )
 
 
-class MusesSpec(DatasetSpec, name="muses"):
+class MusesSpec(ByCondition, name="muses"):
     """MUSES: Swiss streets in four weathers. As a target it is one domain per weather.
 
     condition: clear, fog, rain or snow; none means all four.
@@ -36,7 +37,7 @@ class MusesSpec(DatasetSpec, name="muses"):
     Reads `frame_camera/` and `gt_semantic/` as unpacked.
     """
 
-    variant: ClassVar[str | None] = "condition"
+    CONDITIONS: ClassVar[tuple[str, ...]] = get_args(Condition)
     official: ClassVar[Mapping[str, int]] = {"train": 1500, "val": 250}
 
     condition: Condition | None = None
@@ -46,7 +47,7 @@ class MusesSpec(DatasetSpec, name="muses"):
         root = require_root(self, root)
         split = chosen_split(self, split)
         pairs: list[Pair] = []
-        for condition in get_args(Condition) if self.condition is None else [self.condition]:
+        for condition in self.chosen():
             part = Path(split, condition, self.time or "")
             labels = root / "gt_semantic" / part
             pairs += pair_files(
@@ -57,11 +58,6 @@ class MusesSpec(DatasetSpec, name="muses"):
                 LAYOUT,
             )
         return PairedDataset(root, pairs, self.test_size)
-
-    def expand(self) -> list[DatasetSpec]:
-        if self.condition is not None:
-            return [self]
-        return [self.model_copy(update={"condition": c}) for c in get_args(Condition)]
 
     def label(self) -> str:
         chosen = "-".join(part for part in (self.condition, self.time) if part)

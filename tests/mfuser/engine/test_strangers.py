@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from mean_plugin import mean_plugin
 from torch import Tensor
 
 from mfuser import MFuserError, Registry, build_model, load_registry
@@ -21,36 +22,9 @@ from mfuser.engine.precheck import check_parts
 from mfuser.engine.train import Trainer, train
 from mfuser.errors import PluginError
 
-FUSION = """
-import torch
-from mfuser import FusionAdapter, FusionSpec, hookimpl
-from torch import nn
-
-CALLS = []
-
-class Mean(FusionAdapter):
-    def __init__(self, vfm, vlm):
-        super().__init__()
-        self.to_vfm = nn.Linear(vlm.embed_dim, vfm.embed_dim)
-        self.to_vlm = nn.Linear(vfm.embed_dim, vlm.embed_dim)
-
-    def forward(self, vfm_tokens, vlm_tokens, vfm_grid=None, vlm_grid=None):
-        vfm = self.to_vfm(vlm_tokens.mean(1, keepdim=True)).expand_as(vfm_tokens)
-        vlm = self.to_vlm(vfm_tokens.mean(1, keepdim=True)).expand_as(vlm_tokens)
-        if self.training:
-            CALLS.append(1)
-        FAULT
-        return vfm, vlm
-
-class MeanSpec(FusionSpec, name="mean"):
-    "Means."
-    def build(self, vfm, vlm):
-        return Mean(vfm, vlm)
-
-@hookimpl
-def mfuser_components():
-    return [MeanSpec]
-"""
+FUSION = mean_plugin(
+    "import torch\nCALLS = []\n", after="if self.training: CALLS.append(1)\n        FAULT"
+)
 
 DECODER = """
 import torch

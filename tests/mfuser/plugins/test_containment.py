@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from forked import forked
+from mean_plugin import mean_plugin
 
 from mfuser import MFuserError, Registry, build_model, load_registry
 from mfuser.errors import PluginWarning
@@ -55,42 +56,10 @@ TAMPERING = {
     "warnings.simplefilter('ignore')": "the warnings filters",
     "warnings.resetwarnings()": "the warnings filters",
 }
-PLUGIN = """
-from mfuser import FusionAdapter, FusionSpec, hookimpl
-from torch import nn
-
-class Mean(FusionAdapter):
-    def __init__(self, vfm, vlm):
-        super().__init__()
-        self.to_vfm = nn.Linear(vlm.embed_dim, vfm.embed_dim)
-        self.to_vlm = nn.Linear(vfm.embed_dim, vlm.embed_dim)
-
-    def forward(self, vfm_tokens, vlm_tokens, vfm_grid=None, vlm_grid=None):
-        FORWARD
-        vfm = self.to_vfm(vlm_tokens.mean(1, keepdim=True))
-        vlm = self.to_vlm(vfm_tokens.mean(1, keepdim=True))
-        return vfm.expand_as(vfm_tokens), vlm.expand_as(vlm_tokens)
-
-class MeanSpec(FusionSpec, name="mean"):
-    "Means."
-
-    def build(self, vfm, vlm):
-        made = Mean(vfm, vlm)
-        BUILD
-        return made
-
-@hookimpl
-def mfuser_components():
-    HOOK
-    return [MeanSpec]
-"""
 
 
 def plugin(head: str = "", **lines: str) -> str:
-    text = HEAD + head + PLUGIN
-    for place in ("FORWARD", "BUILD", "HOOK"):
-        text = text.replace(place, lines.get(place.lower(), "pass"))
-    return text
+    return mean_plugin(HEAD + head, **lines)
 
 
 @pytest.fixture
@@ -226,7 +195,7 @@ def test_prints_leave_json_alone(tmp_path: Path, tiny_toml: str) -> None:
         "print('from the import')",
         hook="print('from the hook')",
         build="print('from build')",
-        forward="print('from forward')",
+        before="print('from forward')",
     )
     (tmp_path / "prints.py").write_text(text, "utf-8")
     (tmp_path / "r.toml").write_text(tiny_toml, "utf-8")

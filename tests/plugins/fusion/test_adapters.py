@@ -10,26 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfuser import FusionSpec, MFuserError, TokenShape
-from mfuser_plugins.fusion import (
-    bi_deformable_attention,
-    convolution,
-    cross_attention,
-    mvfuser,
-    self_attention_concat,
-    self_attention_separate,
-    separate_mvfuser,
-)
+from mfuser.plugins.discovery import components
 
-MODULES = (
-    bi_deformable_attention,
-    convolution,
-    cross_attention,
-    mvfuser,
-    self_attention_concat,
-    self_attention_separate,
-    separate_mvfuser,
-)
-SPECS = {spec.component(): spec for module in MODULES for spec in module.mfuser_components()}
+SPECS: dict[str, Any] = {
+    name: spec for name, spec in components("fusion").items() if name != "none"
+}
 SMALL: dict[str, dict[str, Any]] = {
     "bi_deformable_attention": {"heads": 1, "points": 2},
     "cross_attention": {"tokens": 3, "rank": 2},
