@@ -296,7 +296,7 @@ def predict(
     if found.unknown:
         shown = ", ".join(str(path) for path in found.unknown[:5])
         more = ", …" if len(found.unknown) > 5 else ""
-        console.say(f"{len(found.unknown)} files are no images, passed over: {shown}{more}")
+        console.say(f"{len(found.unknown)} files are not images and were skipped: {shown}{more}")
     written = predict_images(
         registry,
         run,

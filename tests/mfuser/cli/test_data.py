@@ -37,7 +37,7 @@ def test_new_writes_tables_that_check_and_train_accept(mfuser: Any, inside: Path
     assert registry.pairing("my-garden").classes == ("grass", "path", "shed")
     assert registry.recipe("my-garden").source == "my-garden"
     assert registry.recipe("my-garden").note == ""  # the demo's is of the demo's data
-    assert registry.pairing("my-garden").vfm.freeze is False  # the miniature knows no photographs
+    assert registry.pairing("my-garden").vfm.freeze is False  # pretrained on drawn scenes only
     assert {"mine", "my-garden"} <= set(registry.names("recipe"))
     checked = json.loads(mfuser("data", "check", "my-garden", "--json").out)
     assert [(e["split"], e["images"]) for e in checked] == [("train", 8), ("val", 2)]

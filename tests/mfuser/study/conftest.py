@@ -16,6 +16,6 @@ from mfuser.study import runs
 def forked_runs() -> Iterator[pytest.MonkeyPatch]:
     """Until its `undo()`, the processes that a study starts are forked from this one."""
     with pytest.MonkeyPatch.context() as patch:
-        stand_in = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE)
+        stand_in = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
         patch.setattr(runs, "subprocess", stand_in)
         yield patch

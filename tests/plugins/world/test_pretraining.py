@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,19 @@ def small(tower: str = "vfm", steps: int = 4, **changes: object) -> Recipe:
 
 class Stop(Exception):
     pass
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run of two steps; it is not to be written into."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    run.pretrain(small(steps=2), folder)
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
 
 
 @pytest.mark.parametrize("tower", ["vfm", "vlm"])
@@ -75,24 +89,22 @@ def _folder(path: Path) -> Path:
         ({"steps": 9}, "its learning rate has begun to fall"),
     ],
 )
-def test_another_recipe_is_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
-    run.pretrain(small(steps=2), tmp_path)
+def test_another_recipe_is_refused(copied: Path, changes: dict[str, object], said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
-        run.pretrain(small(**{"steps": 2, **changes}), tmp_path)
+        run.pretrain(small(**{"steps": 2, **changes}), copied)
 
 
 def test_another_world_and_a_broken_checkpoint_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run.pretrain(small(steps=2), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(run, "WORLD_VERSION", 99)
         with pytest.raises(CheckpointError, match=r"version 1 of the world, and this is 99"):
-            run.pretrain(small(steps=2), tmp_path)
-    file = tmp_path / run.CHECKPOINT
+            run.pretrain(small(steps=2), copied)
+    file = copied / run.CHECKPOINT
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="delete it to begin again"):
-        run.pretrain(small(steps=2), tmp_path)
+        run.pretrain(small(steps=2), copied)
 
 
 def test_recipes() -> None:
@@ -157,17 +169,17 @@ def test_the_tokenizer_that_ships_is_what_the_code_makes(tmp_path: Path) -> None
     )
 
 
-def test_the_weights_say_what_they_are(tmp_path: Path) -> None:
-    path = run.pretrain(small(steps=1), tmp_path)
+def test_the_weights_say_what_they_are(finished: Path) -> None:
+    (path,) = finished.glob("*.safetensors")
     with safe_open(path, "pt") as file:
         told = json.loads(file.metadata()[towers.TOLD])
     assert told["name"] == "mini-vfm" and told["world"] == 1
-    assert told["recipe"]["steps"] == 1
+    assert told["recipe"]["steps"] == 2
     assert {t.dtype for t in load_file(path).values()} == {torch.float16}
 
 
-def test_weights_of_another_world_are_refused(tmp_path: Path, mfuser: Callable) -> None:
-    path = run.pretrain(small(steps=1), tmp_path)
+def test_weights_of_another_world_are_refused(finished: Path, tmp_path: Path) -> None:
+    (path,) = finished.glob("*.safetensors")
     from mfuser_plugins.backbones.timm import TimmSpec
 
     spec = TimmSpec(model=towers.VFM_MODEL, weights=str(path))
