@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import struct
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 from mfuser import Registry
+from mfuser.config.run import RunSpec
 from mfuser.engine import checkpoints
 from mfuser.engine.checkpoints import FINAL, LAST, PREVIOUS
 from mfuser.engine.folder import LOG, PAGE, RUN
@@ -26,30 +28,54 @@ from mfuser.engine.train import Diverged, train
 from mfuser.errors import CheckpointError, DataError
 from mfuser.interfaces import IGNORE
 
+RECIPE = ("steps=7", "save_every=2")
+
+
+def kill(tiny: Registry, run: RunSpec, folder: Path) -> Path:
+    """A run of seven steps with a checkpoint every two, killed after step 5 was logged."""
+    original = Log.write
+
+    def write(self: Log, step: int, values: dict[str, float]) -> None:
+        original(self, step, values)
+        if step == 5:
+            raise KeyboardInterrupt  # nothing of ours catches it, as nothing catches SIGKILL
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mfuser.engine.train.EVERY", 1)
+        patch.setattr(Log, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny, run, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed_once(tiny: Registry, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunSpec, Path]:
+    recipe = tiny.recipe("tiny", RECIPE)
+    run = RunSpec.of(tiny, "plain", "tiny", pairing=tiny.pairing("plain"), recipe=recipe)
+    return run, kill(tiny, run, tmp_path_factory.mktemp("killed") / "run")
+
 
 @pytest.fixture
-def killed(tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A run of seven steps with a checkpoint every two, killed after some step was logged."""
-    original = Log.write
-    folder = tmp_path / "killed"
+def killed(killed_once: tuple[RunSpec, Path], tmp_path: Path, every_step: None) -> Path:
+    """A copy of such a run's folder, to go on in."""
+    return Path(shutil.copytree(killed_once[1], tmp_path / "killed"))
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mfuser.engine.train.EVERY", 1)
 
-    def kill(after: int) -> Path:
-        def write(self: Log, step: int, values: dict[str, float]) -> None:
-            original(self, step, values)
-            if step == after:
-                raise KeyboardInterrupt  # nothing of ours catches it, as nothing catches SIGKILL
 
-        with monkeypatch.context() as patch:
-            patch.setattr(Log, "write", write)
-            with pytest.raises(KeyboardInterrupt):
-                train(tiny, begin("plain", *RECIPE), folder)
-        return folder
-
-    return kill
-
-
-RECIPE = ("steps=7", "save_every=2")
+@pytest.fixture(scope="module")
+def whole(
+    tiny: Registry, killed_once: tuple[RunSpec, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of the same run, which nobody killed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mfuser.engine.train.EVERY", 1)
+        train(tiny, killed_once[0], folder)
+    return folder
 
 
 def steps(folder: Path) -> list[int]:
@@ -72,33 +98,30 @@ def flip(path: Path, share: float) -> None:
 
 
 def test_the_log_is_cut_back_to_the_checkpoint(
-    tiny: Registry, begin: Any, tmp_path: Path, killed: Any
+    tiny: Registry, begin: Any, killed: Path, whole: Path
 ) -> None:
-    folder = killed(after=5)
+    folder = killed
     assert steps(folder) == [1, 2, 3, 4, 5] and checkpoints.read(folder / LAST).step == 4
     with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
         log.write('{"step": 6, "loss": 4.0')  # half a line, as a kill may leave it
     train(tiny, begin("plain", *RECIPE), folder, resume=True)
     assert steps(folder) == [1, 2, 3, 4, 5, 6, 7]
-    train(tiny, begin("plain", *RECIPE), tmp_path / "whole")
     losses = [
         [json.loads(line)["loss"] for line in (f / "log.jsonl").read_text().splitlines()]
-        for f in (folder, tmp_path / "whole")
+        for f in (folder, whole)
     ]
     assert losses[0] == losses[1]
 
 
-def test_tensorboard_is_cut_back_too(tiny: Registry, begin: Any, killed: Any) -> None:
+def test_tensorboard_is_cut_back_too(
+    tiny: Registry, begin: Any, tmp_path: Path, every_step: None
+) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    global RECIPE
-    plain, RECIPE = RECIPE, (*RECIPE, "tracker=tensorboard")
-    try:
-        folder = killed(after=5)
-        train(tiny, begin("plain", *RECIPE), folder, resume=True)
-    finally:
-        RECIPE = plain
+    run = begin("plain", *RECIPE, "tracker=tensorboard")
+    folder = kill(tiny, run, tmp_path / "r")
+    train(tiny, run, folder, resume=True)
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6, 7]
 
@@ -141,12 +164,12 @@ def test_numbers_of_the_checksum(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     tiny: Registry,
     begin: Any,
-    tmp_path: Path,
-    killed: Any,
+    killed: Path,
+    whole: Path,
     capsys: pytest.CaptureFixture[str],
     damage: str,
 ) -> None:
-    folder = killed(after=5)
+    folder = killed
     last = folder / LAST
     assert checkpoints.read(folder / PREVIOUS).step == 2
     content = last.read_bytes()
@@ -162,31 +185,28 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     assert f"resuming {folder} at step 2" in said
     assert ("kept as damaged-last.safetensors" in said) == (damage != "gone")
     assert steps(folder) == [1, 2, 3, 4, 5, 6, 7]
-    train(tiny, begin("plain", *RECIPE), tmp_path / "whole")
-    assert same(folder, tmp_path / "whole")
+    assert same(folder, whole)
     assert checkpoints.read(folder / LAST).step == 7
     assert checkpoints.read(folder / PREVIOUS).step == 6
 
 
 def test_without_any_whole_checkpoint_a_run_begins_again(
-    tiny: Registry, begin: Any, tmp_path: Path, killed: Any, capsys: pytest.CaptureFixture[str]
+    tiny: Registry, begin: Any, killed: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = killed(after=5)
+    folder = killed
     for name in (LAST, PREVIOUS):
         flip(folder / name, 0.6)
     train(tiny, begin("plain", *RECIPE), folder, resume=True)
     said = capsys.readouterr().err
     assert said.count("is damaged") == 2 and f"resuming {folder} at step 0" in said
     assert steps(folder) == [1, 2, 3, 4, 5, 6, 7]
-    train(tiny, begin("plain", *RECIPE), tmp_path / "whole")
-    assert same(folder, tmp_path / "whole")
+    assert same(folder, whole)
 
 
 def test_a_damaged_finished_model_is_written_again(
-    tiny: Registry, begin: Any, tmp_path: Path
+    tiny: Registry, begin: Any, tmp_path: Path, whole: Path
 ) -> None:
-    folder = tmp_path / "r"
-    train(tiny, begin("plain", *RECIPE), folder)
+    folder = Path(shutil.copytree(whole, tmp_path / "r"))
     # Copies: what is read is mapped from the file.
     before = {k: t.clone() for k, t in checkpoints.read(folder / FINAL).model.items()}
     flip(folder / FINAL, 0.7)
@@ -263,7 +283,7 @@ def test_a_worker_killed_as_it_hands_over_a_batch(
 
     monkeypatch.setattr(TrainingStream, "_started", started)
     with pytest.raises(DataError, match=r"worker was killed, .* \(1 steps are saved; mend it"):
-        train(tiny, begin("plain"), tmp_path / "r")
+        train(tiny, begin("plain", "workers=1"), tmp_path / "r")
 
 
 def test_what_explains_a_divergence_is_kept(tiny: Registry, begin: Any, tmp_path: Path) -> None:

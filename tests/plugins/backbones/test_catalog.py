@@ -99,7 +99,8 @@ def test_license_of_the_weights_that_a_spec_names(
 def test_describe_shows_the_license_although_it_loads_no_weights(
     mfuser: Callable[..., Any],
 ) -> None:
+    vlm = ["--set", "vlm.model=ViT-B-16", "--set", "vlm.weights=metaclip_400m"]
     shallow = ["--set", "vfm.options.depth=1", "--set", "vlm.options.vision_cfg.layers=1"]
-    ran = mfuser("describe", "dinov2-s_clip-b", *shallow, "--json")
+    ran = mfuser("describe", "dinov2-s_clip-b", *vlm, *shallow, "--json")
     licenses = {r: facts["license"] for r, facts in json.loads(ran.out)["encoders"].items()}
-    assert licenses == {"vfm": "apache-2.0", "vlm": "mit"}
+    assert licenses == {"vfm": "apache-2.0", "vlm": "cc-by-nc-4.0"}
