@@ -286,7 +286,7 @@ class InferenceSpec(Spec):
 
 @dataclass(frozen=True)
 class Proposal:
-    """How a dataset component would read a folder that somebody has.
+    """How a dataset component would read a given folder.
 
     options: of the component, without its name. classes: names in the order of their ids.
     found: sentences on what is there, for people; odd: those that need a decision.

@@ -23,7 +23,7 @@ from mfuser.cli.options import (
 @click.option("--public", is_flag=True, help="Make the repository public; it is private else.")
 @click.option("--license", default=None, metavar="ID",
               help="Of the trained weights, for the card, e.g. apache-2.0.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Show what would be uploaded; ask nobody.")
+@click.option("--dry-run", is_flag=True, help="Show what would be uploaded, without any request.")
 @weights_option
 @set_option
 @registry_options

@@ -45,8 +45,8 @@ class RareClassSpec(Options):
 class AverageSpec(Options):
     """Averages of the trained weights (EMA): evaluated, and saved beside the last weights.
 
-    decay: what a step keeps of the average. It is reached slowly, lest the weights of the start
-        weigh on short runs: n steps after the warm-up it is at most n / (n + 10).
+    decay: what a step keeps of the average. It is reached slowly, to keep the
+        initial weights out of short runs: n steps after the warm-up it is at most n / (n + 10).
     warmup: steps before averaging begins; until then the average is the weights themselves.
     """
 

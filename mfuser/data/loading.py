@@ -208,7 +208,7 @@ class TrainingStream:
     def _started(self) -> Iterator[Batch | MFuserError]:
         if not self.loader.num_workers:
             return iter(self.loader)
-        # OpenCV's threads do not outlive the fork of a worker, which would wait for them for ever.
+        # OpenCV's threads do not survive the fork, and the worker would wait for them forever.
         threads = cv2.getNumThreads()
         cv2.setNumThreads(1)
         handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None

@@ -163,7 +163,7 @@ def write_last(folder: Path, checkpoint: Checkpoint) -> None:
 def read_last(folder: Path) -> tuple[Path, Checkpoint | None, str]:
     """What to resume from and its file, and a sentence where it is not the last that was written.
 
-    A damaged one is renamed, lest it becomes the one before. None where there is none to be had.
+    A damaged one is renamed, so that it does not replace the previous one. None if there is none.
     Raises CheckpointError for what is whole and no checkpoint of this project.
     """
     said: list[str] = []

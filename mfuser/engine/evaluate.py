@@ -208,7 +208,7 @@ def measure(
     share.gallery.extend(group.gathered(share.gallery.scores), group.gathered(share.gallery.shown))
     if not share.confusion.counts.any():
         raise DataError(f"{label}: no pixel of its {count} images carries a scored class")
-    # In the order of the images, whoever had them.
+    # In the order of the images, whichever process had them.
     skipped = dict(sorted(group.gathered(share.skipped)))
     drawings = sorted(group.gathered(share.pictures), key=lambda drawing: drawing[0])
     return Measured(

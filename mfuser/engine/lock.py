@@ -52,7 +52,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 
 def holder(path: Path) -> str | None:
-    """ "HOST, process 123" that holds the lock file `path`; None where nobody says so."""
+    """ "HOST, process 123" that holds the lock file `path`; None where that is unknown."""
     pid, host, _ = _read(path.with_name(f"{path.name}.owner"))
     if pid is None or (host == socket.gethostname() and not lives(pid)):
         return None

@@ -1,4 +1,4 @@
-"""What a training run writes down: a JSON line per logged step, and whoever else looks on."""
+"""The log of a training run: a JSON line per logged step, and the trackers that follow it."""
 
 from __future__ import annotations
 

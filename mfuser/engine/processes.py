@@ -171,7 +171,7 @@ def _accelerator(precision: str, device: str | None) -> Accelerator:
         mixed_precision=precision,
         # Processes without a GPU are connected only where Accelerate is told to use the CPU.
         cpu=device == "cpu" or (several and not torch.cuda.is_available()),
-        # Given, lest a launcher's variable divides the loss: batches are accumulated here.
+        # Given, so that no launcher's variable divides the loss: batches are accumulated here.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         # Queries of classes that a crop lacks leave some parameters without a gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],

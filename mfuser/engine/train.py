@@ -278,7 +278,7 @@ class Trainer:
         except Exception as error:
             self.saver.save(step)
             if isinstance(error, MFuserError):
-                error.args = (f"{error} ({step} steps are saved; mend it and --resume)",)
+                error.args = (f"{error} ({step} steps are saved; fix it and --resume)",)
             raise
 
     def _log(self, start: int) -> Log:

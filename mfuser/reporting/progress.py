@@ -43,7 +43,7 @@ def page(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a page shows; nothing where there is none, or where somebody has changed it."""
+    """The data that a page shows; nothing if there is no page or it was edited."""
     try:
         found = DATA.search(path.read_text("utf-8"))
         data = json.loads(found[1]) if found else {}

@@ -57,19 +57,28 @@ for command in json.loads(sys.argv[1]):
     try:
         main([*command, "--json"])
     except SystemExit as stop:
-        print(f"--- {stop.code}")
+        print(f"--- {stop.code}", flush=True)
+import pytest
+print(f"--- {int(pytest.main(sys.argv[2:]))}")
 """
 
 
 @pytest.fixture(scope="module")
-def said(installed: Path) -> dict[str, tuple[int, str]]:
-    """Exit code and output of the commands, in one process where the packages are installed."""
-    ran = run(installed, "-c", ONE_AFTER_THE_OTHER, json.dumps(list(COMMANDS.values())))
+def said(root: Path, installed: Path) -> dict[str, tuple[int, str]]:
+    """Exit code and output of the commands, and of the packages' own tests under "test", in one
+    process where the packages are installed."""
+    tests = [str(root / "examples" / package / "tests") for package in EXAMPLES]
+    options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-c", os.devnull]
+    # The suite in full is what `mfuser plugin check` runs; here, what the packages add to it.
+    options += ["-k", "not conforms"]
+    commands = json.dumps(list(COMMANDS.values()))
+    ran = run(installed, "-c", ONE_AFTER_THE_OTHER, commands, *options, *tests)
     parts = re.split(r"^--- (\d+)$", ran.stdout, flags=re.M)
-    assert len(parts) == 2 * len(COMMANDS) + 1, ran.stderr
+    names = [*COMMANDS, "test"]
+    assert len(parts) == 2 * len(names) + 1, ran.stderr
     return {
         name: (int(code), text)
-        for name, text, code in zip(COMMANDS, parts[0::2], parts[1::2], strict=False)
+        for name, text, code in zip(names, parts[0::2], parts[1::2], strict=False)
     }
 
 
@@ -97,12 +106,9 @@ def test_a_pairing_of_two_strangers(said: dict[str, tuple[int, str]]) -> None:
     assert parts["vfm"]["component"] == "dino" and parts["vfm"]["trained"] == 0
 
 
-def test_their_own_tests_pass(root: Path, installed: Path) -> None:
-    tests = [str(root / "examples" / package / "tests") for package in EXAMPLES]
-    options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-c", os.devnull]
-    # The suite in full is what `mfuser plugin check` runs; here, what the packages add to it.
-    ran = run(installed, "-m", "pytest", *options, *tests, "-k", "not conforms")
-    assert ran.returncode == 0 and "7 passed" in ran.stdout, ran.stdout
+def test_their_own_tests_pass(said: dict[str, tuple[int, str]]) -> None:
+    code, text = said["test"]
+    assert code == 0 and "7 passed" in text, text
 
 
 @pytest.mark.parametrize("package", EXAMPLES)

@@ -1,4 +1,4 @@
-"""Looking at a folder of images and masks that nobody has described."""
+"""Inspects an undescribed folder of images and masks."""
 
 from __future__ import annotations
 

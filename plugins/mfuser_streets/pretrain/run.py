@@ -66,7 +66,7 @@ class Pretraining(nn.Module):
     def step(self, step: int) -> dict[str, Tensor]:
         """One update; the losses by name."""
         recipe = self.recipe
-        torch.manual_seed(recipe.seed * 1_000_003 + step)  # whoever resumes draws the same
+        torch.manual_seed(recipe.seed * 1_000_003 + step)  # a resumed run draws the same
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):

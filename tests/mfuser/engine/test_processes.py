@@ -149,7 +149,7 @@ def test_a_bad_image_of_one_ends_both_with_one_sentence(
     assert "mfuser:" not in ended[0].err
     said = [line for line in ended[1].err.splitlines() if line.startswith("mfuser:")]
     assert len(said) == 1
-    assert said[0] == "mfuser: street.png cannot be read (2 steps are saved; mend it and --resume)"
+    assert said[0] == "mfuser: street.png cannot be read (2 steps are saved; fix it and --resume)"
     assert checkpoints.read(tmp_path / "r" / checkpoints.LAST).step == 2
 
 

@@ -265,7 +265,7 @@ def test_a_killed_worker_is_one_sentence_and_costs_no_step(
     assert 1 <= step <= 3
     assert re.fullmatch(
         r"a data-loader worker was killed, as the system does when memory .* runs out; lower "
-        rf"workers .* \({step} steps are saved; mend it and --resume\)",
+        rf"workers .* \({step} steps are saved; fix it and --resume\)",
         str(caught.value),
     )
     train(tiny, run, tmp_path / "r", resume=True)
@@ -282,7 +282,7 @@ def test_a_worker_killed_as_it_hands_over_a_batch(
         raise ConnectionResetError(104, "Connection reset by peer")
 
     monkeypatch.setattr(TrainingStream, "_started", started)
-    with pytest.raises(DataError, match=r"worker was killed, .* \(1 steps are saved; mend it"):
+    with pytest.raises(DataError, match=r"worker was killed, .* \(1 steps are saved; fix it"):
         train(tiny, begin("plain", "workers=1"), tmp_path / "r")
 
 

@@ -85,7 +85,7 @@ def test_a_bad_image_stops_the_run_and_costs_no_step(
     with pytest.raises(UnreadableImage) as caught:
         train(tiny, run, tmp_path / "r")
     assert str(caught.value) == (
-        "street.png cannot be read (3 steps are saved; mend it and --resume)"
+        "street.png cannot be read (3 steps are saved; fix it and --resume)"
     )
     spoilt(lambda i: None)
     train(tiny, run, tmp_path / "r", resume=True)
