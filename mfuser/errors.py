@@ -77,6 +77,16 @@ def placed(error: MFuserError, place: str) -> MFuserError:
     return error
 
 
+def legible(name: str) -> str:
+    r"""A file's name as text: bytes that are no UTF-8, which Python keeps as half characters that
+    no file and no font takes, are spelled out.
+
+    >>> legible("caf\udce9")
+    'caf\\udce9'
+    """
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def suggest(given: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest known name, or the list of what there is."""
     names = sorted(known)
@@ -84,6 +94,20 @@ def suggest(given: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; available: {listed(names)}" if names else "; none are available"
+
+
+def unknown(given: Iterable[str], known: Iterable[str]) -> str:
+    """Each unknown name with the nearest known one; all that there are where one has none near.
+
+    >>> unknown(["rode", "zebra"], ["car", "road"])
+    "'rode' (did you mean 'road'?), 'zebra'; available: car, road"
+    """
+    names, parts, lost = sorted(known), [], False
+    for name in given:
+        close = get_close_matches(name, names, n=1, cutoff=0.6)
+        parts.append(f"'{name}' (did you mean '{close[0]}'?)" if close else f"'{name}'")
+        lost = lost or not close
+    return ", ".join(parts) + (f"; available: {listed(names)}" if lost else "")
 
 
 def listed(names: Sequence[str]) -> str:

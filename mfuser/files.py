@@ -14,7 +14,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from mfuser.errors import CheckpointError
+from mfuser.errors import CheckpointError, legible
 
 CACHE = "MFUSER_CACHE_DIR"
 """The variable that names the cache folder."""
@@ -59,6 +59,18 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def utf8_name(path: Path) -> Iterator[Path]:
+    """A name by which libraries can read a file that open no name but UTF-8: a link, if need be."""
+    if legible(str(path)) == str(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / f"file{legible(path.suffix)}"
+        link.symlink_to(path.absolute())
+        yield link
 
 
 def clear_leftovers(folder: Path, of: str | None = None) -> None:

@@ -190,5 +190,6 @@ from mfuser.cli import (  # noqa: E402, F401  (they add their commands)
     hub,
     plugin,
     show,
+    visualize,
     work,
 )

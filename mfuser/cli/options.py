@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,6 +72,12 @@ set_option = click.option(
     metavar="KEY=VALUE",
     help="Change an option of the pairing, e.g. fusion.state_size=8.",
 )
+stride_option = click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Stride of the sliding window, in pixels. Default: the recipe's, or 2/3 of the window.",
+)
 set_recipe_option = click.option(
     "--set-recipe",
     "recipe_settings",
@@ -97,6 +104,30 @@ def targets_option(help: str) -> Decorator:
 
 def out_option(help: str) -> Decorator:
     return click.option("--out", type=click.Path(path_type=Path), default=None, help=help)
+
+
+def scale_option(default: str) -> Decorator:
+    return click.option(
+        "--scale",
+        default=default,
+        show_default=True,
+        metavar="FACTOR|auto|fit",
+        callback=_factor,
+        help="Resize images first; auto: enlarge those smaller than the window; fit: until they "
+        "just cover it.",
+    )
+
+
+def _factor(context: click.Context, option: click.Parameter, text: str) -> float | str:
+    if text in ("auto", "fit"):
+        return text
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not 0.01 <= factor <= 100:
+        raise click.UsageError(f"--scale takes a factor from 0.01 to 100, auto or fit, not {text}")
+    return factor
 
 
 def open_registry(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import sys
@@ -23,9 +22,11 @@ from mfuser.cli.options import (
     out_option,
     recipe_option,
     registry_options,
+    scale_option,
     set_option,
     set_recipe_option,
     source_option,
+    stride_option,
     targets_option,
     weights_option,
 )
@@ -38,13 +39,7 @@ if TYPE_CHECKING:
 def inference_options(command: Command) -> Command:
     """--inference and --stride."""
     for option in (
-        click.option(
-            "--stride",
-            type=click.IntRange(min=1),
-            default=None,
-            help="Stride of the sliding window, in pixels. Default: the recipe's, or 2/3 of the "
-            "window.",
-        ),
+        stride_option,
         click.option(
             "--inference",
             default=None,
@@ -212,18 +207,6 @@ def evaluate(
     _show(done.report, done.folder, as_json, done.pictures)
 
 
-def _factor(context: click.Context, option: click.Parameter, text: str) -> float | str:
-    if text == "auto":
-        return text
-    try:
-        factor = float(text)
-    except ValueError:
-        factor = math.nan
-    if not 0.01 <= factor <= 100:
-        raise click.UsageError(f"--scale takes a factor from 0.01 to 100, or auto, not {text}")
-    return factor
-
-
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -235,14 +218,7 @@ def _factor(context: click.Context, option: click.Parameter, text: str) -> float
     help="Folder of masks and overlays.",
 )
 @click.option("--recursive", is_flag=True, help="Also in the folders below those given.")
-@click.option(
-    "--scale",
-    default="1",
-    show_default=True,
-    metavar="FACTOR|auto",
-    callback=_factor,
-    help="Resize images first; auto: enlarge those smaller than the window.",
-)
+@scale_option("1")
 @click.option(
     "--scores",
     type=click.Choice(["npz", "png"]),
@@ -293,10 +269,7 @@ def predict(
 
     check_alone("predict")
     console, found = Console(), inputs.find(images, recursive)
-    if found.unknown:
-        shown = ", ".join(str(path) for path in found.unknown[:5])
-        more = ", …" if len(found.unknown) > 5 else ""
-        console.say(f"{len(found.unknown)} files are not images and were skipped: {shown}{more}")
+    inputs.tell(found.unknown, "not images", console.say)
     written = predict_images(
         registry,
         run,

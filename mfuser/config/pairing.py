@@ -20,6 +20,7 @@ from pydantic import (
 from mfuser.config.classes import CITYSCAPES
 from mfuser.config.declared import Declared
 from mfuser.errors import below
+from mfuser.interfaces import IGNORE
 from mfuser.specs import (
     DecoderSpec,
     EnhancerSpec,
@@ -199,6 +200,11 @@ class PairingSpec(Declared):
         self.tuned()
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError("'classes' needs at least one name, and no name twice")
+        if len(self.classes) > IGNORE:
+            raise ValueError(
+                f"'classes' has {len(self.classes)} names; a mask of 8 bits holds at most {IGNORE} "
+                f"beside the ignored {IGNORE}"
+            )
         ids = self.prompt.ids
         if ids is not None and [len(row) for row in ids] != [self.prompt.slots] * len(self.classes):
             raise ValueError(

@@ -31,7 +31,7 @@ from mfuser.config.pairing import PairingSpec, option_of
 from mfuser.config.registry import Registry, load_registry
 from mfuser.config.run import needed_plugins
 from mfuser.errors import CheckpointError, MFuserError
-from mfuser.files import clear_leftovers, replacing
+from mfuser.files import clear_leftovers, replacing, utf8_name
 from mfuser.model.assembly import build_model, unfilled
 from mfuser.model.dgss import DGSSModel
 from mfuser.plugins.origins import missing
@@ -209,7 +209,7 @@ def read(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
             meta = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
@@ -362,6 +362,13 @@ def find(path: Path, weights: str | None = None) -> Path:
     if not path.exists():
         raise CheckpointError(f"there is no run folder or checkpoint {path}")
     return path
+
+
+def holds_run(path: Path) -> bool:
+    """Whether it is a run folder, or a file that may be a checkpoint."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in (FINAL, LAST, PREVIOUS))
+    return path.suffix == ".safetensors"
 
 
 def chosen(checkpoint: Checkpoint, weights: str | None, path: Path) -> Checkpoint:

@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mfuser.errors import MFuserError, MissingExtraError
-from mfuser.files import check_writable
+from mfuser.files import check_writable, utf8_name
 from mfuser.model.dgss import DGSSModel
 
 Format = Literal["torch", "onnx"]
@@ -86,7 +87,8 @@ def export(model: DGSSModel, path: Path, format: Format) -> Exported:
     images = _images(2, model.spec.image_size)
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     try:
-        with torch.no_grad(), _quiet():
+        # The text tower stays behind: its texts are constants.
+        with torch.no_grad(), _quiet(), _without(window, _unread(window, images)):
             program = torch.export.export(window, (images,), dynamic_shapes=({0: batch},))
     except Exception as error:  # torch.export raises what the traced code and its own passes raise
         raise MFuserError(
@@ -96,8 +98,9 @@ def export(model: DGSSModel, path: Path, format: Format) -> Exported:
     facts = _facts(model)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        run = _WRITERS[format](program, temporary, facts)
-        difference, agreement = _compare(window, run, model.spec.image_size)
+        with utf8_name(temporary) as named:
+            run = _WRITERS[format](program, named, facts)
+            difference, agreement = _compare(window, run, model.spec.image_size)
         if not difference <= TOLERANCE[format]:
             raise MFuserError(
                 f"the exported program differs from the model by {difference:.1e} of the largest "
@@ -113,6 +116,48 @@ def export(model: DGSSModel, path: Path, format: Format) -> Exported:
     return Exported(
         str(path), format, model.spec.image_size, model.classes, difference, agreement, size
     )
+
+
+class _Reads(TorchFunctionMode):
+    """Remembers which tensors torch's functions are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self._see(args)
+        self._see(tuple((kwargs or {}).values()))
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, given: Any) -> None:
+        if isinstance(given, Tensor):
+            self.seen.add(id(given))
+        elif isinstance(given, (tuple, list)):
+            for one in given:
+                self._see(one)
+
+
+def _unread(module: nn.Module, images: Tensor) -> set[str]:
+    """Parameters that nothing reads on the way from images to scores."""
+    with _Reads() as reads:
+        module(images)
+    return {name for name, p in module.named_parameters() if id(p) not in reads.seen}
+
+
+@contextmanager
+def _without(module: nn.Module, names: set[str]) -> Iterator[None]:
+    """The module without these parameters, which it has again afterwards."""
+    taken = [(*name.rpartition("."), module.get_parameter(name)) for name in names]
+    try:
+        for part, _, key, _ in taken:
+            setattr(module.get_submodule(part), key, None)
+        yield
+    finally:
+        for part, _, key, parameter in taken:
+            setattr(module.get_submodule(part), key, parameter)
 
 
 def _write_torch(

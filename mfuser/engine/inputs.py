@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from mfuser.errors import DataError
+from mfuser.errors import DataError, listed
 
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
-OURS = (".mask", ".overlay", ".confidence")
-"""Precedes the suffix of the files that `predict` writes."""
+OURS = (".mask", ".overlay", ".confidence", ".pca", ".similarity", ".compare")
+"""Precedes the suffix of the files that `predict` and `visualize` write."""
 LEGEND = "legend.png"
 NOT_PICTURES = {".eps", ".ps", ".pdf", ".wmf", ".emf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib"}
 """Endings that Pillow registers for documents, films and fields."""
@@ -51,7 +51,9 @@ def find(paths: Iterable[str | Path], recursive: bool = False) -> Inputs:
         before = len(found.images) + len(found.videos)
         for inside in _files(path, recursive):
             ending = inside.suffix.lower()
-            if ending in VIDEOS:
+            if _never_ends(inside):
+                found.unknown.append(inside)
+            elif ending in VIDEOS:
                 found.videos.append(inside)
             elif ending in endings:
                 found.images.append(inside)
@@ -63,6 +65,13 @@ def find(paths: Iterable[str | Path], recursive: bool = False) -> Inputs:
     return found
 
 
+def tell(passed: Sequence[Path], what: str, say: Callable[[str], object]) -> None:
+    """Say how many files were passed over, and name the first."""
+    if passed:
+        names = listed([str(path) for path in passed])
+        say(f"{len(passed)} files are {what} and were skipped: {names}")
+
+
 def _files(folder: Path, recursive: bool) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
@@ -72,6 +81,11 @@ def _files(folder: Path, recursive: bool) -> Iterator[Path]:
                 yield from _files(entry, recursive)
         elif not _is_ours(entry):
             yield entry
+
+
+def _never_ends(path: Path) -> bool:
+    """Pipes, sockets and devices: reading one waits for somebody who writes."""
+    return path.is_fifo() or path.is_socket() or path.is_char_device() or path.is_block_device()
 
 
 def _is_ours(path: Path) -> bool:

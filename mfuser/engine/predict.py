@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from mfuser.config.registry import Registry
-from mfuser.data.images import UnreadableImage, read_image
+from mfuser.engine import photographs
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console
 from mfuser.engine.decision import probabilities
 from mfuser.engine.inference import asked, of_record, split
 from mfuser.engine.inputs import LEGEND, VIDEOS, file_names
+from mfuser.engine.photographs import Scale, located, read
 from mfuser.engine.video import VideoReader, VideoWriter
-from mfuser.errors import DataError, MFuserError, placed, suggest
+from mfuser.errors import DataError, MFuserError, unknown
 from mfuser.files import check_writable, clear_leftovers, replacing
 from mfuser.interfaces import Inference
 from mfuser.model.assembly import with_classes
@@ -30,7 +29,6 @@ from mfuser.model.dgss import DGSSModel
 from mfuser.model.network import TrainedNetwork
 from mfuser.reporting import draw
 
-Scale = float | Literal["auto"]
 ScoreFile = Literal["npz", "png"]
 
 
@@ -65,8 +63,7 @@ def predict(
     Returns, per image, its files and the share of pixels of each class, or why it was skipped.
     """
     console = console or Console()
-    if scale != "auto" and (not scale > 0 or not math.isfinite(scale)):
-        raise MFuserError(f"scale is a factor above 0, not {scale}")
+    photographs.check_scale(scale)
     images = list(dict.fromkeys(images))
     check_writable(out)
     own, others = split(settings)
@@ -109,13 +106,12 @@ def _chosen(
     twice = next((c for c in classes if list(classes).count(c) > 1), None)
     if not classes or twice is not None:
         raise MFuserError(f"--classes names '{twice}' twice" if twice else "--classes names none")
-    unknown = [c for c in classes if c not in model.classes]
-    if not unknown:
+    strange = [c for c in classes if c not in model.classes]
+    if not strange:
         return model, tuple(model.classes.index(c) for c in classes)
     if not model.decoder.open_vocabulary:
-        near = suggest(unknown[0], model.classes)
         raise MFuserError(
-            f"the model knows no class '{unknown[0]}'{near} Its decoder "
+            f"the model knows no class {unknown(strange, model.classes)}. Its decoder "
             f"'{model.spec.decoder.name}' answers for the {len(model.classes)} classes that it was "
             "trained on; only one that reads any text, such as text_similarity, takes new names"
         )
@@ -144,8 +140,9 @@ class _Work:
         for path in images:
             try:
                 with located(path):
-                    size = VideoReader(path).size if _is_video(path) else _read(path).shape[:2]
-                    self.inference.check(network, self._scaled(size))
+                    size = VideoReader(path).size if _is_video(path) else read(path).shape[:2]
+                    window = self.model.spec.image_size
+                    self.inference.check(network, photographs.scaled(size, self.scale, window))
                     if _is_video(path) and self.scores is not None:
                         raise MFuserError("--scores is for photographs; leave it out for videos")
             except MFuserError as error:
@@ -158,7 +155,7 @@ class _Work:
         return self._video(path, name) if _is_video(path) else self._photograph(path, name)
 
     def _photograph(self, path: Path, name: str) -> dict[str, Any]:
-        image = _read(path)
+        image = read(path)
         shares = self._segment(path, image)  # (K, H, W)
         label = self._ids(shares)
         mask, over = self.out / f"{name}.mask.png", self.out / f"{name}.overlay.png"
@@ -215,29 +212,11 @@ class _Work:
         pairs = zip(self.model.classes, counts, strict=True)
         return {c: round(float(n / total), 4) for c, n in pairs if n}
 
-    def _scaled(self, size: tuple[int, ...]) -> tuple[int, int]:
-        """(height, width) that an image is segmented in."""
-        height, width = size
-        if self.scale == "auto":
-            window = self.model.spec.image_size
-            # Rounded up, so that the window fits.
-            factor = max(1.0, window[0] / height, window[1] / width)
-            return math.ceil(height * factor - 1e-9), math.ceil(width * factor - 1e-9)
-        return max(1, round(height * self.scale)), max(1, round(width * self.scale))
-
     def _segment(self, path: Path, image: np.ndarray) -> Tensor:
         """(H, W, 3) -> class probabilities (K, H, W)."""
         height, width = image.shape[:2]
-        size = self._scaled((height, width))
-        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(self.where)
-        if size != (height, width):
-            pixels = torch.nn.functional.interpolate(
-                pixels.float() / 255,
-                size,
-                mode="bilinear",
-                align_corners=False,
-                antialias=size[0] < height,
-            )
+        window = self.model.spec.image_size
+        pixels = photographs.pixels(image, self.scale, window, self.where)
         with located(path):
             scores = self.model.segment_by(self.inference, pixels)
         return probabilities(scores[0], (height, width), self.chosen, self.model.decoder.scores)
@@ -245,18 +224,3 @@ class _Work:
 
 def _is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEOS
-
-
-def _read(path: Path) -> np.ndarray:
-    return read_image(path, upright=True)
-
-
-@contextmanager
-def located(path: Path) -> Iterator[None]:
-    """Errors name the image, once."""
-    try:
-        yield
-    except UnreadableImage:
-        raise
-    except MFuserError as error:
-        raise placed(error, str(path)) from error

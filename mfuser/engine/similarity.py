@@ -13,7 +13,7 @@ from mfuser.errors import MFuserError
 from mfuser.interfaces import VisionLanguageBackbone
 from mfuser.model.alignment import score_map
 from mfuser.model.dgss import DGSSModel, batched, evaluating
-from mfuser.model.sliding_window import sliding_window
+from mfuser.model.sliding_window import blended
 
 MOST_SLOTS = 128
 """Tokens of a text that are tried before it is called too long."""
@@ -30,7 +30,7 @@ def similarity(
     """Cosines of patches and texts, brought to pixels: (B, len(texts), H, W) in [-1, 1].
 
     images: (B, 3, H, W) or (3, H, W), uint8 or RGB in [0, 1], from the image size up; larger ones
-        are read through the sliding window.
+        are read through the sliding window, whose maps fade into each other.
     texts: class names or any words. A class of the model is answered by its own query, the one
         that training aligned with the patches (`ModelOutput.alignment`). Other texts join the
         classes on their way through prompt and text enhancer, and each gets a query like theirs.
@@ -57,7 +57,7 @@ def similarity(
             size = (windows.shape[-2], windows.shape[-1])
             return F.interpolate(near, size, mode="bilinear", align_corners=False)
 
-        return sliding_window(maps, batched(images), model.spec.image_size, stride)
+        return blended(maps, batched(images), model.spec.image_size, stride)
 
 
 def check_texts(model: DGSSModel, texts: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from mfuser.data.sampling import (
     class_statistics,
 )
 from mfuser.engine.console import Console
-from mfuser.errors import DataError, MFuserError, listed
+from mfuser.errors import DataError, MFuserError, listed, unknown
 from mfuser.files import CACHE, cache_folder, unwritable
 from mfuser.interfaces import IGNORE, Dataset
 
@@ -65,6 +66,8 @@ def count_classes(
 
     Raises DataError for a source no label of which shows a class of the pairing.
     """
+    for one in sources:
+        _tell_misspelt(one, run, console)
     if len(sources) > 1:
         for sentence in _unlabeled(sources, run.pairing.classes):
             console.say(sentence)
@@ -109,6 +112,18 @@ def _count(built: Built, run: RunSpec, console: Console) -> ClassStatistics:
             "(mfuser data check)"
         )
     return counted
+
+
+def _tell_misspelt(built: Built, run: RunSpec, console: Console) -> None:
+    """Classes that a source does not label, though it labels one of nearly the same name."""
+    theirs, ours = built.dataset.classes, run.pairing.classes
+    spare = [c for c in theirs if c not in ours]
+    near = [c for c in ours if c not in theirs and get_close_matches(c, spare, n=1)]
+    if near:
+        console.say(
+            f"source '{built.name}' labels no {unknown(near, spare)}, so nothing of it teaches the "
+            "pairing that class"
+        )
 
 
 def _cache(console: Console) -> Path | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import cv2
 import numpy as np
 
 from mfuser.data.images import UnreadableImage
-from mfuser.errors import DataError
+from mfuser.errors import DataError, legible
+from mfuser.files import utf8_name
 
 
 class VideoReader:
@@ -17,7 +20,8 @@ class VideoReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._capture = cv2.VideoCapture(str(path))
+        with utf8_name(path) as name:
+            self._capture = cv2.VideoCapture(str(name))
         if not self._capture.isOpened():
             raise UnreadableImage(f"{path} is not a video that OpenCV can read")
         self.rate = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
@@ -52,7 +56,12 @@ class VideoWriter:
         self.ids = ids
         self._path = path
         # OpenCV tells the container by the ending, whatever the file is to be called.
-        self._part = path.with_name(f"{path.name}{'.mkv' if ids else '.mp4'}")
+        ending = ".mkv" if ids else ".mp4"
+        self._part = path.with_name(f"{path.name}{ending}")
+        self._beside: tempfile.TemporaryDirectory[str] | None = None
+        if legible(str(self._part)) != str(self._part):  # OpenCV would crash
+            self._beside = tempfile.TemporaryDirectory()
+            self._part = Path(self._beside.name) / f"part{ending}"
         self._writer = cv2.VideoWriter(str(self._part), code, rate, size[::-1], isColor=not ids)
         if not self._writer.isOpened():
             raise DataError(f"{path} cannot be written as a video of {size[1]}x{size[0]}")
@@ -63,4 +72,6 @@ class VideoWriter:
     def close(self) -> None:
         self._writer.release()
         if self._part.is_file():
-            self._part.replace(self._path)
+            shutil.move(self._part, self._path)
+        if self._beside is not None:
+            self._beside.cleanup()

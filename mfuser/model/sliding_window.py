@@ -113,6 +113,32 @@ def sliding_window(
     return total.div_(count)
 
 
+def blended(
+    maps: Callable[[Tensor], Tensor],
+    images: Tensor,
+    window: tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+) -> Tensor:
+    """`sliding_window` for pictures: windows fade into each other, so that no seams show.
+
+    The weight of a window falls linearly from its middle to its edges, where a thousandth is left.
+    """
+    if tuple(images.shape[-2:]) == tuple(window):
+        return sliding_window(maps, images, window, stride)
+    ramps = [
+        1.001 - torch.linspace(-1, 1, size, device=images.device, dtype=torch.float32).abs()
+        for size in window
+    ]
+    weight = ramps[0][:, None] * ramps[1]  # (h, w)
+
+    def weighted(windows: Tensor) -> Tensor:
+        found = at_least_float32(maps(windows))
+        return torch.cat([found * weight, weight.expand(len(found), 1, -1, -1)], 1)
+
+    both = sliding_window(weighted, images, window, stride)
+    return both[:, :-1] / both[:, -1:]
+
+
 def at_least_float32(scores: Tensor) -> Tensor:
     return scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
 

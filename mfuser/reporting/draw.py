@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
 from mfuser.config.classes import CITYSCAPES
+from mfuser.errors import legible
 from mfuser.files import replacing
 from mfuser.interfaces import IGNORE
 
@@ -55,7 +57,7 @@ def panels(
     """Rows of pictures (uint8, HWC) under column titles, each scaled to `width`; `names` of rows
     are written into their first picture."""
     gap, head = 4, 18
-    tiles = [[_scaled(p, width) for p in row] for row in rows]
+    tiles = [[scaled(p, width) for p in row] for row in rows]
     columns = max(len(row) for row in tiles)
     height = head + sum(max(t.height for t in row) + gap for row in tiles)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, height - gap), "white")
@@ -67,9 +69,10 @@ def panels(
         for column, tile in enumerate(row):
             sheet.paste(tile, (column * (width + gap), y))
         if i < len(names):
-            box = pen.textbbox((4, y + 3), names[i])
+            name = legible(names[i])
+            box = pen.textbbox((4, y + 3), name)
             pen.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill="black")
-            pen.text((4, y + 3), names[i], fill="white")
+            pen.text((4, y + 3), name, fill="white")
         y += max(t.height for t in row) + gap
     return sheet
 
@@ -85,7 +88,8 @@ def stacked(*sheets: Image.Image) -> Image.Image:
     return sheet
 
 
-def _scaled(picture: np.ndarray, width: int) -> Image.Image:
+def scaled(picture: np.ndarray, width: int) -> Image.Image:
+    """(H, W, 3) uint8 as a picture of that width."""
     image = Image.fromarray(picture)
     return image.resize(
         (width, round(image.height * width / image.width)),
@@ -104,6 +108,36 @@ def legend(classes: Sequence[str], table: np.ndarray, width: int) -> Image.Image
         x, y = (k % columns) * cell + 2, (k // columns) * line + 3
         pen.rectangle((x, y, x + 12, y + 12), fill=tuple(int(c) for c in table[k]))
         pen.text((x + 17, y + 1), name, fill="black")
+    return sheet
+
+
+def heat(values: np.ndarray, least: float, most: float) -> np.ndarray:
+    """(H, W) -> (H, W, 3) uint8: dark blue at `least`, yellow at `most` (viridis)."""
+    shares = (values - least) / max(most - least, 1e-12)
+    levels = np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8)
+    colored: np.ndarray = cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    return np.ascontiguousarray(colored)
+
+
+def scale_bar(least: float, most: float, width: int) -> Image.Image:
+    """The colors of `heat` with the values at their ends."""
+    sheet = Image.new("RGB", (width, 34), "white")
+    ramp = np.linspace(least, most, max(2, width - 8))[None].repeat(12, 0)
+    sheet.paste(Image.fromarray(heat(ramp, least, most)), (4, 4))
+    pen = ImageDraw.Draw(sheet)
+    pen.text((4, 19), f"{least:.2f}", fill="black")
+    end = f"{most:.2f}"
+    pen.text((width - 4 - pen.textlength(end), 19), end, fill="black")
+    return sheet
+
+
+def beside(parts: Sequence[Image.Image | None], width: int, gap: int = 4) -> Image.Image:
+    """Pictures under the columns of `panels`; None: nothing under that one."""
+    height = max((p.height for p in parts if p is not None), default=0)
+    sheet = Image.new("RGB", (len(parts) * (width + gap) - gap, height), "white")
+    for column, part in enumerate(parts):
+        if part is not None:
+            sheet.paste(part, (column * (width + gap), 0))
     return sheet
 
 

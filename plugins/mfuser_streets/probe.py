@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfuser.errors import WeightsError
+from mfuser.reporting.pca import Components
 from mfuser_streets import towers
 from mfuser_streets.pretrain.losses import PROMPT, prepare, start
 from mfuser_streets.pretrain.run import tokenizer
@@ -281,15 +282,10 @@ def word_aucs(maps: Tensor, labels: np.ndarray, share: float = 0.3) -> dict[str,
 
 def pca(x: Tensor, seen: Tensor | None = None) -> np.ndarray:
     """uint8 (n, h, w, 3): features projected on the three main directions of `seen`."""
-    flat = (x if seen is None else seen).float().reshape(-1, x.shape[-1])
-    mean = flat.mean(0)
-    _, _, directions = torch.linalg.svd(
-        flat[:: max(1, len(flat) // 4000)] - mean, full_matrices=False
-    )
-    low = (x.float() - mean) @ directions[:3].t()
-    scale = 2 * low.reshape(-1, 3).std(0)
-    colors = (low / scale).clamp(-1, 1) * 127 + 128
-    return colors.reshape(len(x), *GRID, 3).numpy().astype(np.uint8)
+    components = Components.of((x if seen is None else seen).reshape(-1, x.shape[-1]))
+    low = components.project(x)
+    spread = low.reshape(-1, 3).std(0)
+    return components.colors(low, spread).reshape(len(x), *GRID, 3)
 
 
 def averaged(by_domain: dict[str, float], names: Sequence[str] = TARGETS) -> float:

@@ -50,6 +50,12 @@ COMMANDS = {
     "push": f"RUN REPO --dry-run --full --license --public --set --weights {SHARED}",
     "train": "PAIRING --no-evaluate --out --recipe --replay --resume --seed --set --set-recipe "
     f"--source --steps --targets {WORK}",
+    "visualize compare": "GIVEN --count --dataset --out --recursive --scale --split --stride "
+    f"--width {WORK}",
+    "visualize pca": "MODEL IMAGES --device --out --recursive --scale --set --stride --width "
+    f"{SHARED}",
+    "visualize similarity": "RUN IMAGES --before --device --out --recursive --scale --set --stride "
+    f"--text --width {SHARED}",
     "world pca": "OUT --vfm --vlm",
     "world pretrain": "TOWER --decay --json --out --save-every --seed --steps --without",
     "world probe": "NAMES --development --head --images --json --seeds --steps --train --vfm --vlm",

@@ -13,7 +13,7 @@ import numpy as np
 from mfuser import IGNORE, DataError, Dataset, DatasetSpec, Sample
 from mfuser.config.classes import CITYSCAPES
 from mfuser.data.images import read_image, read_label
-from mfuser.errors import NoSplitError
+from mfuser.errors import NoSplitError, legible
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -182,7 +182,7 @@ class PairedDataset(Dataset):
         return Sample(image, label, self.name(index))
 
     def name(self, index: int) -> str:
-        return self.pairs[index].key.rpartition("/")[2]
+        return legible(self.pairs[index].key.rpartition("/")[2])
 
     def label(self, index: int) -> np.ndarray:
         pair = self.pairs[index]
@@ -199,7 +199,8 @@ class PairedDataset(Dataset):
                 for path in (pair.image, pair.label):
                     state = path.stat()
                     name = os.path.relpath(path, self.root)
-                    digest.update(f"{name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+                    entry = f"{name}\0{state.st_size}\0{state.st_mtime_ns}\n"
+                    digest.update(entry.encode("utf-8", "surrogateescape"))
             for key in sorted({pair.decode.key() for pair in self.pairs}):
                 digest.update(key)
             self._fingerprint = digest.hexdigest()

@@ -323,9 +323,13 @@ def _held_out(
         return pairs
     if len(pairs) < 2:
         raise DataError(f"{spec.component()}: one image cannot be divided into train and val")
-    order = sorted(pairs, key=lambda p: sha256(f"{spec.split_seed}:{p[0]}".encode()).digest())
+    order = sorted(pairs, key=lambda p: _drawn(f"{spec.split_seed}:{p[0]}"))
     count = min(max(1, round(spec.val_share * len(pairs))), len(pairs) - 1)
     return sorted(order[:count] if split == "val" else order[count:])
+
+
+def _drawn(key: str) -> bytes:
+    return sha256(key.encode("utf-8", "surrogateescape")).digest()  # names need not be UTF-8
 
 
 def _listed(spec: FolderSpec, root: Path, split: str) -> _Names | None:

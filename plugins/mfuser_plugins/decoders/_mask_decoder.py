@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mfuser import Decoder, DecoderOutput, MFuserError
+from mfuser.model.sliding_window import at_least_float32
 from mfuser_plugins.decoders._mask_losses import MaskLosses
 from mfuser_plugins.decoders._pixel_decoder import LEVELS, PixelDecoder, PixelSpec
 from mfuser_plugins.decoders._transformer import Attention, FeedForward, sine_positions
@@ -123,8 +124,10 @@ class MaskDecoder(Decoder):
 
 def class_scores(output: DecoderOutput, size: tuple[int, int]) -> Tensor:
     """Sum over queries of class probability times mask probability: (B, K, *size), in [0, Q]."""
-    classes = output.classes[-1].softmax(-1)[..., :-1]
-    scores = torch.einsum("bqk,bqhw->bkhw", classes, output.masks[-1].sigmoid())
+    # In bfloat16 near scores would become equal, here and again where they are resized.
+    classes = at_least_float32(output.classes[-1]).softmax(-1)[..., :-1]
+    masks = at_least_float32(output.masks[-1]).sigmoid()
+    scores = torch.einsum("bqk,bqhw->bkhw", classes, masks)
     return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
 

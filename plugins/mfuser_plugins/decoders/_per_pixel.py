@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfuser import IGNORE, Decoder, DecoderOutput, MFuserError
+from mfuser.model.sliding_window import at_least_float32
 
 
 class PerPixelDecoder(Decoder):
@@ -20,7 +21,8 @@ class PerPixelDecoder(Decoder):
         return {"loss_ce": loss / valid}
 
     def semantic_logits(self, output: DecoderOutput, size: tuple[int, int]) -> Tensor:
-        return F.interpolate(output.masks[-1], size, mode="bilinear", align_corners=False)
+        masks = at_least_float32(output.masks[-1])
+        return F.interpolate(masks, size, mode="bilinear", align_corners=False)
 
 
 class ConvClassifier(nn.Module):

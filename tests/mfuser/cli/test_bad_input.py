@@ -334,7 +334,7 @@ def test_output_folders_of_evaluate_and_predict(
         (["predict", "r", "i.png", "--scale", "0"], "--scale"),
         (
             ["predict", "r", ".", "--scale", "nan"],
-            "--scale takes a factor from 0.01 to 100, or auto, not nan",
+            "--scale takes a factor from 0.01 to 100, auto or fit, not nan",
         ),
         (["predict", "r"], "Missing argument"),
         (["list", "decoders"], "'decoders' is listed; did you mean 'decoder'"),

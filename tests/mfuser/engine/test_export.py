@@ -37,6 +37,7 @@ def traced_once() -> Iterator[None]:
 
 
 def test_torch_program(model: DGSSModel, tmp_path: Path) -> None:
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     made = export(model, tmp_path / "m.pt2", "torch")
     assert made.difference < 1e-5 and made.agreement > 0.999
     extra = {"mfuser.json": ""}
@@ -44,6 +45,12 @@ def test_torch_program(model: DGSSModel, tmp_path: Path) -> None:
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not any("mfuser" in name for name in names) and any("aten" in name for name in names)
     assert json.loads(extra["mfuser.json"])["classes"] == list(model.classes)
+    # The texts are constants: the tower that made them stays behind, and in the model.
+    text = {n for n in weights if n.startswith("encoder.vlm.model.") and ".visual." not in n}
+    assert text and not any(name.removeprefix("model.") in text for name in program.state_dict)
+    kept = model.state_dict()
+    assert kept.keys() == weights.keys()
+    assert all(torch.equal(kept[name], weights[name]) for name in weights)
     images = torch.rand(5, 3, *model.spec.image_size)
     scores = program.module()(images)
     expected = model.segment(images)

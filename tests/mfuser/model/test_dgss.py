@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.swa_utils import AveragedModel
 
-from mfuser import DGSSModel, MFuserError, Registry, build_model
+from mfuser import DecoderOutput, DGSSModel, MFuserError, Registry, build_model
 from mfuser.model.sliding_window import sliding_window, window_origins
 
 
@@ -219,6 +219,16 @@ def test_a_model_of_another_precision_takes_every_image(
         assert (scores - expected).abs().mean() <= allowed * expected.abs().max()
         agreement = (scores.argmax(1) == expected.argmax(1)).float().mean()
         assert agreement >= 0.98, float(agreement)  # of an untrained model, full of ties
+
+
+@pytest.mark.parametrize("decoder", ["text_mask2former", "mask2former", "linear"])
+def test_scores_of_half_precision_are_not_rounded_again(tiny: Registry, decoder: str) -> None:
+    options = {"decoder": decoder} if decoder != "text_mask2former" else {}
+    part = build_model("tiny", tiny, **options).decoder
+    masks, classes = torch.randn(1, 19, 8, 12).bfloat16(), torch.randn(1, 19, 20).bfloat16()
+    scores = part.semantic_logits(DecoderOutput([masks], [classes]), (64, 96))
+    exact = DecoderOutput([masks.float()], [classes.float()])
+    assert torch.equal(scores, part.semantic_logits(exact, (64, 96)))
 
 
 def test_windows_of_half_precision_are_summed_in_float32() -> None:

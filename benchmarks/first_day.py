@@ -1,0 +1,170 @@
+"""The first day with own photographs, by the clock: docs/own-data.md states what this prints.
+
+    python benchmarks/first_day.py commands [--steps N] [--out FOLDER]   from a folder to ONNX
+    python benchmarks/first_day.py listing [--files 25000]               mfuser data check
+    python benchmarks/first_day.py report [--images 500]                 size and start of the page
+    python benchmarks/first_day.py figure --run RUN                      docs/visualize.png
+
+`commands` takes 40 photographs of CamVid (../shared/real/camvid, or --camvid FOLDER with images/
+and labels/), whose ids it turns into five classes of its own. `report` needs selenium and
+Chromium. Check the load of the machine first (`uptime`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+PHOTOS = 40
+CLASSES = "sky,house,ground,tree,traffic"
+IDS = np.full(256, 255, np.uint8)
+IDS[[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]] = [0, 1, 1, 2, 2, 3, 1, 1, 4, 4, 4]
+"""CamVid's sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist."""
+
+
+def photographs(camvid: Path, folder: Path) -> None:
+    """Images as JPEG and masks of the five classes, of days and places alike."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    found = sorted((camvid / "images").iterdir())
+    for path in found[:: len(found) // PHOTOS][:PHOTOS]:
+        with Image.open(path) as image:
+            image.convert("RGB").save(folder / "images" / f"{path.stem}.jpg", quality=92)
+        with Image.open(camvid / "labels" / path.with_suffix(".png").name) as mask:
+            Image.fromarray(IDS[np.asarray(mask)]).save(folder / "masks" / f"{path.stem}.png")
+
+
+def timed(arguments: list[str], where: Path) -> None:
+    """Run `mfuser …` in a folder; print wall and processor time. Raises where it fails."""
+    program = Path(sys.executable).with_name("mfuser")
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run([str(program), *arguments], cwd=where, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    wall = time.monotonic() - started
+    print(f"mfuser {' '.join(arguments)}: {wall:.0f} s, {cpu:.0f} s of processors", flush=True)
+
+
+def commands(camvid: Path, out: Path, steps: int | None) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    photographs(camvid, out / "photos")
+    few = ["--steps", str(steps)] if steps else []
+    timed(["data", "new", "photos", "--name", "street", "--classes", CLASSES], out)
+    timed(["data", "check", "street"], out)
+    timed(["train", "street", *few], out)
+    timed(["export", "runs/street"], out)
+    for made in ("report.html", "report.md", "model.onnx"):
+        size = (out / "runs/street" / made).stat().st_size
+        print(f"runs/street/{made}: {size / 1e6:.2f} MB")
+
+
+def listing(files: int) -> None:
+    """`data check` of a folder of so many pairs, which are names of one image and one mask."""
+    with tempfile.TemporaryDirectory() as name:
+        where = Path(name)
+        for part in ("images", "masks"):
+            (where / "many" / part).mkdir(parents=True)
+        Image.new("RGB", (480, 360)).save(where / "image.jpg")
+        mask = np.arange(480 * 360, dtype=np.uint32).reshape(360, 480) // 60000
+        Image.fromarray(mask.astype(np.uint8)).save(where / "mask.png")
+        for k in range(files):
+            os.link(where / "image.jpg", where / f"many/images/{k:06d}.jpg")
+            os.link(where / "mask.png", where / f"many/masks/{k:06d}.png")
+        (where / "registry.toml").write_text(
+            '[data]\nmany = "many"\n[dataset.many]\nname = "folder"\nclasses = ["a", "b", "c"]\n'
+            "val_share = 0.1\n"
+        )
+        timed(["data", "check", "many"], where)
+
+
+def report(camvid: Path, images: int, out: Path) -> None:
+    """The page of an evaluation of so many images in one domain, opened five times."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    shutil.rmtree(out, ignore_errors=True)
+    photographs(camvid, out / "few")
+    for part in ("images", "masks"):
+        (out / "many" / part).mkdir(parents=True)
+        few = sorted((out / "few" / part).iterdir())
+        for k in range(images):
+            file = few[k % len(few)]
+            os.link(file, out / "many" / part / f"{k:04d}{file.suffix}")
+    names = CLASSES.replace(",", '", "')
+    (out / "registry.toml").write_text(
+        f'[data]\nmany = "many"\n[dataset.many]\nname = "folder"\nclasses = ["{names}"]\n'
+        'split = "train"\ntest_size = [192, 144]\n'
+        f'[pairing.many]\nextends = "demo-probe"\nclasses = ["{names}"]\n'
+        '[recipe.many]\nextends = "demo"\nsource = "many"\ntargets = ["many"]\n'
+        f"steps = 2\nwarmup = 1\nbatch_size = 1\ntest_images = {images}\n"
+    )
+    timed(["train", "many"], out)
+    page = out / "runs/many/report.html"
+    print(f"{page.name} of {images} images: {page.stat().st_size / 1e6:.2f} MB")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu"):
+        options.add_argument(flag)
+    with webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver"))) as chrome:
+        for _ in range(5):
+            chrome.get("about:blank")
+            chrome.get(page.resolve().as_uri())
+            millis = chrome.execute_script(
+                "const t = performance.timing; return t.loadEventEnd - t.navigationStart"
+            )
+            rows = len(chrome.find_elements("css selector", "tr"))
+            print(f"open in Chromium after {millis / 1000:.2f} s, {rows} table rows")
+
+
+def figure(run: Path, out: Path) -> None:
+    """Features and words of a run of `demo` on one image of each of four drawn domains."""
+    from mfuser import load_registry
+    from mfuser.config.run import domains
+    from mfuser.reporting import draw
+
+    (out / "shown").mkdir(parents=True, exist_ok=True)
+    registry = load_registry()
+    for name in ("game", "camera", "night", "snow"):
+        sample = domains(registry, name)[0].build(registry, "val")[1]
+        Image.fromarray(sample.image).save(out / "shown" / f"{name}.png")
+    shared = ["shown", "--width", "190"]
+    timed(["visualize", "pca", str(run), *shared], out)
+    words = ["--text", "car", "--text", "a wet road", "--before"]
+    timed(["visualize", "similarity", str(run), *shared, *words], out)
+    sheets = [Image.open(out / f"pictures/all.{kind}.png") for kind in ("pca", "similarity")]
+    draw.stacked(*sheets).quantize(256).save("docs/visualize.png", optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["commands", "listing", "report", "figure"])
+    beside = Path(__file__).resolve().parents[2] / "shared/real/camvid"
+    parser.add_argument("--camvid", type=Path, default=beside)
+    parser.add_argument("--out", type=Path, default=Path("runs/first-day"))
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--files", type=int, default=25_000)
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"))
+    given = parser.parse_args()
+    if given.what == "commands":
+        commands(given.camvid, given.out, given.steps)
+    elif given.what == "figure":
+        figure(given.run.resolve(), given.out)
+    elif given.what == "listing":
+        listing(given.files)
+    else:
+        report(given.camvid, given.images, given.out)
+
+
+if __name__ == "__main__":
+    main()
