@@ -3,7 +3,7 @@
     python benchmarks/first_day.py commands [--steps N] [--out FOLDER]   from a folder to ONNX
     python benchmarks/first_day.py listing [--files 25000]               mfuser data check
     python benchmarks/first_day.py report [--images 500]                 size and start of the page
-    python benchmarks/first_day.py figure --run RUN                      docs/visualize.png
+    python benchmarks/first_day.py figure --run RUN                      docs/visualize.jpg
 
 `commands` takes 40 photographs of CamVid (../shared/real/camvid, or --camvid FOLDER with images/
 and labels/), whose ids it turns into five classes of its own. `report` needs selenium and
@@ -142,7 +142,7 @@ def figure(run: Path, out: Path) -> None:
     words = ["--text", "car", "--text", "a wet road", "--before"]
     timed(["visualize", "similarity", str(run), *shared, *words], out)
     sheets = [Image.open(out / f"pictures/all.{kind}.png") for kind in ("pca", "similarity")]
-    draw.stacked(*sheets).quantize(256).save("docs/visualize.png", optimize=True)
+    draw.stacked(*sheets).save("docs/visualize.jpg", quality=88)
 
 
 def main() -> None:
