@@ -174,6 +174,7 @@ def _tables(
             "source": name,
             "targets": [name],
             "steps": STEPS,
+            "warmup": min(STEPS // 10, registry.recipe(recipe).warmup),
             "note": "",  # what the extended recipe says is of other data
         },
     }

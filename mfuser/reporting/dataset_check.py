@@ -128,9 +128,10 @@ def _count(found: DatasetCheck, dataset: Dataset, looks: list[_Look]) -> None:
 
 def _judge(found: DatasetCheck, dataset: Dataset, looks: list[_Look]) -> None:
     broken = [look for look in looks if look.problem]
-    for look in broken[:3]:
+    most = len(broken) if found.opened == found.images else 3  # of a sample, some stand for all
+    for look in broken[:most]:
         found.problems.append(look.problem)
-    if len(broken) > 3:
+    if len(broken) > most:
         found.problems.append(f"{len(broken)} of {found.opened} opened cannot be used")
     blurred = [
         look.name
