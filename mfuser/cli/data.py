@@ -156,6 +156,7 @@ def _tables(
     classes = [c for c in proposal.classes if c.lower() not in ("ignore", "void", "unlabeled")]
     registry.components.validate(("dataset",), {"name": component, **proposal.options})
     registry.pairing(pairing, {"classes": classes})
+    recipe = registry.recipe_of(pairing)
     try:
         where = str(folder.resolve().relative_to(out.resolve().parent))
     except ValueError:
@@ -170,7 +171,7 @@ def _tables(
         f"dataset.{name}": {"name": component, **proposal.options},
         f"pairing.{name}": {"extends": pairing, "classes": classes, "prompt": {"slots": SLOTS}},
         f"recipe.{name}": {
-            "extends": registry.recipe_of(pairing),
+            "extends": recipe,
             "source": name,
             "targets": [name],
             "steps": STEPS,

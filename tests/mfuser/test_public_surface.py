@@ -30,8 +30,10 @@ TESTING = "Report Verdict check_component check_plugin conforms"
 SHARED = "--json --plugin --registry"
 WORK = f"--data-root --device {SHARED}"
 COMMANDS = {
-    "ablate": "STUDY --axis --base --dry-run --index --of --out --recipe --seeds --set "
-    f"--set-recipe --source --targets {WORK}",
+    "ablate": "STUDY --axis --base --dry-run --index --launcher --launcher-set --of --out --recipe "
+    f"--seeds --set --set-recipe --source --targets {WORK}",
+    "bench": "PAIRING --frame --no-released --out --recipe --repeats --set --set-recipe --source "
+    f"{WORK}",
     "convert": f"CHECKPOINT --out --pairing --set --source {SHARED}",
     "data check": f"DATASETS --data-root --full {SHARED}",
     "data new": f"FOLDER --classes --dry-run --name --out --pairing {SHARED}",
