@@ -15,8 +15,9 @@ from mfuser import DGSSModel, Registry, build_model
 from mfuser.engine.checkpoints import FINAL, load_model
 from mfuser.engine.pretrained import CARD, CONFIG, FILES, from_pretrained, save_pretrained
 from mfuser.engine.run import evaluate
-from mfuser.errors import CheckpointError
+from mfuser.errors import CheckpointError, WeightsError
 from mfuser.plugins import origins
+from mfuser.reporting.card import local_files
 
 IMAGES = (torch.arange(2 * 3 * 80 * 120) % 251).to(torch.uint8).reshape(2, 3, 80, 120)
 
@@ -69,6 +70,20 @@ def test_encoders_are_compared(tiny: Registry, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointError, match="not those it was trained with"):
         from_pretrained(tmp_path / "other")
+
+
+def test_full_needs_no_other_file(tiny: Registry, tmp_path: Path) -> None:
+    """The file of an encoder's weights has gone: all weights are inside, or it is named."""
+    model = build_model("lone", tiny)
+    vfm = model.spec.vfm.model_copy(update={"weights": "gone/vit.pth"})  # type: ignore[union-attr]
+    model.spec = model.spec.model_copy(update={"vfm": vfm})
+    assert local_files(model.spec) == {"vfm.weights": "gone/vit.pth"}
+    model.save_pretrained(tmp_path / "full", full=True)
+    assert torch.equal(from_pretrained(tmp_path / "full").segment(IMAGES), model.segment(IMAGES))
+    model.save_pretrained(tmp_path / "trained")
+    assert 'settings=["vfm.weights=PATH"]' in (tmp_path / "trained" / CARD).read_text()
+    with pytest.raises(WeightsError, match="gone/vit.pth"):
+        from_pretrained(tmp_path / "trained")
 
 
 def test_files_that_do_not_belong_together(tiny: Registry, tmp_path: Path) -> None:
