@@ -189,6 +189,7 @@ from mfuser.cli import (  # noqa: E402, F401  (they add their commands)
     export,
     hub,
     plugin,
+    serve,
     show,
     visualize,
     work,

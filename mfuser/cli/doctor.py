@@ -21,7 +21,7 @@ PACKAGES = (
 EXTRAS = {
     **{"numba": "cpu", "transformers": "hf", "mamba_ssm": "mamba"},
     **{name: name for name in ("tensorboard", "wandb", "mlflow", "ray")},
-    "submitit": "slurm",
+    **{"submitit": "slurm", "gradio": "app"},
 }
 
 

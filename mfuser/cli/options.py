@@ -87,6 +87,22 @@ set_recipe_option = click.option(
 )
 
 
+def inference_options(command: Command) -> Command:
+    """--inference and --stride."""
+    for option in (
+        stride_option,
+        click.option(
+            "--inference",
+            default=None,
+            metavar="NAME",
+            help="How images are segmented (mfuser list inference); its options by --set "
+            "inference.KEY=VALUE. Default: the recipe's, or sliding.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 # What these stand for, and what holds without them, each command says itself.
 
 

@@ -13,10 +13,10 @@ import click
 
 from mfuser.cli import INTERRUPTED, cli, emit
 from mfuser.cli.options import (
-    Command,
     check_device,
     data_options,
     device_option,
+    inference_options,
     json_option,
     open_registry,
     out_option,
@@ -26,7 +26,6 @@ from mfuser.cli.options import (
     set_option,
     set_recipe_option,
     source_option,
-    stride_option,
     targets_option,
     weights_option,
 )
@@ -34,22 +33,6 @@ from mfuser.cli.options import (
 if TYPE_CHECKING:
     from mfuser.config.registry import Registry
     from mfuser.reporting.report import Report
-
-
-def inference_options(command: Command) -> Command:
-    """--inference and --stride."""
-    for option in (
-        stride_option,
-        click.option(
-            "--inference",
-            default=None,
-            metavar="NAME",
-            help="How images are segmented (mfuser list inference); its options by --set "
-            "inference.KEY=VALUE. Default: the recipe's, or sliding.",
-        ),
-    ):
-        command = option(command)
-    return command
 
 
 @cli.command()

@@ -87,8 +87,8 @@ def _body(facts: Facts) -> str:
     if facts.steps is not None and facts.steps != facts.step:
         trained += f" of {facts.steps:,}, unfinished"
     about = (
-        f"Semantic segmentation of {len(spec.classes)} classes, trained with "
-        f"[MFuser](https://arxiv.org/abs/2504.03193) (`mfuser` {__version__}) for {trained}: "
+        f"Semantic segmentation of {len(spec.classes)} classes, trained for {trained} with mfuser "
+        f"{__version__} (method: Zhang & Tan, *Mamba as a Bridge*, CVPR 2025): "
         f"{', '.join(spec.classes)}."
     )
     parts: list[str | Table] = [about, *_use(facts), *_parts(facts), *_figures(facts)]

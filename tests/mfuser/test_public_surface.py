@@ -50,6 +50,8 @@ COMMANDS = {
     f"--skip-bad --stride --weights {SHARED}",
     "pull": "REPO FOLDER --json --revision",
     "push": f"RUN REPO --dry-run --full --license --public --set --weights {SHARED}",
+    "serve": "RUN --device --inference --longest-side --open --plugin --port --registry --set "
+    "--stride --weights",
     "train": "PAIRING --no-evaluate --out --recipe --replay --resume --seed --set --set-recipe "
     f"--source --steps --targets {WORK}",
     "visualize compare": "GIVEN --count --dataset --out --recursive --scale --split --stride "

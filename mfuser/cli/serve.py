@@ -1,0 +1,78 @@
+"""The command that shows a model in a browser."""
+
+from __future__ import annotations
+
+import threading
+import webbrowser
+from pathlib import Path
+
+import click
+
+from mfuser.cli import cli
+from mfuser.cli.options import (
+    check_device,
+    device_option,
+    inference_options,
+    open_registry,
+    registry_options,
+    set_option,
+    weights_option,
+)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True,
+              help="0: any that is free.")  # fmt: skip
+@click.option("--open", "open_", is_flag=True, help="Open the page in the default browser.")
+@click.option("--longest-side", type=click.IntRange(min=64), default=None,
+              help="Shrink larger photographs to so many pixels. Default: 2048.")  # fmt: skip
+@inference_options
+@weights_option
+@set_option
+@registry_options
+@device_option
+def serve(
+    run: Path,
+    port: int,
+    open_: bool,
+    longest_side: int | None,
+    inference: str | None,
+    stride: int | None,
+    weights: str | None,
+    settings: tuple[str, ...],
+    registries: tuple[str, ...],
+    plugins: tuple[str, ...],
+    device: str | None,
+) -> None:
+    """Show the model of RUN on a page of this machine: drop a photograph, see its mask.
+
+    Also its confidence, and where the photograph is like any words. Nobody but this machine is
+    served. Ctrl-C ends it.
+    """
+    registry = open_registry(registries, plugins)
+    check_device(device)
+    import torch
+
+    from mfuser.engine.app import check_gradio, serving
+    from mfuser.engine.checkpoints import load_model
+    from mfuser.engine.inference import asked, of_record, split
+    from mfuser.engine.viewer import LONGEST, Viewer
+
+    check_gradio()
+    own, others = split(settings)
+    model, checkpoint = load_model(run, registry, others, weights)
+    recipes = of_record(registry, checkpoint.meta["run"], str(run))
+    strides = (stride, stride) if stride else None
+    asked_for = asked(registry, recipes, None, name=inference, settings=own, stride=strides)
+    name = str(checkpoint.meta["run"].get("pairing_name") or run.resolve().name)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    viewer = Viewer(model, name, where, asked_for.build(), longest_side or LONGEST)
+    with serving(viewer, port) as address:
+        click.echo(f"{name}: {address} (Ctrl-C ends it)")
+        if open_:
+            webbrowser.open(address)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            click.echo("stopped")
