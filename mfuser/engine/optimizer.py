@@ -22,11 +22,12 @@ from mfuser.engine.layers import layer_depths
 from mfuser.errors import MFuserError, listed, suggest
 from mfuser.model.dgss import DGSSModel
 
-PARTS = {"adapters": "fusion", "project_vfm": "merge"}
-"""Parts of the encoder beside its backbones -> the key of a pairing that makes them."""
+PARTS = {"adapters": "fusion", "project_vfm": "merge", "criteria": "losses"}
+"""Parts of the model, or of the encoder beside its backbones, that are not called by the key
+of a pairing that makes them."""
 COMPONENTS = (
     *("vfm", "vlm", "tuning", "fusion", "merge"),
-    *("pyramid", "enhancer", "decoder", "prompt"),
+    *("pyramid", "enhancer", "decoder", "prompt", "losses"),
 )
 """Words that stand for all parameters of a component, by its key in a pairing; vfm_1, … too."""
 
@@ -109,10 +110,9 @@ def trained(model: DGSSModel, layers: bool = False) -> list[Trained]:
     result = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            first, _, rest = name.partition(".")
-            within = rest.partition(".")[0]
-            part = PARTS.get(within, within) if first == "encoder" else first
-            result.append(Trained(name, parameter, *place.get(parameter, ((part,), 0))))
+            part = name.removeprefix("encoder.").partition(".")[0]
+            words = (PARTS.get(part, part),)
+            result.append(Trained(name, parameter, *place.get(parameter, (words, 0))))
     return result
 
 
