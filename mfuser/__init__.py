@@ -33,6 +33,7 @@ _HOME = {
     "FusionAdapter": "interfaces",
     "ManyFusionAdapter": "interfaces",
     "TextEnhancer": "interfaces",
+    "TokenRefiner": "interfaces",
     "Decoder": "interfaces",
     "JoiningDecoder": "interfaces",
     "LastBlocks": "interfaces",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from mfuser.interfaces import Sample as Sample
     from mfuser.interfaces import Stream as Stream
     from mfuser.interfaces import TextEnhancer as TextEnhancer
+    from mfuser.interfaces import TokenRefiner as TokenRefiner
     from mfuser.interfaces import VisionBackbone as VisionBackbone
     from mfuser.interfaces import VisionLanguageBackbone as VisionLanguageBackbone
     from mfuser.model.assembly import build_model as build_model

@@ -35,6 +35,26 @@ class Stream:
     state: Any = None
 
 
+class TokenRefiner(nn.Module, ABC):
+    """Changes an encoder's patch tokens after each of its blocks; a tuning sets it as `refiner` of
+    the backbone."""
+
+    @abstractmethod
+    def forward(self, i: int, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patch tokens (B, T, D) of `grid` (h, w) after block `i` -> the same, changed."""
+
+    def link(self, queries: int, width: int) -> bool:
+        """Optional: make ready to give the decoder its first queries, (queries, width).
+
+        Called once, before anything trains, where the decoder takes them. False: it gives none.
+        """
+        return False
+
+    def queries(self) -> Tensor:
+        """The decoder's first queries (queries, width), after `link`."""
+        raise NotImplementedError
+
+
 class VisionBackbone(nn.Module, ABC):
     """A transformer image encoder that can be stepped block by block.
 
@@ -63,6 +83,9 @@ class VisionBackbone(nn.Module, ABC):
     """Prefixes of the names of parameters that train although the backbone is frozen."""
     tuned: frozenset[str] = frozenset()
     """Names of the parameters that a tuning added or made trainable; set where models are built."""
+
+    refiner: TokenRefiner
+    """Set by a tuning, or not there: changes the tokens after each block (`step`)."""
 
     mean: Tensor
     """Buffer (1, 3, 1, 1): mean of the images the weights were trained on; see `set_statistics`."""
@@ -99,6 +122,19 @@ class VisionBackbone(nn.Module, ABC):
     @abstractmethod
     def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
         """(B, N, D) -> (B, N, D): transformer block `i`."""
+
+    def step(self, i: int, tokens: Tensor, state: Any) -> Tensor:
+        """(B, N, D) -> (B, N, D): block `i` and what a tuning does after it."""
+        return self.refine(i, self.block(i, tokens, state))
+
+    def refine(self, i: int, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D): what a tuning does after block `i`."""
+        refiner = self._modules.get("refiner")
+        if refiner is None:
+            return tokens
+        n = self.num_prefix_tokens
+        refined: Tensor = refiner(i, tokens[:, n:], self.grid)
+        return torch.cat([tokens[:, :n], refined], dim=1) if n else refined
 
     @abstractmethod
     def finish(self, tokens: Tensor, state: Any) -> Tensor:
@@ -257,6 +293,11 @@ class Decoder(nn.Module, ABC):
     progress: float = 1.0
     """The share of the training that is done, which the trainer sets before each of its steps: what
     anneals follows from it alone. 1 everywhere else."""
+    learned_queries: tuple[int, int] | None = None
+    """(number, width) of its learned queries, where an encoder's tuning may give them instead."""
+
+    def take_queries(self) -> None:
+        """Called once where a tuning gives the queries: `forward` gets them as `given` (Q, D)."""
 
     @abstractmethod
     def forward(self, pyramid: list[Tensor], queries: Tensor | None = None) -> DecoderOutput:

@@ -25,6 +25,7 @@ RETURNED = (
     interfaces.Stream,
     interfaces.VisionBackbone,
     interfaces.VisionLanguageBackbone,
+    interfaces.TokenRefiner,
     interfaces.FusionAdapter,
     interfaces.ManyFusionAdapter,
     interfaces.TextEnhancer,

@@ -67,9 +67,12 @@ class PyramidSpec(Options):
 
     width: project the concatenated taps to this width first; None keeps their sum (the released
         models: 2 x 1024 channels, of which the up-sampling alone trains 50 M parameters).
+    resize: "trained": transposed convolutions, as in the released models; "bilinear": nothing
+        trains, as in Rein and its successors.
     """
 
     width: PositiveInt | None = None
+    resize: Literal["trained", "bilinear"] = "trained"
 
 
 class AlignmentSpec(Options):

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from mfuser.errors import MFuserError, MissingExtraError
 from mfuser.files import check_writable, utf8_name
 from mfuser.model.dgss import DGSSModel
+from mfuser.model.merging import merge_tuning
 
 Format = Literal["torch", "onnx"]
 ENDINGS: dict[str, str] = {"torch": ".pt2", "onnx": ".onnx"}
@@ -73,6 +74,8 @@ class Window(nn.Module):
 def export(model: DGSSModel, path: Path, format: Format) -> Exported:
     """Write `path` and compare it with the model, at batches of 1 and 3.
 
+    The model is left in float32 on the CPU, its updates folded into the weights (`merge_tuning`).
+
     Raises MissingExtraError without ONNX's packages, MFuserError where the model holds what cannot
     be exported or the program differs from it; then nothing is left at `path`.
     """
@@ -83,7 +86,7 @@ def export(model: DGSSModel, path: Path, format: Format) -> Exported:
         raise MFuserError(f"--out {path}: a {format} program ends in {ENDINGS[format]}")
     check_writable(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    window = Window(model.float().cpu().eval()).eval()
+    window = Window(merge_tuning(model.float().cpu().eval())).eval()
     images = _images(2, model.spec.image_size)
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     try:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from pydantic import ValidationError
 from torch import Tensor
 
+from mfuser.config.pairing import PairingSpec
 from mfuser.config.run import RunSpec
 from mfuser.engine import checkpoints
 from mfuser.engine.averaging import Averages
@@ -16,7 +18,7 @@ from mfuser.engine.checkpoints import Checkpoint
 from mfuser.engine.console import Console
 from mfuser.engine.diagnose import Diverged
 from mfuser.engine.processes import Processes
-from mfuser.errors import CheckpointError
+from mfuser.errors import CheckpointError, MFuserError
 from mfuser.model.dgss import DGSSModel
 
 
@@ -59,7 +61,7 @@ class Saver:
         return step
 
     def _restore(self, path: Path, checkpoint: Checkpoint) -> int:
-        if checkpoint.meta["pairing"] != self.run.pairing.model_dump(mode="json"):
+        if not self._is_of(checkpoint.meta["pairing"]):
             raise CheckpointError(f"{path} is of another pairing than the run in {self.folder}")
         checkpoints.restore(self.model, checkpoint, path)
         scale = checkpoint.meta.get("scaler")  # float16 may have skipped every step so far
@@ -71,6 +73,16 @@ class Saver:
         if self.accelerator.scaler is not None and scale is not None:
             self.accelerator.scaler.load_state_dict(scale)
         return checkpoint.step
+
+    def _is_of(self, saved: dict[str, Any]) -> bool:
+        """Whether a checkpoint's pairing is this run's, also where it was written before there were
+        some of today's options, which it then has at their defaults."""
+        if saved == self.run.pairing.model_dump(mode="json"):
+            return True
+        try:
+            return PairingSpec.model_validate(saved) == self.run.pairing
+        except (ValidationError, MFuserError):
+            return False
 
     def save(self, step: int) -> None:
         """By the first process; the others wait, and fail if it cannot."""

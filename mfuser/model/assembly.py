@@ -144,9 +144,12 @@ def _assemble(spec: PairingSpec, tokens: Literal["all", "if there", "none"] = "a
         decoder = built(spec.decoder, JoiningDecoder, build_joining)
     else:
         patch = spec.image_size[0] / encoder.grid[0]
-        pyramid = Pyramid(encoder.tap_channels, spec.pyramid.width, patch)
+        trained = spec.pyramid.resize == "trained"
+        pyramid = Pyramid(encoder.tap_channels, spec.pyramid.width, patch, trained)
         build_decoder = partial(spec.decoder.build, pyramid.channels, classes, text_dim)
         decoder = built(spec.decoder, Decoder, build_decoder)
+    if decoder.learned_queries is not None and encoder.link(*decoder.learned_queries):
+        decoder.take_queries()
     enhancer = built(
         spec.enhancer, TextEnhancer, lambda: spec.enhancer.build(text_dim or 0, classes)
     )

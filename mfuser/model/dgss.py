@@ -114,7 +114,9 @@ class DGSSModel(nn.Module):
                 expect(self.enhancer, "forward()'s result", queries, tuple(texts.shape))
                 alignment = score_map(encoded.visual[:, 1:], queries, encoded.grid)
             read = (alignment,) if self.decoder.reads_alignment else ()
-            output = ModelOutput(self.decoder(pyramid, queries, *read), alignment)
+            given = self.encoder.queries()
+            linked = {} if given is None else {"given": given}
+            output = ModelOutput(self.decoder(pyramid, queries, *read, **linked), alignment)
         return output if labels is None else self.losses(output, labels)
 
     def _joining(self, images: Tensor, text: Tensor | None) -> ModelOutput:

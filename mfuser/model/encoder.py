@@ -26,6 +26,7 @@ from mfuser.errors import PluginError
 from mfuser.interfaces import (
     ManyFusionAdapter,
     Stream,
+    TokenRefiner,
     VisionBackbone,
     VisionLanguageBackbone,
 )
@@ -115,6 +116,22 @@ class PairEncoder(nn.Module):
         self.vfm_norm = vfm_norm
         self.grid = self._finest()
         self.checkpointing = False
+        self._linked: str | None = None
+
+    def link(self, queries: int, width: int) -> bool:
+        """Let the first encoder whose tuning has queries give them; whether there is one."""
+        for role, backbone in self.backbones.items():
+            refiner = getattr(backbone, "refiner", None)
+            if isinstance(refiner, TokenRefiner) and refiner.link(queries, width):
+                self._linked = role
+                names = (f"refiner.{name}" for name, _ in refiner.named_parameters())
+                backbone.tuned = backbone.tuned.union(names)
+                return True
+        return False
+
+    def queries(self) -> Tensor | None:
+        """What a linked tuning gives the decoder as its first queries (Q, D)."""
+        return None if self._linked is None else self.backbones[self._linked].refiner.queries()
 
     @property
     def backbones(self) -> dict[str, VisionBackbone]:
@@ -222,9 +239,9 @@ class PairEncoder(nn.Module):
 
     def _step(self, backbone: VisionBackbone, i: int, tokens: Tensor, state: object) -> Tensor:
         if self.checkpointing and tokens.requires_grad:
-            after = checkpoint(backbone.block, i, tokens, state, use_reentrant=False)
+            after = checkpoint(backbone.step, i, tokens, state, use_reentrant=False)
         else:
-            after = backbone.block(i, tokens, state)
+            after = backbone.step(i, tokens, state)
         return expect(backbone, f"block({i})'s result", after, tokens.shape)
 
     def _fuse(self, adapter: nn.Module, tokens: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -77,7 +77,8 @@ class JoinedBlocks(LastBlocks):
         else:
             after, joined = self.backbone.block_with(*given)
         what = f"block_with({i})'s result"
-        self._way.tokens[self.role] = expect(self.backbone, what, after, tokens.shape)
+        after = self.backbone.refine(i, expect(self.backbone, what, after, tokens.shape))
+        self._way.tokens[self.role] = after
         self._follow(i)
         self._next, self.count = i + 1, self.count - 1
         return expect(self.backbone, what, joined, extra.shape)

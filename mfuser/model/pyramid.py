@@ -14,9 +14,13 @@ class Pyramid(nn.Module):
     2022), as released; other patch sizes get the powers of two nearest to the same strides.
 
     With patches of 14 pixels the factors are those of 16, and the strides 3.5, 7, 14, 28.
+
+    trained: by transposed convolutions and pooling; else bilinear.
     """
 
-    def __init__(self, channels: int, width: int | None = None, patch: float = 16) -> None:
+    def __init__(
+        self, channels: int, width: int | None = None, patch: float = 16, trained: bool = True
+    ) -> None:
         super().__init__()
         out = width or channels
         self.project = nn.ModuleList(
@@ -24,7 +28,8 @@ class Pyramid(nn.Module):
         )
         first = round(math.log2(patch / STRIDES[0]))
         self.fpn1, self.fpn2, self.fpn3, self.fpn4 = (
-            _rescale(out, first - level) for level in range(len(STRIDES))
+            _rescale(out, first - level) if trained else _resize(first - level)
+            for level in range(len(STRIDES))
         )
         self.channels = (out,) * len(STRIDES)
 
@@ -35,6 +40,12 @@ class Pyramid(nn.Module):
             level(project(tap))
             for tap, project, level in zip(taps, self.project, levels, strict=True)
         ]
+
+
+def _resize(doublings: int) -> nn.Module:
+    if doublings == 0:
+        return nn.Identity()
+    return nn.Upsample(scale_factor=2.0**doublings, mode="bilinear", align_corners=False)
 
 
 def _rescale(width: int, doublings: int) -> nn.Module:

@@ -302,7 +302,7 @@ class BackboneBench(Bench):
         outputs = {"embed": stream.tokens}
         tokens = stream.tokens
         for i in range(module.depth):
-            tokens = module.block(i, tokens, stream.state)
+            tokens = module.step(i, tokens, stream.state)
             outputs[f"block {i}"] = tokens
         outputs["finish"] = tokens = module.finish(tokens, stream.state)
         if isinstance(module, VisionLanguageBackbone):

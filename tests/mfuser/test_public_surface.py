@@ -21,9 +21,9 @@ from mfuser.specs import KINDS
 NAMES = """BackboneSpec DGSSModel DataError Dataset DatasetSpec Decoder DecoderOutput DecoderSpec
 EnhancerSpec FusionAdapter FusionSpec IGNORE Inference InferenceSpec JoiningDecoder LastBlocks
 MFuserError ManyFusionAdapter Network Options PairingSpec Registry Sample Stream TextEnhancer
-TokenShape TuningSpec VisionBackbone VisionLanguageBackbone VisionLanguageSpec VisionSpec
-WeightsError __version__ build_model component_of components evaluate from_pretrained hookimpl
-load_registry save_pretrained train"""
+TokenRefiner TokenShape TuningSpec VisionBackbone VisionLanguageBackbone VisionLanguageSpec
+VisionSpec WeightsError __version__ build_model component_of components evaluate from_pretrained
+hookimpl load_registry save_pretrained train"""
 KERNELS = "Backend ScanError backends selective_scan"
 TESTING = "Report Verdict check_component check_plugin conforms"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from timm.layers import PatchEmbed
 from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 
-from mfuser import MFuserError
+from mfuser import MFuserError, Stream
 from mfuser_plugins.backbones._resample import Resampling, resample_kernel, resample_positions
 from mfuser_plugins.backbones._stepping import FIXED_BIAS, Size, Stepped, Stepper, unmasked
 
@@ -238,9 +239,37 @@ class BeitStepper(TimmStepper):
 
 
 class TimmBackbone(Stepped):
-    """A timm model as vision backbone."""
+    """A timm model as vision backbone.
+
+    After `narrow`, its blocks work in the precision of their weights, and tokens are those of the
+    images' between them: what stands there (adapters, taps) works in single precision.
+    """
 
     stepper: TimmStepper
+    narrowed = False
+
+    def narrow(self, dtype: torch.dtype) -> None:
+        """Hold the parameters in `dtype`; buffers (statistics, rotary periods) stay as they are."""
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        self.narrowed = True
+
+    def _inside(self, tensor: Tensor) -> Tensor:
+        return tensor.to(next(self.model.parameters()).dtype) if self.narrowed else tensor
+
+    def embed(self, images: Tensor) -> Stream:
+        stream = super().embed(self._inside(images))
+        return replace(stream, tokens=stream.tokens.to(images.dtype))
+
+    def block(self, i: int, tokens: Tensor, state: Any) -> Tensor:
+        return super().block(i, self._inside(tokens), state).to(tokens.dtype)
+
+    def block_with(
+        self, i: int, tokens: Tensor, state: Any, extra: Tensor, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        given = (self._inside(tokens), state, self._inside(extra), visible)
+        own, joined = super().block_with(i, *given)
+        return own.to(tokens.dtype), joined.to(extra.dtype)
 
     def finish(self, tokens: Tensor, state: Any) -> Tensor:
-        return self.stepper.finish(tokens, state)
+        return self.stepper.finish(self._inside(tokens), state).to(tokens.dtype)

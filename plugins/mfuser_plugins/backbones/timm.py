@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from pydantic import PositiveInt
+import torch
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mfuser import MFuserError, VisionSpec, WeightsError, hookimpl
@@ -42,6 +43,8 @@ class TimmSpec(LibrarySpec, VisionSpec, name="timm"):
         Else a tag ("mini-vfm" ships, for "vit_mini_patch8"), a local file (.safetensors, .pth,
         .pt; timm's or the official names), or "random".
     depth: keep the first blocks only.
+    dtype: the precision that the frozen weights are held in and the blocks work in: "bfloat16"
+        halves the memory. Adapters, low-rank updates and decoder stay in single precision.
     interpolation, antialias: how positions are resampled. Bicubic without antialiasing is what
         DINOv2 and the released models use; timm itself antialiases. NaFlex and the encoders of
         language models resample by themselves, as published.
@@ -58,6 +61,16 @@ class TimmSpec(LibrarySpec, VisionSpec, name="timm"):
     }
 
     depth: PositiveInt | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _trains_in_single(self) -> TimmSpec:
+        if self.dtype != "float32" and not self.freeze:
+            raise ValueError(
+                f'dtype = "{self.dtype}" is for frozen weights: training would lose its small '
+                "steps; leave it out, or freeze"
+            )
+        return self
 
     @classmethod
     def catalog(cls) -> list[BackboneInfo]:
@@ -97,6 +110,8 @@ class TimmSpec(LibrarySpec, VisionSpec, name="timm"):
         backbone.resize(image_size, self.patch_size)
         backbone.set_statistics(self.mean or cfg["mean"], self.std or cfg["std"])
         backbone.license = self.license()
+        if self.dtype != "float32":
+            backbone.narrow(getattr(torch, self.dtype))
         return backbone
 
     def _named(self) -> tuple[str, Path | None]:

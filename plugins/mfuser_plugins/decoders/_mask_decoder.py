@@ -82,7 +82,7 @@ class MaskDecoder(Decoder):
             self.text_proj = nn.Sequential(
                 nn.Linear(text_dim, width), nn.ReLU(), nn.Linear(width, width)
             )
-        self.query_embed = nn.Embedding(queries, width)
+        self.query_embed: nn.Embedding | nn.Linear = nn.Embedding(queries, width)
         self.level_embed = nn.Embedding(LEVELS, width)
         self.cls_embed = nn.Linear(width, num_classes + 1)
         self.mask_embed = nn.Sequential(
@@ -93,21 +93,29 @@ class MaskDecoder(Decoder):
             nn.Linear(width, width),
         )
 
-    def decode(self, x: Tensor, pyramid: list[Tensor], text: Tensor | None = None) -> DecoderOutput:
-        """Queries (B, Q, D), the pyramid, class texts (B, K, C) for the pixel decoder."""
+    def decode(
+        self,
+        x: Tensor,
+        pyramid: list[Tensor],
+        text: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> DecoderOutput:
+        """Queries (B, Q, D), the pyramid, class texts (B, K, C) for the pixel decoder, the queries'
+        own positions (Q, D); None: those that are learned."""
+        own = self.query_embed.weight if positions is None else positions
         mask_feature, levels = self.pixel_decoder(pyramid, text)
         shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
         memories = [
             level.flatten(2).transpose(1, 2) + encoding
             for level, encoding in zip(levels, self.level_embed.weight, strict=True)
         ]
-        positions = [sine_positions(shape, memories[0].shape[-1], memories[0]) for shape in shapes]
+        places = [sine_positions(shape, memories[0].shape[-1], memories[0]) for shape in shapes]
         output = DecoderOutput([])
         self._predict(x, mask_feature, output)
         for i, layer in enumerate(self.transformer_decoder.layers):
             level = i % LEVELS
             hidden = background(output.masks[-1], shapes[level])
-            x = layer(x, self.query_embed.weight, memories[level], positions[level], hidden)
+            x = layer(x, own, memories[level], places[level], hidden)
             self._predict(x, mask_feature, output)
         return output
 

@@ -32,11 +32,27 @@ class Mask2Former(MaskDecoder):
                 f"may all be in one crop; set queries to {num_classes} or more"
             )
         super().__init__(spec, channels, num_classes, None, queries)
-        self.query_feat = nn.Embedding(queries, spec.width)
+        self.query_feat: nn.Embedding | nn.Linear = nn.Embedding(queries, spec.width)
+        self.learned_queries = (queries, spec.width)
 
-    def forward(self, pyramid: list[Tensor], queries: Tensor | None = None) -> DecoderOutput:
-        """Class queries are ignored."""
-        return self.decode(self.query_feat.weight.repeat(len(pyramid[0]), 1, 1), pyramid)
+    def take_queries(self) -> None:
+        """Contents and positions of the queries become linear maps of those that are given."""
+        assert self.learned_queries is not None
+        width = self.learned_queries[1]
+        self.query_feat, self.query_embed = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(
+        self,
+        pyramid: list[Tensor],
+        queries: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> DecoderOutput:
+        """Class queries are ignored. given (Q, D): the object queries, after `take_queries`."""
+        if given is None:
+            contents, positions = self.query_feat.weight, self.query_embed.weight
+        else:
+            contents, positions = self.query_feat(given), self.query_embed(given)
+        return self.decode(contents.repeat(len(pyramid[0]), 1, 1), pyramid, positions=positions)
 
     def loss(self, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
         """Weighted losses: `loss_*` of the last prediction, `d<i>.loss_*` of the i-th."""

@@ -295,6 +295,23 @@ def test_a_checkpoint_of_another_run_is_not_resumed(
         train(tiny, begin(), tmp_path / "r", resume=True)
 
 
+def test_a_run_begun_before_an_option_was_there_is_resumed(
+    tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(tiny, begin(), tmp_path / "r")
+    last = tmp_path / "r" / checkpoints.LAST
+    checkpoint = checkpoints.read(last)
+    pairing = checkpoint.meta["pairing"]
+    assert pairing["pyramid"].pop("resize") == "trained"
+    assert pairing["vfm"].pop("dtype") == "float32"
+    checkpoints.write(last, checkpoint)
+    train(tiny, begin(), tmp_path / "r", resume=True)
+    assert checkpoints.read(last).step == 4
+
+
 # ---- the recipe
 
 
