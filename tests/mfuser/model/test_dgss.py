@@ -204,8 +204,9 @@ def test_whole_numbers_other_than_bytes_are_refused(model: DGSSModel) -> None:
 def test_a_model_of_another_precision_takes_every_image(
     tiny: Registry, dtype: torch.dtype, decoder: str
 ) -> None:
-    options = {"decoder": decoder} if decoder != "text_mask2former" else {}
-    model = build_model("tiny", tiny, **options)
+    small = {"width": 64, "pixel_layers": 1, "pixel_ffn": 64, "layers": 3, "ffn": 64}
+    tables = {"mask2former": {"name": decoder, **small}, "linear": decoder}
+    model = build_model("tiny", tiny, **{"decoder": tables[decoder]} if decoder in tables else {})
     pixels = torch.randint(0, 256, (1, 3, 100, 150), dtype=torch.uint8)
     expected = model.segment(pixels)
     model.to(dtype)

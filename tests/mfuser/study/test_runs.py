@@ -108,9 +108,7 @@ def test_failures_are_told_apart_and_a_strangers_part_joins(
     assert model.stat().st_mtime_ns == before
     assert "none, seed 0: already finished" in outcome.err
 
-    # A damaged report counts for nothing: the run is finished again, its model stays. By a process
-    # that starts from nothing, as those of a user do.
-    forked_runs.undo()
+    # A damaged report counts for nothing: the run is finished again, its model stays.
     report = out / "none" / "seed0" / "report.json"
     whole = json.loads(report.read_text("utf-8"))
     report.write_text(report.read_text("utf-8")[:200], "utf-8")
