@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
-from mfuser import MFuserError, Registry
+from mfuser import MFuserError, Registry, load_registry
 
 
 def test_recipes_hold_together() -> None:
@@ -74,3 +75,16 @@ def test_rates_and_decays_that_are_refused(change: str, message: str) -> None:
     with pytest.raises(MFuserError, match=message) as caught:
         reg.recipe("r", [change])
     assert "\n" not in str(caught.value)
+
+
+def test_the_recipe_of_a_pairing_is_that_of_what_it_extends(write_registry: Any) -> None:
+    file = write_registry(
+        '[pairing.a]\nextends = "lone"\n[pairing.b]\nextends = "a"\n[recipe.a]\nsteps = 1\n'
+        '[pairing.demolition]\nextends = "lone"\n[pairing.loop]\nextends = "loop"'
+    )
+    registry = load_registry(file)
+    names = ("a", "b", "lone", "tiny", "demolition", "loop", "demo-scratch")
+    found = {name: registry.recipe_of(name) for name in names}
+    # `lone` extends `plain`, which extends `tiny`.
+    assert found == {"a": "a", "b": "a", "lone": "tiny", "tiny": "tiny", "demolition": "tiny",
+                     "loop": "paper", "demo-scratch": "demo"}  # fmt: skip

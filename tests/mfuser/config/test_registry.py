@@ -323,18 +323,6 @@ def test_messages_about_settings() -> None:
         wrong.pairing("wrong", ["fusion.state_size=2"])
 
 
-def test_the_recipe_of_a_pairing_is_that_of_what_it_extends() -> None:
-    reg = registry(
-        PAIR + '[pairing.a]\nextends = "base"\n[pairing.b]\nextends = "a"\n'
-        "[recipe.a]\nsteps = 1\n"
-        '[pairing.demolition]\nextends = "base"\n[pairing.loop]\nextends = "loop"'
-    )
-    assert [reg.recipe_of(p) for p in ("a", "b", "base", "demolition", "loop")] == [
-        *("a", "a", "paper", "paper", "paper")
-    ]
-    assert load_registry().recipe_of("demo-scratch") == "demo"
-
-
 def test_messages_about_files(tmp_path: Path, write_registry: Write) -> None:
     broken = write_registry("[pairing.x\n", "broken.toml", bare=True)
     with pytest.raises(MFuserError, match=r"broken\.toml is not valid TOML.*line 1"):
