@@ -78,7 +78,7 @@ def placed(error: MFuserError, place: str) -> MFuserError:
 
 
 def legible(name: str) -> str:
-    r"""A file's name as text: bytes that are no UTF-8, which Python keeps as half characters that
+    r"""A file's name as text: bytes that are not UTF-8, which Python keeps as half characters that
     no file and no font takes, are spelled out.
 
     >>> legible("caf\udce9")

@@ -163,7 +163,7 @@ def _tables(
         where = str(folder.resolve())
     if legible(where) != where:
         raise DataError(
-            f"{legible(where)} is no UTF-8, and a registry file holds nothing else: rename the "
+            f"{legible(where)} is not UTF-8, and a registry file holds nothing else: rename the "
             "folder, or give it another name by a symbolic link"
         )
     return {

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def drawing_options(scale: str) -> Decorator:
-    """What every picture has; `_canvas` takes what they give. scale: the default of --scale."""
+    """Options of every picture; `_canvas` takes their values. scale: the default of --scale."""
 
     def add(command: Command) -> Command:
         for option in (

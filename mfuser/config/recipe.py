@@ -294,7 +294,7 @@ class RecipeSpec(Declared):
         return self
 
     def mixture(self) -> tuple[SourceSpec, ...]:
-        """The sources that the recipe names. Raises ValueError for what is no list of sources."""
+        """The sources that the recipe names. Raises ValueError if it is not a list of sources."""
         if self.source is not None:
             return parse_sources(self.source)
         check_sources(self.sources)
@@ -343,7 +343,7 @@ class RecipeSpec(Declared):
         return factor
 
     def _left(self, schedule: str, step: int) -> float:
-        """What a falling schedule has left at a step, from 1 to 0."""
+        """The remaining share of a falling schedule at a step, from 1 to 0."""
         left = 1 - step / self.steps
         if schedule == "poly":
             return float(left**self.power)

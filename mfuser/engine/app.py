@@ -161,7 +161,7 @@ def _page(gr: Any, viewer: Viewer) -> Any:
 
 
 def _found(viewer: Viewer, seen: Seen) -> str:
-    """What was done, in a sentence."""
+    """Summarizes in a sentence what was done."""
     height, width = seen.size
     shown = seen.mask.shape[:2]
     small = f", shown and segmented at {shown[1]}x{shown[0]}" if shown != seen.size else ""

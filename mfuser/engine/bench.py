@@ -1,4 +1,4 @@
-"""What a pairing costs on this machine, part by part, and what a whole recipe would take."""
+"""Measures a pairing on this machine, part by part, and projects the cost of a recipe."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def push(
 def pull(repo: str, folder: Path, *, revision: str | None = None) -> checkpoints.Checkpoint:
     """Bring a repository into a folder, which commands take as a run; returns its checkpoint.
 
-    Raises HubError, and CheckpointError for a folder that is not empty or what is no model.
+    Raises HubError, and CheckpointError for a folder that is not empty or not a model.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is there and not empty; choose another folder")
@@ -284,7 +284,7 @@ def _unreached(repo: str, error: Exception) -> str:
 
     if constants.HF_HUB_OFFLINE:
         return (
-            f"'{repo}' is no folder here, is not in the hub's cache, and HF_HUB_OFFLINE=1 forbids "
+            f"'{repo}' is neither a folder here nor in the hub's cache, and HF_HUB_OFFLINE=1 forbids "
             "asking: unset it, or give a folder"
         )
     return (

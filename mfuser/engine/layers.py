@@ -40,7 +40,7 @@ def layer_depths(backbone: VisionBackbone) -> dict[str, int]:
             layer = len(blocks)
         elif EMBEDDING.search(outside):
             layer = 0
-        else:  # a norm, or a stage that is no block: by its place
+        else:  # a norm, or a stage other than a block: by its place
             first = min(i for n, i in order.items() if n.startswith(f"{blocks[0]}."))
             layer = 0 if order[name] < first else len(blocks)
         depths[name] = len(blocks) - layer

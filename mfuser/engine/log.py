@@ -120,7 +120,7 @@ class Log:
             self._file.flush()
 
     def _tell(self, what: Callable[[Watcher], None], beginning: bool = False) -> None:
-        """Whoever fails is left alone from then on: a full disk or a lost network is no reason to
+        """A tracker that fails is dropped: a full disk or a lost network must not be a reason to
         lose a training."""
         for watcher in list(self.watchers):
             try:

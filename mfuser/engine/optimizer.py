@@ -98,7 +98,7 @@ def set_rates(optimizer: torch.optim.Optimizer, recipe: RecipeSpec, step: int) -
 
 
 def trained(model: DGSSModel, layers: bool = False) -> list[Trained]:
-    """What trains, in the model's order. layers: whether to find the encoders' layers, too."""
+    """The trained parameters, in the model's order. layers: also find the encoders' layers."""
     place: dict[nn.Parameter, tuple[tuple[str, ...], int]] = {}
     for role, backbone in model.encoder.backbones.items():
         found = {n: p for n, p in backbone.named_parameters() if p.requires_grad}

@@ -35,7 +35,7 @@ from mfuser.version import __version__
 CONFIG, CARD = "config.json", "README.md"
 FILES = (CONFIG, FINAL, CARD)
 SHARED = ("pairing", "run", "step")
-"""What config.json repeats of the metadata of the weights, for people and for the hub."""
+"""Metadata of the weights that config.json repeats, for people and for the hub."""
 
 
 def save_pretrained(
@@ -78,7 +78,7 @@ def from_pretrained(
     weights have moved. weights: of a run that holds several, "last", "averaged" or "best"; by
     default averaged ones where there are some. token: for the hub; by default that of its login.
 
-    Raises CheckpointError for what is no model, is damaged or needs a plugin that is not here (it
+    Raises CheckpointError for what is not a model, is damaged or needs a plugin that is missing (it
     is named), WeightsError for encoders' weights, HubError for a repository that cannot be had.
     """
     path = Path(source)

@@ -1,4 +1,4 @@
-"""What a training saves to go on from and in the end, and how it is taken up again."""
+"""Checkpoints that a training saves on its way and at its end, and resuming from them."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Saver:
         self._write(self.run.recipe.steps)
 
     def kept(self) -> str:
-        """What an error adds where there is something to go on from."""
+        """The part of an error that says from where the run can go on."""
         if not (self.folder / checkpoints.LAST).is_file():
             return ""
         return f" (the last checkpoint in {self.folder} is from before)"

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mfuser.model.dgss import DGSSModel
 
 OTHER = "other"
-"""What belongs to no part: concatenations, sums, the loop itself."""
+"""Time outside the parts: concatenations, sums, the loop itself."""
 
 
 class Stopwatch:

@@ -139,7 +139,7 @@ class _Parts:
 
 
 def _parts(registry: Registry, run: RunSpec, folder: Path, resume: bool, main: bool) -> _Parts:
-    """What a run is made of, each part checked; nothing is written."""
+    """Builds the parts of a run, each checked; nothing is written."""
     if main:
         check_folder(registry, folder, run, resume)
         check_unlocked(folder)
@@ -264,7 +264,7 @@ class Trainer:
         return self.model.eval()
 
     def _fetch(self, step: int, start: int, batches: Iterator[Batch]) -> list[Batch]:
-        """What a step reads; an image that cannot be used costs none of the steps before it."""
+        """The batches of a step; an image that cannot be used costs none of the steps before it."""
         with self._saving(step) if step > start else contextlib.nullcontext():
             return self.group.together(
                 lambda: [next(batches) for _ in range(self.recipe.accumulate)]
@@ -272,7 +272,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _saving(self, step: int) -> Iterator[None]:
-        """What fails within costs none of the steps before it."""
+        """An error within costs none of the steps before it."""
         try:
             yield
         except Exception as error:

@@ -43,7 +43,7 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Kept:
-    """What a run is measured on while it trains. target: it is not the source's."""
+    """The images that a run is measured on while it trains. target: of another domain."""
 
     dataset: Dataset
     name: str
@@ -91,7 +91,7 @@ class Seen:
 def keep_back(
     registry: Registry, run: RunSpec, sources: Sequence[Dataset], image_size: tuple[int, int]
 ) -> tuple[list[Dataset], list[Kept]]:
-    """What is left of each source to train on, and what the run is measured on meanwhile.
+    """Splits each source into images to train on and images to measure the run on.
 
     A source's own val split, else some of its images, which are then not trained on. Raises
     DataError where there are none, or where the first one is smaller than the window.
@@ -133,7 +133,7 @@ def _held_out(
 
 
 def _named(registry: Registry, run: RunSpec) -> list[Kept]:
-    """What `validate_on` names, unless it is a source."""
+    """The domain that `validate_on` names, unless it is a source."""
     name = run.recipe.validate_on
     if name is None:
         return []

@@ -1,4 +1,4 @@
-"""What the page of `mfuser serve` shows of a photograph, computed without any page."""
+"""The content of the page of `mfuser serve` for an image, computed without any page."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Viewer:
         return self.model.encoder.vlm is not None
 
     def look(self, path: Path) -> Seen:
-        """Raises MFuserError for what is no photograph, naming it."""
+        """Raises MFuserError for a file that is not an image, naming it."""
         image, size = self._image(path)
         with located(path):
             scores = self.model.segment_by(self.inference, self._pixels(image))

@@ -1,4 +1,4 @@
-"""What a model sees, as pictures: its features, its words, its masks beside those of others."""
+"""Pictures of a model's features, its words, and its masks beside those of others."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def text_maps(
 
 
 def _endings(titles: Sequence[str]) -> list[str]:
-    """What tells the files apart: the words, and a number where these are not enough."""
+    """Distinguishes the files: the words, and a number where these are not enough."""
     plain = [re.sub(r"[^\w]+", "-", title).strip("-")[:60] for title in titles]
     return [f"{p}-{k}" if plain.count(p) > 1 or not p else p for k, p in enumerate(plain)]
 

@@ -72,7 +72,7 @@ class DGSSModel(nn.Module):
         self.without_ids = "the class names have no token ids"
         """The reason where `ids` is None; `text` raises it."""
         self.record: dict[str, Any] = {}
-        """What a file of this model says beside its tensors: "run", "step", …"""
+        """Metadata of a file of this model, beside its tensors: "run", "step", …"""
 
     @property
     def classes(self) -> tuple[str, ...]:

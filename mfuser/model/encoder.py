@@ -215,7 +215,7 @@ class PairEncoder(nn.Module):
         way.tokens[role] = self._step(backbone, i, way.tokens[role], way.states[role])
 
     def end(self, way: Way) -> Encoded:
-        """What comes after the last position."""
+        """The outputs of the encoders after the last position."""
         visual, grid = None, self.grid
         if self.vlm is not None:
             merged = self._merge(way.tokens, way.states)

@@ -84,7 +84,7 @@ class JoinedBlocks(LastBlocks):
         return expect(self.backbone, what, joined, extra.shape)
 
     def end(self) -> Encoded:
-        """What the encoders give once the decoder is through."""
+        """The outputs of the encoders once the decoder is done."""
         if self.count:
             raise PluginError(
                 f"the decoder left {self.count} of the blocks that it declares to join"

@@ -1,4 +1,4 @@
-"""What a pairing costs on a machine: the record, its table, its files."""
+"""The cost of a pairing on a machine: the record, its table, its files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Inference(Options):
 
 
 class DryRun(Options):
-    """What a whole training by the recipe takes here. hours: without validation and tests.
+    """The cost of a whole training by the recipe here. hours: without validation and tests.
 
     weights, gradients, optimizer, activations: bytes; the most that one step holds is about their
     sum. checkpoint: bytes on disk, of which a run keeps the last one and the trained weights.

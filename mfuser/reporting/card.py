@@ -17,7 +17,7 @@ UNSTATED = "not stated"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells. complete: all weights are inside, the encoders' too. license: of the
+    """The content of a card. complete: all weights are inside, the encoders' too. license: of the
     trained weights, as whoever publishes them states it. repo: where it is to be found."""
 
     name: str

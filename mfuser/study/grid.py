@@ -72,8 +72,8 @@ def variants(registry: Registry, name: str, study: StudySpec) -> list[Variant]:
     labels = [v.label for v in found]
     if study.reference is not None and study.reference not in labels:
         raise RegistryError(
-            f"{_place(registry, name)}: reference '{study.reference}' is no variant of this study"
-            f"{suggest(study.reference, labels)}"
+            f"{_place(registry, name)}: reference '{study.reference}' is not a variant of this "
+            f"study{suggest(study.reference, labels)}"
         )
     return found
 

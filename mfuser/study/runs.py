@@ -59,7 +59,7 @@ class Job:
         return self.folder.with_name(f".{self.folder.name}.lock")
 
     def order(self) -> dict[str, Any]:
-        """What a worker is told: the request, and the files it answers in, wherever it runs."""
+        """The order for a worker: the request, and the files of its answer, wherever it runs."""
         return {
             **self.request,
             "label": self.label,

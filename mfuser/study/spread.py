@@ -36,7 +36,7 @@ class _Run:
     last: str = ""
 
     def now(self) -> str:
-        """What it does, where, and how far it is."""
+        """A line on its work, place and progress."""
         held = holder(self.job.lock)
         if held is None:
             return "waiting"
@@ -124,7 +124,7 @@ def _step(job: Job) -> int | None:
 
 
 class _Board:
-    """What runs where: a table that stays up to date on a terminal, lines elsewhere."""
+    """The runs and their places: a table that stays up to date on a terminal, lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

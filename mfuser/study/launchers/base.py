@@ -1,4 +1,4 @@
-"""What an engine has to do for a study: take a run, say whether it ended, end it."""
+"""The interface of an engine to a study: take a run, tell whether it ended, end it."""
 
 from __future__ import annotations
 

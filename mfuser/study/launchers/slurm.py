@@ -22,7 +22,7 @@ LONG = 3 * 24 * 60
 
 
 class Work:
-    """What a job does; pickled on the way there."""
+    """The work of a job; pickled on the way there."""
 
     def __init__(self, order: dict[str, Any]) -> None:
         self.order = order

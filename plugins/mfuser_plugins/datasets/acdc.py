@@ -27,8 +27,8 @@ class AcdcSpec(ByCondition, name="acdc"):
     """ACDC: Swiss streets in adverse conditions. As a target it is one domain per condition.
 
     condition: fog, night, rain or snow; none means all four.
-    Reads `rgb_anon/` and `gt/` as unpacked; the clear-weather references (`<split>_ref`) are no
-    part of it.
+    Reads `rgb_anon/` and `gt/` as unpacked; the clear-weather references (`<split>_ref`) are
+    left out.
     """
 
     CONDITIONS: ClassVar[tuple[str, ...]] = get_args(Condition)

@@ -104,7 +104,7 @@ class EoMT(JoiningDecoder):
         self.upscale = nn.Sequential(*(ScaleBlock(width) for _ in range(doublings)))
 
     def join(self, blocks: LastBlocks, queries: Tensor | None = None) -> DecoderOutput:
-        """Masks at a quarter of the image, or nearly (patches that are no power of two)."""
+        """Masks at a quarter of the image, or nearly (patches whose size is not a power of two)."""
         x = self.q.weight.expand(blocks.batch, -1, -1)
         if self.from_text is not None:
             x = x + self.from_text(given(queries, self.name))

@@ -120,7 +120,7 @@ def test_a_folder_that_toml_cannot_name(mfuser: Any, folder: Path, tmp_path: Pat
     shutil.copytree(folder / "photos", odd)
     done = mfuser("data", "new", odd, "--name", "odd", "--out", tmp_path / "registry.toml")
     assert done.code == 2 and "Traceback" not in done.err
-    assert "is no UTF-8" in done.err and not (tmp_path / "registry.toml").exists()
+    assert "is not UTF-8" in done.err and not (tmp_path / "registry.toml").exists()
 
 
 def test_more_classes_than_a_mask_holds(mfuser: Any, write_registry: Any) -> None:

@@ -166,7 +166,7 @@ def test_from_a_study(write_registry: Write, kind: str, mistake: str) -> None:
     check(str(caught.value), rf"{file}:\d+ \[study\.s\], {key} = [^:]*: ", message)
 
 
-# ---- tables that are no components, and tables on tables
+# ---- tables other than components, and tables on tables
 
 
 def refused(write_registry: Write, text: str, resolve: Callable[[Any], Any]) -> tuple[str, str]:

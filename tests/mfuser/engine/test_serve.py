@@ -95,7 +95,7 @@ def test_the_command_refuses(
 def test_the_command_serves(
     trained: Path, monkeypatch: pytest.MonkeyPatch, mfuser: Callable[..., Any]
 ) -> None:
-    """Until Ctrl-C, which is no failure."""
+    """Until Ctrl-C, which is not a failure."""
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("needs the extra app")
 
@@ -156,7 +156,7 @@ def test_in_a_browser(viewer: Viewer, photo: Path, tmp_path: Path, browser: Any)
         best, share = next(iter(seen.shares.items()))
         assert f"{best} {100 * share:.1f} %" in text_of("#legend li")
         assert len(browser.find_elements("css selector", "#legend li")) == len(seen.shares)
-        assert "plain <b>" in text_of("h1")  # a name is no markup
+        assert "plain <b>" in text_of("h1")  # a name is not markup
 
         words = browser.find_element("css selector", "#words textarea, #words input")
         words.send_keys("traffic light" + Keys.ENTER)

@@ -55,7 +55,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[], No
 
 def test_one_seed_gives_identical_weights(tiny: Registry, begin: Any, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        torch.manual_seed(hash(name) % 1000)  # what the caller's generator holds is no matter
+        torch.manual_seed(hash(name) % 1000)  # the state of the caller's generator does not matter
         train(tiny, begin("tiny", "steps=2", f"seed={seed}"), tmp_path / name)
     a, b, c = (weights(tmp_path / n) for n in "abc")
     assert same(a, b) and not same(a, c)

@@ -70,7 +70,7 @@ def test_pca_of_a_pairing(run: Any, photos: Path, tmp_path: Path) -> None:
     assert shown(written["sheets"][0]).shape[1] == 5 * 384 + 4 * 4
     picture = shown(a["pictures"]["vfm-before"]).reshape(-1, 3).astype(float)
     assert (picture.std(0) > 20).all()
-    # What was drawn is no photograph when the folder is looked through again.
+    # Pictures drawn earlier are not inputs when the folder is searched again.
     with pytest.raises(DataError, match="holds no images"):
         find([tmp_path / "out"])
 
