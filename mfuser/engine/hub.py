@@ -284,8 +284,8 @@ def _unreached(repo: str, error: Exception) -> str:
 
     if constants.HF_HUB_OFFLINE:
         return (
-            f"'{repo}' is neither a folder here nor in the hub's cache, and HF_HUB_OFFLINE=1 forbids "
-            "asking: unset it, or give a folder"
+            f"'{repo}' is neither a folder here nor in the hub's cache, and HF_HUB_OFFLINE=1 "
+            "forbids asking: unset it, or give a folder"
         )
     return (
         f"the hub cannot be reached for '{repo}' ({constants.ENDPOINT}, {type(error).__name__}): "
