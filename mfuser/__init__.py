@@ -22,6 +22,8 @@ _HOME = {
     "TuningSpec": "specs",
     "EnhancerSpec": "specs",
     "DecoderSpec": "specs",
+    "LossSpec": "specs",
+    "Need": "specs",
     "InferenceSpec": "specs",
     "DatasetSpec": "specs",
     "TokenShape": "shapes",
@@ -38,8 +40,11 @@ _HOME = {
     "JoiningDecoder": "interfaces",
     "LastBlocks": "interfaces",
     "DecoderOutput": "interfaces",
-    "Network": "interfaces",
-    "Inference": "interfaces",
+    "Loss": "losses",
+    "LossInputs": "losses",
+    "LossParts": "losses",
+    "Network": "inference",
+    "Inference": "inference",
     "Dataset": "interfaces",
     "Sample": "interfaces",
     "IGNORE": "interfaces",
@@ -69,22 +74,25 @@ if TYPE_CHECKING:
     from mfuser.errors import MFuserError as MFuserError
     from mfuser.errors import WeightsError as WeightsError
     from mfuser.hookspecs import hookimpl as hookimpl
+    from mfuser.inference import Inference as Inference
+    from mfuser.inference import Network as Network
     from mfuser.interfaces import IGNORE as IGNORE
     from mfuser.interfaces import Dataset as Dataset
     from mfuser.interfaces import Decoder as Decoder
     from mfuser.interfaces import DecoderOutput as DecoderOutput
     from mfuser.interfaces import FusionAdapter as FusionAdapter
-    from mfuser.interfaces import Inference as Inference
     from mfuser.interfaces import JoiningDecoder as JoiningDecoder
     from mfuser.interfaces import LastBlocks as LastBlocks
     from mfuser.interfaces import ManyFusionAdapter as ManyFusionAdapter
-    from mfuser.interfaces import Network as Network
     from mfuser.interfaces import Sample as Sample
     from mfuser.interfaces import Stream as Stream
     from mfuser.interfaces import TextEnhancer as TextEnhancer
     from mfuser.interfaces import TokenRefiner as TokenRefiner
     from mfuser.interfaces import VisionBackbone as VisionBackbone
     from mfuser.interfaces import VisionLanguageBackbone as VisionLanguageBackbone
+    from mfuser.losses import Loss as Loss
+    from mfuser.losses import LossInputs as LossInputs
+    from mfuser.losses import LossParts as LossParts
     from mfuser.model.assembly import build_model as build_model
     from mfuser.model.dgss import DGSSModel as DGSSModel
     from mfuser.plugins.discovery import components as components
@@ -95,6 +103,8 @@ if TYPE_CHECKING:
     from mfuser.specs import EnhancerSpec as EnhancerSpec
     from mfuser.specs import FusionSpec as FusionSpec
     from mfuser.specs import InferenceSpec as InferenceSpec
+    from mfuser.specs import LossSpec as LossSpec
+    from mfuser.specs import Need as Need
     from mfuser.specs import Options as Options
     from mfuser.specs import TuningSpec as TuningSpec
     from mfuser.specs import VisionLanguageSpec as VisionLanguageSpec

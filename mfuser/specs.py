@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -24,6 +23,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     ValidationInfo,
@@ -31,13 +31,15 @@ from pydantic import (
 )
 
 from mfuser.errors import PluginError, explained
+from mfuser.shapes import BackboneInfo as BackboneInfo
+from mfuser.shapes import Proposal as Proposal
 from mfuser.shapes import TokenShape as TokenShape
 
 if TYPE_CHECKING:
     from pydantic import ModelWrapValidatorHandler
     from typing_extensions import Self
 
-    from mfuser import interfaces
+    from mfuser import inference, interfaces, losses
 
 Size = tuple[PositiveInt, PositiveInt]
 """(height, width) in pixels; a single integer in a registry means a square."""
@@ -112,25 +114,6 @@ class Spec(Options):
     @classmethod
     def describes(cls) -> str:
         return f"{cls.kind.replace('_', '-')} '{cls.component()}'"
-
-
-@dataclass(frozen=True)
-class BackboneInfo:
-    """A model that a backbone component can build, as `mfuser list backbones --all` shows it.
-
-    tokens: of a 448x448 image, prefix included. license: of the published weights, where their
-        publisher states one. tried: whether it was laid out and stepped. refused: why it cannot
-        be used.
-    """
-
-    name: str
-    width: int | None = None
-    depth: int | None = None
-    patch: int | None = None
-    tokens: int | None = None
-    license: str | None = None
-    tried: bool = False
-    refused: str | None = None
 
 
 class BackboneSpec(Spec):
@@ -270,34 +253,41 @@ class DecoderSpec(Spec):
         raise NotImplementedError
 
 
+Need = Literal["log_probs", "text", "view", "frozen"]
+"""What a loss asks for beside what it is always given; see `LossInputs`."""
+
+
+class LossSpec(Spec):
+    """A loss beside the decoder's own.
+
+    weight: its losses are multiplied by it.
+    """
+
+    kind: ClassVar[str] = "loss"
+    needs: ClassVar[tuple[Need, ...]] = ()
+    """"log_probs": class probabilities at the labels' size. "text": class queries and what they are
+    compared with, hence a vision-language model. "view": a second view of the images, by the
+    loss's own `view`. "frozen": the vision-language model as it was before training."""
+
+    weight: PositiveFloat = 1.0
+
+    def build(self, parts: losses.LossParts) -> losses.Loss:
+        """Parameters that require gradients are trained and saved with the model."""
+        raise NotImplementedError
+
+
 class InferenceSpec(Spec):
     """How images of any size become class scores, once the model is trained."""
 
     kind: ClassVar[str] = "inference"
 
-    def build(self) -> interfaces.Inference:
+    def build(self) -> inference.Inference:
         """The inference; it knows the model only when it is called."""
         raise NotImplementedError
 
     def resolved(self, window: Size) -> Self:
         """Optional: the same with what follows from the window filled in, for a report."""
         return self
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """How a dataset component would read a given folder.
-
-    options: of the component, without its name. classes: names in the order of their ids.
-    found: sentences on what is there, for people; odd: those that need a decision.
-    score: 0 to 1, how surely the folder is of this component's kind.
-    """
-
-    options: dict[str, Any]
-    classes: tuple[str, ...]
-    found: tuple[str, ...] = ()
-    odd: tuple[str, ...] = ()
-    score: float = 0.5
 
 
 class DatasetSpec(Spec):
@@ -359,6 +349,7 @@ KINDS: dict[str, type[Spec]] = {
         TuningSpec,
         EnhancerSpec,
         DecoderSpec,
+        LossSpec,
         InferenceSpec,
         DatasetSpec,
     )

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mfuser import hookspecs, interfaces
+from mfuser import hookspecs, inference, interfaces, losses
 from mfuser.cli import COMMANDS
 from mfuser.plugins.components import NARROW, Component
 from mfuser.plugins.discovery import GROUP, REQUIRES, installed_components
@@ -33,8 +33,11 @@ RETURNED = (
     interfaces.JoiningDecoder,
     interfaces.LastBlocks,
     interfaces.DecoderOutput,
-    interfaces.Inference,
-    interfaces.Network,
+    losses.Loss,
+    losses.LossInputs,
+    losses.LossParts,
+    inference.Inference,
+    inference.Network,
     interfaces.Dataset,
     interfaces.Sample,
     TokenShape,

@@ -12,8 +12,10 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
+    model_serializer,
     model_validator,
 )
 
@@ -26,6 +28,7 @@ from mfuser.specs import (
     EnhancerSpec,
     FusionSpec,
     ImageSize,
+    LossSpec,
     Options,
     Spec,
     TuningSpec,
@@ -143,6 +146,7 @@ class PairingSpec(Declared):
     taps: positions (blocks of the shallowest encoder, from 0) whose tokens feed the pyramid. None:
         after a third, a half, two thirds and all of the depth, 7, 11, 15, 23 of 24 as released.
     image_size: what the model is trained on, and the sliding window it is tested with.
+    losses: components beside the decoder's own losses and the alignment, each with its `weight`.
     """
 
     vfm: Annotated[
@@ -166,6 +170,16 @@ class PairingSpec(Declared):
     merge: MergeSpec = MergeSpec()
     pyramid: PyramidSpec = PyramidSpec()
     alignment: AlignmentSpec = AlignmentSpec()
+    losses: tuple[Annotated[SerializeAsAny[LossSpec], component_of("loss")], ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without losses where there are none, as pairings were written before there were any:
+        checkpoints and studies that are compared with them stay the same."""
+        table: dict[str, Any] = handler(self)
+        if not self.losses:
+            table.pop("losses", None)
+        return table
 
     @model_validator(mode="after")
     def _fits(self, info: ValidationInfo) -> PairingSpec:
@@ -201,6 +215,7 @@ class PairingSpec(Declared):
                 f"{len(vfm)}; those that join any number: {', '.join(able)}"
             )
         self.tuned()
+        self._check_losses()
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError("'classes' needs at least one name, and no name twice")
         if len(self.classes) > IGNORE:
@@ -230,6 +245,40 @@ class PairingSpec(Declared):
                 f"decoder '{self.decoder.name}' joins the encoder's last blocks and reads no "
                 "'taps'; leave them out"
             )
+
+    def _check_losses(self) -> None:
+        for i, loss in enumerate(self.losses):
+            if loss.name in [other.name for other in self.losses[:i]]:
+                raise ValueError(
+                    f"loss '{loss.name}' is given twice; give it once, with its weight"
+                )
+            wants = {
+                "text": "compares with class texts",
+                "frozen": "holds the vision-language model to what it was",
+            }
+            for need, what in wants.items():
+                if need in loss.needs and self.vlm is None:
+                    raise ValueError(
+                        f"loss '{loss.name}' {what}, and there is no 'vlm'; leave it out or add a "
+                        "vlm"
+                    )
+            if "frozen" in loss.needs and not self._changes_vlm():
+                raise ValueError(
+                    f"loss '{loss.name}' {wants['frozen']}, and nothing here changes it: it is "
+                    "frozen, not tuned, and alone; leave the loss out, or set vlm.freeze = false"
+                )
+
+    def _changes_vlm(self) -> bool:
+        """Whether training changes what the vision-language model makes of an image."""
+        return (
+            self.vfm is not None
+            or self.trains("vlm")
+            or (self.fusion.name != "none" and self.fusion.single_tower)
+        )
+
+    def trains(self, role: str) -> bool:
+        """Whether training changes weights of an encoder that is there."""
+        return role in self.tuned() or not self.encoders()[role].freeze
 
     def encoders(self) -> dict[str, VisionSpec | VisionLanguageSpec]:
         """The encoders that are there, by role: "vfm", or "vfm_1", "vfm_2", … of a list; "vlm"."""

@@ -42,6 +42,9 @@ from mfuser.weightfiles.unwrapping import foreign
 FORMAT = "mfuser-1"
 MODEL, OPTIMIZER, AVERAGE = "model.", "optimizer.", "averaged."
 
+TRAINING = ("criteria.", "before.")
+"""Parts of a model that its losses alone read; an `unfilled` one has none."""
+
 CHECKSUM = "checksum"
 
 LAST = "last.safetensors"
@@ -316,6 +319,7 @@ def load_model(
     else:
         model = build_model(spec, seed=checkpoint.meta["run"].get("seed", 0))
         restore(model, checkpoint, file)
+        model.before = None  # only training compares with it
     model.record = dict(checkpoint.meta)
     return model.eval(), checkpoint
 

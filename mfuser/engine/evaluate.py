@@ -26,7 +26,8 @@ from mfuser.engine.metrics import Calibration, Confusion, scores
 from mfuser.engine.processes import Processes, processes
 from mfuser.errors import DataError, MFuserError, placed
 from mfuser.files import check_writable
-from mfuser.interfaces import IGNORE, Dataset, Inference, Sample
+from mfuser.inference import Inference
+from mfuser.interfaces import IGNORE, Dataset, Sample
 from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
 from mfuser.reporting import draw

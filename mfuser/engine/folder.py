@@ -133,8 +133,8 @@ def _difference(begun: RunSpec, run: RunSpec, key: str) -> str:
     old, new = getattr(begun, key), getattr(run, key)
     if isinstance(old, PairingSpec | RecipeSpec):
         was, now = old.model_dump(mode="json"), new.model_dump(mode="json")
-        changed = next(k for k in was if was[k] != now[k])
-        return f"{key}.{changed} is {was[changed]!r}, not {now[changed]!r}"
+        changed = next(k for k in was | now if was.get(k) != now.get(k))
+        return f"{key}.{changed} is {was.get(changed)!r}, not {now.get(changed)!r}"
     if key == "sources":
         return f"source is {begun.source_names!r}, not {run.source_names!r}"
     return f"{key} is {old!r}, not {new!r}"

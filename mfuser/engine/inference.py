@@ -9,7 +9,7 @@ from typing import Any
 from mfuser.config.registry import Registry
 from mfuser.config.tables import merge, parse_settings
 from mfuser.errors import MFuserError
-from mfuser.interfaces import Inference
+from mfuser.inference import Inference
 from mfuser.model.sliding_window import Sliding, default_stride
 from mfuser.plugins.contracts import built
 from mfuser.specs import InferenceSpec, Size

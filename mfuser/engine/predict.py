@@ -23,7 +23,7 @@ from mfuser.engine.photographs import Scale, located, read
 from mfuser.engine.video import VideoReader, VideoWriter
 from mfuser.errors import DataError, MFuserError, unknown
 from mfuser.files import check_writable, clear_leftovers, replacing
-from mfuser.interfaces import Inference
+from mfuser.inference import Inference
 from mfuser.model.assembly import with_classes
 from mfuser.model.dgss import DGSSModel
 from mfuser.model.network import TrainedNetwork

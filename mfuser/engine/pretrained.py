@@ -95,7 +95,8 @@ def from_pretrained(
 
 def snapshot(model: DGSSModel, full: bool = False) -> Checkpoint:
     """The model as a checkpoint without an optimizer. One that was loaded from a complete file is
-    complete again: its encoders came from nowhere else."""
+    complete again: its encoders came from nowhere else. A complete one answers and does not train:
+    what belongs to the losses is left out."""
     record, spec = model.record, model.spec
     complete = full or bool(record.get("complete"))
     if complete and isinstance(model.ids, Tensor):
@@ -117,6 +118,8 @@ def snapshot(model: DGSSModel, full: bool = False) -> Checkpoint:
         meta |= {"complete": True, "statistics": statistics(model)}
     meta |= {key: record[key] for key in ("converted", "weights") if key in record}
     state = model.state_dict() if complete else checkpoints.trained_state(model)
+    if complete:
+        state = {n: t for n, t in state.items() if not n.startswith(checkpoints.TRAINING)}
     return Checkpoint(state, {}, meta)
 
 

@@ -17,7 +17,7 @@ from mfuser.engine.inputs import VIDEOS
 from mfuser.engine.photographs import located
 from mfuser.engine.similarity import similarity
 from mfuser.errors import MFuserError
-from mfuser.interfaces import Inference
+from mfuser.inference import Inference
 from mfuser.model.dgss import DGSSModel
 from mfuser.model.sliding_window import Sliding
 from mfuser.reporting import draw

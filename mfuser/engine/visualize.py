@@ -24,7 +24,8 @@ from mfuser.engine.photographs import Scale, located
 from mfuser.engine.similarity import check_texts, similarity
 from mfuser.errors import MFuserError
 from mfuser.files import check_writable, clear_leftovers
-from mfuser.interfaces import Dataset, Inference
+from mfuser.inference import Inference
+from mfuser.interfaces import Dataset
 from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel, batched, evaluating
 from mfuser.model.sliding_window import blended, check_window, window_origins

@@ -96,6 +96,7 @@ def components(model: DGSSModel) -> dict[str, nn.Module]:
         f"encoder.{role}": backbone for role, backbone in model.encoder.backbones.items()
     }
     found |= {f"encoder.adapters.{p}": a for p, a in model.encoder.adapters.items()}
+    found |= {f"criteria.{name}": criterion for name, criterion in model.criteria.items()}
     return found | {"enhancer": model.enhancer, "decoder": model.decoder}
 
 

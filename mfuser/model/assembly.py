@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,11 +22,13 @@ from mfuser.interfaces import (
     VisionBackbone,
     VisionLanguageBackbone,
 )
+from mfuser.losses import Loss, LossParts
+from mfuser.model.criteria import Before
 from mfuser.model.dgss import DGSSModel, Prompt
 from mfuser.model.encoder import PairEncoder, default_taps, lockstep, shapes
 from mfuser.model.joining import check_joins
 from mfuser.model.pyramid import STRIDES, Pyramid
-from mfuser.plugins.contracts import built, complete, freezes
+from mfuser.plugins.contracts import built, complete, expect, freezes
 from mfuser.specs import VisionLanguageSpec, VisionSpec
 
 if TYPE_CHECKING:
@@ -73,12 +76,13 @@ def sketch(spec: PairingSpec) -> DGSSModel:
 def unfilled(spec: PairingSpec) -> DGSSModel:
     """The model without values in its parameters (they are on the meta device), buffers computed.
 
-    For `load_state_dict(…, assign=True)`: no weights are looked for, no memory is taken. A
-    tokenizer that cannot be loaded is an error only once class texts are needed. Models whose
+    For `load_state_dict(…, assign=True)`: no weights are looked for, no memory is taken. Losses
+    beside the decoder's are left out: such a model answers and does not train. A tokenizer that
+    cannot be loaded is an error only once class texts are needed. Models whose
     constructors compute with their parameters (ViTamin, Swin) cannot be built so: theirs are
     random values in memory.
     """
-    spec = without_weights(spec)
+    spec = without_weights(spec).model_copy(update={"losses": ()})
     from accelerate import init_empty_weights
 
     try:
@@ -116,6 +120,10 @@ def _assemble(spec: PairingSpec, tokens: Literal["all", "if there", "none"] = "a
     assert vlm is None or isinstance(vlm, VisionLanguageBackbone)
     vfms = [backbone for role, backbone in backbones.items() if role != "vlm"]
 
+    before = None
+    if vlm is not None and any("frozen" in loss.needs for loss in spec.losses):
+        # Where it stays as it is, it stands for itself.
+        before = Before(copy.deepcopy(vlm)) if spec.trains("vlm") else None
     _tune(spec, backbones)
     positions = len(lockstep([b.depth for b in backbones.values()]))
     joins = spec.decoder.joins()
@@ -163,7 +171,16 @@ def _assemble(spec: PairingSpec, tokens: Literal["all", "if there", "none"] = "a
             cause = str(error)
         if spec.prompt.context:
             prompt = Prompt(spec.prompt.context, vlm.context_dim)
-    model = DGSSModel(spec, encoder, pyramid, enhancer, decoder, prompt, ids)
+    parts = LossParts(
+        spec.classes,
+        () if pyramid is None else pyramid.channels,
+        text_dim,
+        partial(_encode, spec, vlm, tokens != "none"),
+    )
+    criteria = {  # last, so that nothing else starts from other numbers for their sake
+        loss.name: built(loss, Loss, partial(loss.build, parts)) for loss in spec.losses
+    }
+    model = DGSSModel(spec, encoder, pyramid, enhancer, decoder, prompt, ids, criteria, before)
     if cause is not None:
         model.without_ids = f"no prompt.ids, and the class names cannot be tokenized: {cause}"
     return model
@@ -209,6 +226,22 @@ def _ids(spec: PairingSpec, vlm: VisionLanguageBackbone, tokens: bool) -> Tensor
     if spec.prompt.ids is not None:
         return torch.tensor(spec.prompt.ids, dtype=torch.long)
     return vlm.tokenize(list(spec.classes), slots)
+
+
+def _encode(
+    spec: PairingSpec,
+    vlm: VisionLanguageBackbone | None,
+    tokens: bool,
+    texts: list[str],
+    slots: int | None = None,
+) -> Tensor:
+    """`LossParts.encode`. Without tokens, the embeddings of nothing."""
+    assert vlm is not None, "a loss that needs text is refused without it"
+    count = slots or spec.prompt.slots + spec.prompt.context
+    ids = torch.zeros(len(texts), count, dtype=torch.long)
+    with torch.no_grad():
+        embedded = vlm.encode_text(vlm.tokenize(texts, count) if tokens else ids)
+    return expect(vlm, "encode_text()'s result", embedded, (len(texts), vlm.text_dim))
 
 
 def _backbone(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from mfuser.config.pairing import PairingSpec
 from mfuser.errors import MFuserError
-from mfuser.interfaces import Decoder, DecoderOutput, Inference, Network, TextEnhancer
+from mfuser.inference import Inference, Network
+from mfuser.interfaces import Decoder, DecoderOutput, TextEnhancer
+from mfuser.losses import Loss
 from mfuser.model.alignment import alignment_loss, score_map
+from mfuser.model.criteria import criteria_losses
 from mfuser.model.encoder import PairEncoder
 from mfuser.model.joining import JoinedBlocks
 from mfuser.model.network import TrainedNetwork
@@ -39,10 +42,15 @@ class Prompt(nn.Module):
 
 @dataclass
 class ModelOutput:
-    """alignment: (B, K, h, w) cosine similarity of pixels and class texts; None without a VLM."""
+    """alignment: (B, K, h, w) cosine similarity of pixels and class texts; None without a VLM, as
+    what follows. text: (K, C). queries: (B, K, C). visual: (B, 1 + T, C). pyramid: four maps."""
 
     decoder: DecoderOutput
     alignment: Tensor | None
+    text: Tensor | None = None
+    queries: Tensor | None = None
+    visual: Tensor | None = None
+    pyramid: list[Tensor] = field(default_factory=list)
 
 
 class DGSSModel(nn.Module):
@@ -60,6 +68,8 @@ class DGSSModel(nn.Module):
         decoder: Decoder,
         prompt: Prompt | None,
         ids: Tensor | None,
+        criteria: Mapping[str, Loss] | None = None,
+        before: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -68,6 +78,9 @@ class DGSSModel(nn.Module):
         self.enhancer = enhancer
         self.decoder = decoder
         self.prompt = prompt
+        self.criteria = nn.ModuleDict(criteria)
+        self.before = before
+        """The vision-language model before training, where a loss asks for it and it changes."""
         self.register_buffer("ids", ids, persistent=False)
         self.without_ids = "the class names have no token ids"
         """The reason where `ids` is None; `text` raises it."""
@@ -102,40 +115,46 @@ class DGSSModel(nn.Module):
         text: what `text()` returned, to spare computing it again.
         """
         images = as_unit_range(images)
+        output = self.predict(images, text)
+        return output if labels is None else self.losses(output, labels, images)
+
+    def predict(self, images: Tensor, text: Tensor | None = None) -> ModelOutput:
+        """Images (B, 3, H, W), RGB in [0, 1], of the image size. text: as in `forward`."""
         if self.pyramid is None:
-            output = self._joining(images, text)
-        else:
-            encoded = self.encoder(images)
-            pyramid = self.pyramid(encoded.taps)
-            queries = alignment = None
-            if encoded.visual is not None:
-                texts = self._texts(images, text)
-                queries = self.enhancer(texts, encoded.visual)
-                expect(self.enhancer, "forward()'s result", queries, tuple(texts.shape))
-                alignment = score_map(encoded.visual[:, 1:], queries, encoded.grid)
-            read = (alignment,) if self.decoder.reads_alignment else ()
-            given = self.encoder.queries()
-            linked = {} if given is None else {"given": given}
-            output = ModelOutput(self.decoder(pyramid, queries, *read, **linked), alignment)
-        return output if labels is None else self.losses(output, labels)
+            return self._joining(images, text)
+        encoded = self.encoder(images)
+        pyramid = self.pyramid(encoded.taps)
+        queries = alignment = None
+        if encoded.visual is not None:
+            text = self.text() if text is None else text
+            texts = text.expand(images.shape[0], -1, -1)  # (B, K, C)
+            queries = self.enhancer(texts, encoded.visual)
+            expect(self.enhancer, "forward()'s result", queries, tuple(texts.shape))
+            alignment = score_map(encoded.visual[:, 1:], queries, encoded.grid)
+        read = (alignment,) if self.decoder.reads_alignment else ()
+        given = self.encoder.queries()
+        linked = {} if given is None else {"given": given}
+        decoded = self.decoder(pyramid, queries, *read, **linked)
+        return ModelOutput(decoded, alignment, text, queries, encoded.visual, pyramid)
 
     def _joining(self, images: Tensor, text: Tensor | None) -> ModelOutput:
         """A decoder whose tokens join the encoder's last blocks: the texts are its queries as they
         are, since nothing visual is there yet that could enhance them."""
-        queries = None if self.encoder.vlm is None else self._texts(images, text)
+        if text is None and self.encoder.vlm is not None:
+            text = self.text()
+        queries = None if text is None else text.expand(images.shape[0], -1, -1)  # (B, K, C)
         blocks = JoinedBlocks(self.encoder, images, self.spec.decoder.joins())
         decoded = self.decoder(blocks, queries)
         encoded, alignment = blocks.end(), None
         if queries is not None and encoded.visual is not None:
             alignment = score_map(encoded.visual[:, 1:], queries, encoded.grid)
-        return ModelOutput(decoded, alignment)
+        return ModelOutput(decoded, alignment, text, queries, encoded.visual)
 
-    def _texts(self, images: Tensor, text: Tensor | None) -> Tensor:
-        """The class texts of each image: (B, K, C)."""
-        return (self.text() if text is None else text).expand(images.shape[0], -1, -1)
-
-    def losses(self, output: ModelOutput, labels: Tensor) -> dict[str, Tensor]:
-        """The decoder's losses (eq. 11) and the pixel-text alignment (eq. 12)."""
+    def losses(
+        self, output: ModelOutput, labels: Tensor, images: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The decoder's losses (eq. 11), the pixel-text alignment (eq. 12), and those of the
+        components of the pairing's `losses`, for which the images are needed."""
         losses = scalars(self.decoder, self.decoder.loss(output.decoder, labels))
         options = self.spec.alignment
         if output.alignment is not None and options.weight:
@@ -143,6 +162,9 @@ class DGSSModel(nn.Module):
             losses["loss_align"] = options.weight * alignment_loss(
                 output.alignment, labels, scale, bias, options.loss
             )
+        if self.criteria:
+            assert images is not None
+            losses |= criteria_losses(self, output, labels, images)
         return losses
 
     def _alignment_scale(self) -> tuple[Tensor | float, Tensor | None]:

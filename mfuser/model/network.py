@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mfuser.errors import MFuserError
-from mfuser.interfaces import Network, VisionBackbone
+from mfuser.inference import Network
+from mfuser.interfaces import VisionBackbone
 
 if TYPE_CHECKING:
     from mfuser.model.dgss import DGSSModel

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mfuser.errors import MFuserError
-from mfuser.interfaces import Inference, Network
+from mfuser.inference import Inference, Network
 
 
 def default_stride(window: tuple[int, int]) -> tuple[int, int]:

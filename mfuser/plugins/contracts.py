@@ -13,7 +13,8 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 
 from mfuser.errors import MFuserError, PluginError, PluginWarning
-from mfuser.interfaces import Inference, VisionBackbone, VisionLanguageBackbone
+from mfuser.inference import Inference
+from mfuser.interfaces import VisionBackbone, VisionLanguageBackbone
 from mfuser.plugins.blame import place
 from mfuser.plugins.containment import contained
 from mfuser.specs import Spec
@@ -125,15 +126,15 @@ def expect(module: object, what: str, value: Any, shape: tuple[int, ...]) -> Ten
     raise PluginError(f"{named(module)}: {what} has {got}; {tuple(shape)} is expected")
 
 
-def scalars(module: nn.Module, losses: Any) -> dict[str, Tensor]:
+def scalars(module: nn.Module, losses: Any, method: str = "loss()") -> dict[str, Tensor]:
     """Return `losses`, a dictionary of named scalars. Raises PluginError that names the module."""
     if not isinstance(losses, dict) or not losses:
         raise PluginError(
-            f"{named(module)}: loss() returned {_shown(losses)}; a dictionary of named scalars is "
-            "expected"
+            f"{named(module)}: {method} returned {_shown(losses)}; a dictionary of named scalars "
+            "is expected"
         )
     for name, loss in losses.items():
-        expect(module, f"loss()['{name}']", loss, ())
+        expect(module, f"{method}['{name}']", loss, ())
     return losses
 
 

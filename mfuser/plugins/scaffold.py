@@ -11,7 +11,10 @@ from string import Template
 from mfuser.errors import PluginError
 from mfuser.version import __version__
 
-KINDS = ("backbone", "vlm", "fusion", "tuning", "enhancer", "decoder", "inference", "dataset")
+KINDS = (
+    *("backbone", "vlm", "fusion", "tuning", "enhancer", "decoder", "loss", "inference"),
+    "dataset",
+)
 
 _COMPONENT = {"backbone": "vision", "vlm": "vision_language"}
 """The kind of component, where its name is another."""
@@ -23,6 +26,7 @@ _SUMMARY = {
     "tuning": "A trained gain for each output channel of the blocks' linear layers.",
     "enhancer": "Class texts that attend to the image.",
     "decoder": "A pixel belongs to the class whose text its embedding is nearest to.",
+    "loss": "Focal loss: pixels that are right already count for little.",
     "inference": "The image as it is and shifted by a few pixels; the scores are averaged.",
     "dataset": "Images and labels of the same names in two folders.",
 }
@@ -34,6 +38,7 @@ _USE = {
     "tuning": 'In a registry: `tuning = { name = "$component", last = 4 }`.',
     "enhancer": 'In a registry: `enhancer = { name = "$component", width = 64 }`.',
     "decoder": 'In a registry: `decoder = { name = "$component", width = 128 }`.',
+    "loss": 'In a registry: `losses = [{ name = "$component", weight = 0.5 }]`.',
     "inference": "On the command line: `mfuser evaluate RUN --inference $component`.",
     "dataset": "On the command line: `--source $component --data-root $component=FOLDER`.",
 }

@@ -130,7 +130,7 @@ def memory(model: DGSSModel, images: Tensor) -> dict[str, float] | None:
             output = model(images)
             # Losses that depend on values are small beside the rest.
             with contextlib.suppress(NotImplementedError, RuntimeError):
-                model.losses(output, labels)
+                model.losses(output, labels, images)
     except (NotImplementedError, RuntimeError, MFuserError):
         return None
     finally:

@@ -20,6 +20,8 @@ PARTS = {
     "pyramid": "pyramid",
     "enhancer": "enhancer",
     "decoder": "decoder",
+    "losses": "criteria",
+    "vlm before training": "before",
 }
 
 
@@ -42,7 +44,7 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
         parts.append(
             {
                 "part": part,
-                "component": getattr(encoders.get(part) or getattr(spec, part, None), "name", ""),
+                "component": _component(encoders.get(part) or getattr(spec, part, None)),
                 "trained": trained,
                 "frozen": frozen,
                 "gflops": flops.below(f"DGSSModel.{path}") / 1e9 if flops else None,
@@ -154,6 +156,12 @@ def render(name: str, facts: dict[str, Any]) -> list[Table | str]:
         )
     lines += [f"warning: {text}" for text in facts["warnings"]]
     return [encoders, parts, *lines]
+
+
+def _component(chosen: Any) -> str:
+    if isinstance(chosen, tuple):
+        return ", ".join(map(_component, chosen))
+    return getattr(chosen, "name", "")
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

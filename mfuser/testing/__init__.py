@@ -23,8 +23,8 @@ from mfuser.errors import MFuserError, PluginError
 from mfuser.plugins.components import Component, Components
 from mfuser.specs import DatasetSpec, InferenceSpec, Spec
 from mfuser.testing import datasets, kinds, modules, partners, process, specs
-from mfuser.testing.bench import BENCHES
 from mfuser.testing.partners import everything, tiny
+from mfuser.testing.stand_ins import BENCHES
 from mfuser.testing.trial import asked, trial
 from mfuser.testing.verdict import Report, Verdict, judge
 
@@ -48,6 +48,7 @@ FOR_BACKBONES = (
     ("further tokens", kinds.further_tokens),
 )
 FOR_DECODERS = (("losses", kinds.losses),)
+FOR_LOSSES = (("losses", kinds.losses), ("what it teaches", kinds.reaches))
 FOR_DATASETS = (
     ("samples", datasets.samples),
     ("names and classes", datasets.consistent),
@@ -162,6 +163,8 @@ def _of_module(spec: Spec, components: Components) -> Iterator[Check]:
         checks += [*FOR_BACKBONES]
     if spec.kind == "decoder":
         checks += [*FOR_DECODERS]
+    if spec.kind == "loss":  # a sample alone has another loss than the same among others
+        checks = [check for check in checks if check[1] is not modules.modes] + [*FOR_LOSSES]
     yield from ((name, partial(check, bench)) for name, check in checks)
     yield "bad options", partial(specs.refuses_bad_values, spec, components)
 

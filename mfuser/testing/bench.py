@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from mfuser.errors import MFuserError, PluginError
+from mfuser.errors import PluginError
 from mfuser.interfaces import (
     Decoder,
     FusionAdapter,
-    Inference,
     JoiningDecoder,
     LastBlocks,
     ManyFusionAdapter,
-    Network,
     TextEnhancer,
     VisionBackbone,
     VisionLanguageBackbone,
@@ -29,7 +27,6 @@ from mfuser.specs import (
     DecoderSpec,
     EnhancerSpec,
     FusionSpec,
-    InferenceSpec,
     Spec,
     TokenShape,
     TuningSpec,
@@ -338,79 +335,6 @@ class TuningBench(BackboneBench):
         backbone = partner.build(case)
         built(self.spec, type(None), lambda: self.spec.build(backbone))
         return backbone
-
-
-class StandIn(Network, nn.Module):
-    """A small network of two convolutions, which any size suits, in place of a model."""
-
-    window = (24, 32)
-    patch = (8, 8)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 8, 5, padding=2), nn.Tanh(), nn.Conv2d(8, len(CLASSES), 3, padding=1)
-        ).requires_grad_(False)
-
-    def scores(self, images: Tensor) -> Tensor:
-        size = (images.shape[-2], images.shape[-1])
-        if size != self.window and (size[0] % self.patch[0] or size[1] % self.patch[1]):
-            raise MFuserError(
-                f"the network was given images of {size[0]}x{size[1]}: neither its window nor "
-                "whole patches (network.window, network.patch)"
-            )
-        scores: Tensor = self.layers(images.to(next(self.parameters()).dtype))
-        return scores
-
-    def confidence(self, scores: Tensor) -> Tensor:
-        return scores.softmax(1).amax(1)
-
-
-class AskedNetwork(nn.Module):
-    """A stand-in, asked by an inference."""
-
-    def __init__(self, inference: Inference) -> None:
-        super().__init__()
-        self.inference, self.network = inference, StandIn()
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.inference.check(self.network, (images.shape[-2], images.shape[-1]))
-        return self.inference(self.network, images)
-
-
-class InferenceBench(Bench):
-    """A case: an image size."""
-
-    spec: InferenceSpec
-
-    def cases(self) -> Iterator[tuple[int, int]]:
-        yield from [(41, 67), StandIn.window, (48, 32)]
-
-    def describe(self, case: Any) -> str:
-        return f"images of {case[0]}x{case[1]}, window {StandIn.window[0]}x{StandIn.window[1]}"
-
-    def make(self, case: Any) -> AskedNetwork:
-        return AskedNetwork(built(self.spec, Inference, self.spec.build))
-
-    def inputs(self, case: Any, batch: int) -> Inputs:
-        return {"images": torch.rand(batch, 3, *case)}
-
-    def call(self, module: Any, inputs: Inputs) -> dict[str, Tensor]:
-        return {"scores": module(inputs["images"])}
-
-    def expected(self, case: Any, inputs: Inputs) -> dict[str, tuple[int, ...]]:
-        return {"scores": (len(inputs["images"]), len(CLASSES), *case)}
-
-
-BENCHES: dict[str, type[Bench]] = {
-    "vision": BackboneBench,
-    "vision_language": BackboneBench,
-    "fusion": FusionBench,
-    "tuning": TuningBench,
-    "enhancer": EnhancerBench,
-    "decoder": DecoderBench,
-    "inference": InferenceBench,
-}
 
 
 def moved(inputs: Any, how: Any) -> Any:

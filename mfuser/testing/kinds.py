@@ -1,14 +1,15 @@
-"""Checks of backbones alone, and of decoders alone."""
+"""Checks of backbones alone, of decoders alone, and of losses alone."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mfuser.errors import MFuserError
 from mfuser.testing.bench import BackboneBench, Bench, DecoderBench
 from mfuser.testing.compare import widest_gap
 from mfuser.testing.modules import CLOSE, first, module_of
+from mfuser.testing.stand_ins import LossBench
 from mfuser.testing.verdict import Broken, NotTried
 
 
@@ -156,7 +157,7 @@ def _agree(tried: str, got: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 def losses(bench: Bench) -> str:
     """Losses of labels with every class, one class, and none"""
-    assert isinstance(bench, DecoderBench)
+    assert isinstance(bench, DecoderBench | LossBench)
     for case in bench.cases():
         module = module_of(bench, case).train()
         for what, value in (("every class", None), ("one class", 0), ("nothing but ignored", 255)):
@@ -187,3 +188,39 @@ def losses(bench: Bench) -> str:
                         "draw points with torch's generator",
                     )
     return "finite for labels of every class, of one, and of ignored pixels alone"
+
+
+def reaches(bench: Bench) -> str:
+    """Gradients from the losses to what they are given"""
+    assert isinstance(bench, LossBench)
+    case = first(bench)
+    inputs = bench.feed(case)
+    leaves = {
+        name: value.requires_grad_()
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and name != "frozen"
+    }
+    for level, value in enumerate(inputs["pyramid"]):
+        leaves[f"level {level} of the pyramid"] = value.requires_grad_()
+    for name, value in inputs.get("second", {}).items():
+        leaves[f"{name} of the view"] = value.requires_grad_()
+    total = torch.stack(list(bench.call(module_of(bench, case).train(), inputs).values())).sum()
+    if total.requires_grad:
+        total.backward()
+    found = {n: v.grad for n, v in leaves.items() if v.grad is not None and v.grad.any()}
+    if not found:
+        raise Broken(
+            "backward() from the losses",
+            "no gradient in anything they are given",
+            "a gradient in what the model makes: without it nothing is learned",
+            "look for detach(), argmax and comparisons on the way, and for what `needs` leaves out",
+        )
+    for name, gradient in found.items():
+        if not gradient.isfinite().all():
+            raise Broken(
+                "backward() from the losses",
+                f"the gradient of {name} is not finite",
+                "finite numbers",
+                "look for sqrt(0), norms of zero and logarithms",
+            )
+    return f"finite gradients in {', '.join(found)}"

@@ -26,7 +26,10 @@ ROLES = {
     "tuning": "tuning",
     "enhancer": "enhancer",
     "decoder": "decoder",
+    "loss": "losses",
 }
+OPTIONAL = ("tuning", "loss")
+"""Kinds of which a pairing may have none."""
 
 
 def tiny(spec: type[Spec], components: Components, **options: Any) -> Spec:
@@ -62,7 +65,7 @@ def pairing(components: Components, **parts: Any) -> PairingSpec:
     given.setdefault("pyramid", {"width": 16})
     given.setdefault("prompt", {"context": 2})
     for kind, role in ROLES.items():
-        if role not in given and kind != "tuning":
+        if role not in given and kind not in OPTIONAL:
             given[role] = _plainest(kind, components)
     decoder = given["decoder"]
     if given["vlm"] in (None, "none") and isinstance(decoder, Spec) and "decoder" not in parts:
@@ -91,6 +94,10 @@ def pairings(spec: Spec, components: Components) -> Iterator[tuple[str, PairingS
     For fusion, every VFM meets every VLM.
     """
     role = ROLES[spec.kind]
+    if spec.kind == "loss":
+        for name, decoder in partners("decoder", components).items():
+            yield f"decoder {name}", pairing(components, losses=(spec,), decoder=decoder)
+        return
     base: dict[str, Any] = {role: spec}
     if role == "fusion":
         for v, vfm in partners("vision", components).items():
@@ -114,7 +121,9 @@ def pairings(spec: Spec, components: Components) -> Iterator[tuple[str, PairingS
     if spec.kind == "decoder" and not getattr(spec, "needs_text", False):
         yield "no vlm", pairing(components, vlm=None, **base)
     for kind, other in ROLES.items():
-        if other == role or (role == "fusion" and kind in ("vision", "vision_language")):
+        if other in (role, "losses") or (
+            role == "fusion" and kind in ("vision", "vision_language")
+        ):
             continue
         for name, partner in partners(kind, components).items():
             decoder = partner if kind == "decoder" else spec

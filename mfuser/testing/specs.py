@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from mfuser.errors import MFuserError, PluginError, brief
 from mfuser.plugins.components import Components
 from mfuser.specs import Spec
-from mfuser.testing.bench import BENCHES
 from mfuser.testing.partners import tiny
+from mfuser.testing.stand_ins import BENCHES
 from mfuser.testing.verdict import Broken, NotTried
 
 NUMBERS = (-1, 0, 7, 1.5)

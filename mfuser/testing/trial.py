@@ -7,7 +7,7 @@ from torch import nn
 
 from mfuser.config.pairing import PairingSpec
 from mfuser.errors import MFuserError, PluginError
-from mfuser.interfaces import Inference
+from mfuser.inference import Inference
 from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
 from mfuser.model.joining import CannotJoinError
@@ -24,6 +24,7 @@ PLACE = {
     "tuning": "encoder",
     "enhancer": "enhancer",
     "decoder": "decoder",
+    "losses": "criteria",
 }
 
 
@@ -34,7 +35,7 @@ def trial(spec: PairingSpec, kind: str) -> str:
     except CannotJoinError as error:
         raise NotTried(str(error)) from error
     except PluginError as error:
-        own = getattr(spec, ROLES[kind])
+        own = spec.losses[0] if kind == "loss" else getattr(spec, ROLES[kind])
         if origin(own) in str(error):
             raise
         raise NotTried(f"a partner does not work here: {error}") from error

@@ -20,10 +20,11 @@ from mfuser.specs import KINDS
 
 NAMES = """BackboneSpec DGSSModel DataError Dataset DatasetSpec Decoder DecoderOutput DecoderSpec
 EnhancerSpec FusionAdapter FusionSpec IGNORE Inference InferenceSpec JoiningDecoder LastBlocks
-MFuserError ManyFusionAdapter Network Options PairingSpec Registry Sample Stream TextEnhancer
-TokenRefiner TokenShape TuningSpec VisionBackbone VisionLanguageBackbone VisionLanguageSpec
-VisionSpec WeightsError __version__ build_model component_of components evaluate from_pretrained
-hookimpl load_registry save_pretrained train"""
+Loss LossInputs LossParts LossSpec MFuserError ManyFusionAdapter Need Network Options
+PairingSpec Registry Sample Stream TextEnhancer TokenRefiner TokenShape TuningSpec
+VisionBackbone VisionLanguageBackbone VisionLanguageSpec VisionSpec WeightsError __version__
+build_model component_of components evaluate from_pretrained hookimpl load_registry
+save_pretrained train"""
 KERNELS = "Backend ScanError backends selective_scan"
 TESTING = "Report Verdict check_component check_plugin conforms"
 
@@ -68,7 +69,7 @@ COMMANDS = {
 }
 
 PAIRING = """vfm vlm fusion tuning enhancer decoder image_size classes taps prompt merge pyramid
-alignment"""
+alignment losses"""
 
 FIELDS = {
     "timm": "depth freeze interpolation antialias mean model options patch_resample patch_size "
@@ -107,7 +108,7 @@ def test_hooks_tables_and_kinds() -> None:
     assert mfuser.hookimpl.project_name == "mfuser" and GROUP == "mfuser"
     assert {*TABLES} == {"pairing", "recipe", "dataset", "study"}
     streams = {"vision", "vision_language"}
-    parts = {"fusion", "tuning", "enhancer", "decoder", "inference"}
+    parts = {"fusion", "tuning", "enhancer", "decoder", "loss", "inference"}
     assert {*KINDS} == streams | parts | {"dataset"}
     assert {*PairingSpec.model_fields} == {*PAIRING.split()}
 

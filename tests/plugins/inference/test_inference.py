@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mfuser import DGSSModel, InferenceSpec, MFuserError, Network, Registry, build_model, components
 from mfuser.model.network import TrainedNetwork
-from mfuser.testing.bench import StandIn
+from mfuser.testing.stand_ins import StandIn
 
 SIZE = (101, 133)
 
@@ -156,7 +156,7 @@ def test_a_training_goes_on_as_if_nothing_had_been_segmented(tiny: Registry) -> 
     """Positions that train are resampled for the image, in a copy: the optimizer keeps its own."""
     ends = []
     for interrupted in (False, True):
-        model = build_model("tiny", tiny, vfm={"freeze": False}, vlm={"freeze": False}).train()
+        model = build_model("plain", tiny, vfm={"freeze": False}, vlm={"freeze": False}).train()
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         for step in range(2):
             torch.manual_seed(step)
@@ -276,10 +276,9 @@ def test_evaluate_by_another_inference(
         "flip": False,
         "inner": {"name": "sliding", "stride": [43, 64], "window_batch": 1},
     }
-    done = mfuser(*run, "--out", tmp_path / "b", "--stride", 30)
-    assert "window 64x96; inference sliding (stride 30x30, window_batch 1)" in done.out
-    done = mfuser(*run, "--out", tmp_path / "c", "--set", "inference.window_batch=2")
-    assert protocol(tmp_path / "c")["inference"]["window_batch"] == 2
+    batched = ("--set", "inference.window_batch=2")
+    done = mfuser(*run, "--out", tmp_path / "b", "--stride", 30, *batched)
+    assert "window 64x96; inference sliding (stride 30x30, window_batch 2)" in done.out
     for given, reason in (
         (("--inference", "whole", "--stride", 30), "inference 'whole' has none of its own; leave"),
         (
