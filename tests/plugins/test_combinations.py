@@ -1,8 +1,8 @@
-"""Every fusion x enhancer x decoder x tuning x towers: refused with the reason, or it works.
+"""Every fusion x enhancer x decoder x towers x tuning x inference: refused with the reason, or it
+works.
 
-All combinations are validated, without a tuning, which is never the reason; of those that hold, as
-few are run as make every pair of choices meet in one that is built, trained for a step and asked
-for a segmentation.
+All combinations of the first four are validated; of those that hold, as few are run as make every
+pair of choices meet in one that is built, trained for a step and asked for a segmentation.
 """
 
 from __future__ import annotations
@@ -13,40 +13,33 @@ from typing import Any
 import pytest
 import torch
 
-from mfuser import MFuserError, build_model, components
+from mfuser import InferenceSpec, MFuserError, build_model, components
 from mfuser.config.registry import Registry
 
 AXES = ("fusion", "enhancer", "decoder")
 TOWERS = {"both": {}, "vfm": {"vlm": "none"}, "vlm": {"vfm": "none"}}
-Choice = tuple[str, str, str, str, str]
+Row = tuple[str, ...]
+"""fusion, enhancer, decoder and towers; then tuning and inference."""
 
 
-def choices() -> list[list[str]]:
-    own = "mfuser_plugins."
-    return [
-        *(
-            sorted(n for n, spec in components(kind).items() if spec.__module__.startswith(own))
-            for kind in AXES
-        ),
-        ["none"],
-        list(TOWERS),
-    ]
+def own(kind: str) -> list[str]:
+    """The built-in components of a kind."""
+    found = components(kind).items()
+    return sorted(n for n, spec in found if spec.__module__.startswith("mfuser_plugins."))
 
 
-def overrides(choice: Choice) -> dict[str, Any]:
-    *parts, tuning, towers = choice
+def overrides(row: Row) -> dict[str, Any]:
     tables: dict[str, Any] = {
         kind: {"name": name, **components(kind)[name].tiny}
-        for kind, name in zip(AXES, parts, strict=True)
+        for kind, name in zip((*AXES, "towers", "tuning"), row, strict=False)
+        if kind != "towers" and (kind in AXES or name != "none")
     }
-    if tuning != "none":
-        tables["tuning"] = {"name": tuning, **components("tuning")[tuning].tiny}
-    return {**tables, **TOWERS[towers]}
+    return {**tables, **TOWERS[row[3]]}
 
 
-def reason(choice: Choice) -> str | None:
+def reason(row: Row) -> str | None:
     """Why a combination makes no sense: what the refusal must say."""
-    fusion, enhancer, decoder, _, towers = choice
+    fusion, enhancer, decoder, towers = row
     if towers == "vfm" and decoder.startswith("text_"):
         return f"decoder '{decoder}' takes class queries from text, and there is no 'vlm'"
     if towers == "vfm" and enhancer != "none":
@@ -58,48 +51,51 @@ def reason(choice: Choice) -> str | None:
     return None
 
 
-def covering(held: list[Choice]) -> list[Choice]:
+def covering(held: list[Row]) -> list[Row]:
     """Few of the combinations, in which every pair that occurs in any occurs."""
 
-    def pairs(choice: Choice) -> set[Any]:
-        return set(combinations(enumerate(choice), 2))
+    def pairs(row: Row) -> set[Any]:
+        return set(combinations(enumerate(row), 2))
 
     missing = set().union(*map(pairs, held))
     chosen = []
     while missing:
-        best = max(held, key=lambda choice: len(pairs(choice) & missing))
+        best = max(held, key=lambda row: len(pairs(row) & missing))
         chosen.append(best)
         missing -= pairs(best)
     return chosen
 
 
-def tuned(chosen: list[Choice], held: list[Choice]) -> list[Choice]:
-    """The same, each with the tuning that has met the fewest of the others' values, and more of
-    those that hold until every tuning has met all."""
-    names = ["none", *sorted(components("tuning"))]
-    values = set().union(*(enumerate(choice) for choice in held))
-    missing = {(name, *value) for name in names for value in values}
-    result = []
-    for base in [*chosen, *held]:
-        best = max(names, key=lambda n: len({(n, *v) for v in enumerate(base)} & missing))
-        met = {(best, *v) for v in enumerate(base)} & missing
-        if met or len(result) < len(chosen):
-            result.append((*base[:3], best, base[4]))
-            missing -= met
+def with_one_more(rows: list[Row], names: list[str]) -> list[Row]:
+    """The rows, each with one value more, and some of them again until every value has met every
+    other."""
+    missing = {(name, *place) for row in rows for name in names for place in enumerate(row)}
+
+    def met(row: Row, name: str) -> set[Any]:
+        return {(name, *place) for place in enumerate(row)} & missing
+
+    result: list[Row] = []
+    for row in [*rows, *rows, *rows]:
+        name = max(names, key=lambda n: len(met(row, n)))
+        if met(row, name) or len(result) < len(rows):
+            missing -= met(row, name)
+            result.append((*row, name))
     assert not missing
     return result
 
 
-ALL: list[Choice] = list(product(*choices()))
-HELD = [choice for choice in ALL if reason(choice) is None]
-RUN = tuned(covering(HELD), HELD)
+ALL: list[Row] = list(product(*map(own, AXES), TOWERS))
+RUN = covering([row for row in ALL if reason(row) is None])
+RUN = with_one_more(RUN, ["none", *own("tuning")])
+RUN = with_one_more(RUN, own("inference"))
 
 
 def test_all_parts_are_there() -> None:
-    fusion, enhancer, decoder, _, _ = choices()
+    fusion, enhancer, decoder = map(own, AXES)
     tunings = {"lora", "full", "layer_norm_only", "bias", "rein", "fada"}
-    assert {*components("tuning")} == tunings
-    assert {choice[3] for choice in RUN} == {"none", *tunings}
+    assert {*own("tuning")} == tunings
+    assert {row[4] for row in RUN} == {"none", *tunings}
+    assert {row[5] for row in RUN} == {*own("inference")} and len(own("inference")) == 4
     assert set(fusion) == {
         *("mvfuser", "separate_mvfuser", "convolution", "cross_attention", "none"),
         *("self_attention_concat", "self_attention_separate", "bi_deformable_attention"),
@@ -113,19 +109,19 @@ def test_all_parts_are_there() -> None:
 
 
 def test_what_makes_no_sense_is_refused_with_the_reason(tiny: Registry) -> None:
-    for choice in ALL:
-        why = reason(choice)
+    for row in ALL:
+        why = reason(row)
         if why is None:
-            tiny.pairing("tiny", overrides(choice))
+            tiny.pairing("tiny", overrides(row))
             continue
         with pytest.raises(MFuserError) as refusal:
-            tiny.pairing("tiny", overrides(choice))
-        assert why in str(refusal.value), choice
+            tiny.pairing("tiny", overrides(row))
+        assert why in str(refusal.value), row
 
 
-@pytest.mark.parametrize("choice", RUN, ids="-".join)
-def test_assembles_trains_a_step_and_segments(choice: Choice, tiny: Registry) -> None:
-    model = build_model(tiny.pairing("tiny", overrides(choice)))
+@pytest.mark.parametrize("row", RUN, ids="-".join)
+def test_assembles_trains_a_step_and_segments(row: Row, tiny: Registry) -> None:
+    model = build_model(tiny.pairing("tiny", overrides(row)))
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.train()
@@ -135,7 +131,7 @@ def test_assembles_trains_a_step_and_segments(choice: Choice, tiny: Registry) ->
     total.backward()
     optimizer.step()
     changed = {n for n, p in model.named_parameters() if n in before and (p != before[n]).any()}
-    fusion, enhancer, decoder, tuning, _ = choice
+    fusion, enhancer, decoder, _, tuning, inference = row
     for part, prefix in (
         (fusion, "encoder.adapters."),
         (enhancer, "enhancer."),
@@ -144,5 +140,8 @@ def test_assembles_trains_a_step_and_segments(choice: Choice, tiny: Registry) ->
     ):
         learns = part not in ("none", "text_similarity")
         assert any(n.startswith(prefix) for n in changed) == learns, prefix
-    scores = model.segment(torch.rand(1, 3, 64, 100))
+    spec = components("inference")[inference]
+    asked = spec.model_validate({"name": inference, **spec.tiny})
+    assert isinstance(asked, InferenceSpec)
+    scores = model.segment_by(asked.build(), torch.rand(1, 3, 64, 100))
     assert scores.shape == (1, 19, 64, 100) and scores.isfinite().all()
