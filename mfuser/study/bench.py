@@ -20,6 +20,7 @@ from mfuser.errors import MFuserError, PluginError, suggest
 from mfuser.files import write_json
 from mfuser.plugins.components import Component
 from mfuser.plugins.discovery import load_components, offered_by
+from mfuser.specs import DecoderSpec
 from mfuser.study.paired import Comparison
 from mfuser.study.report import AVERAGE, Results
 from mfuser.version import __version__
@@ -112,7 +113,13 @@ def prepared(
     label = f"{component.name} (yours)"
     ours = registry.study(study, {})
     assert isinstance(ours, StudySpec)
-    theirs = {"label": label, "set": {kind: {"name": component.name, **options}}}
+    part = {"name": component.name, **options}
+    theirs: dict[str, Any] = {"label": label, "set": {kind: part}}
+    if kind == "decoder":
+        decoder = registry.component(kind, part, "--set")
+        assert isinstance(decoder, DecoderSpec)
+        if decoder.joins():  # it takes no enhancer, which would read what comes after the blocks
+            theirs["set"]["enhancer"] = "none"
     changes: dict[str, Any] = {"axes": {kind: [*ours.axes[kind], theirs]}, "reference": label}
     if seeds is not None:
         changes["seeds"] = [_whole(part) for part in seeds.split(",")]

@@ -115,6 +115,19 @@ def test_the_study_that_ships_takes_parts_of_every_kind(here: Path) -> None:
         assert plan.plugins == ((module,) if module == "swap.py" else ())
 
 
+def test_a_decoder_that_joins_blocks_comes_without_the_enhancer(
+    here: Path, mfuser: Callable
+) -> None:
+    (here / "registry.toml").unlink()
+    ran = mfuser("plugin", "bench", "eomt", "--component", "eomt", "--dry-run")
+    assert ran.code == 0, ran.err
+    plan = bench.prepared("eomt", bench.offered("eomt", "text_eomt"), ["blocks=2"])
+    assert plan.spec.axes["decoder"][-1]["set"] == {
+        "decoder": {"name": "text_eomt", "blocks": 2},
+        "enhancer": "none",
+    }
+
+
 def test_what_cannot_be_measured_is_refused(here: Path, mfuser: Callable) -> None:
     for arguments, said in (
         (["streets"], "offers no part of a kind that is measured (fusion, enhancer"),
