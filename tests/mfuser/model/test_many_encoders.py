@@ -24,6 +24,7 @@ from mfuser.engine import checkpoints
 from mfuser.engine.checkpoints import Checkpoint
 from mfuser.engine.optimizer import parameter_groups
 from mfuser.interfaces import ManyFusionAdapter
+from mfuser.model.assembly import sketch
 from mfuser.model.encoder import resample
 from mfuser.reporting.adapter_cost import adapter_cost
 from mfuser.reporting.describe import describe, render
@@ -201,10 +202,11 @@ def test_the_shipped_pairing_of_three(tmp_path: Path) -> None:
     `pretrained`, beside a head, in DINOv2's own names."""
     import timm
 
-    facts = describe(load_registry().pairing("vireo-dinov2-l"))
-    assert [e["width"] for e in facts["encoders"].values()] == [1024] * 3
-    assert facts["common grid"] == [32, 32]
-    assert all(p["frozen"] > 3e8 for p in facts["parts"][:3])
+    encoder = sketch(load_registry().pairing("vireo-dinov2-l")).encoder
+    assert list(encoder.backbones) == ["vfm_1", "vfm_2", "vlm"]
+    assert encoder.tap_channels == 3 * 1024 and encoder.grid == (32, 32)
+    assert [len(blocks) for blocks in encoder.schedule[0]] == [1, 1, 1]
+    assert not any(p.requires_grad for b in encoder.backbones.values() for p in b.parameters())
     options = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 56}
     donor = timm.create_model("vit_large_patch14_dinov2", num_classes=0, **options)
     own = {k: torch.randn_like(v) for k, v in donor.state_dict().items()}
