@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,12 +37,10 @@ class Live:
         self.kept = kept
         self.lines: list[dict[str, Any]] = []
         self.examples: dict[str, dict[str, Any]] = {}
-        self.step = self.start = 0
-        self.begun = time.monotonic()
+        self.step = 0
 
     def begin(self, start: int, lines: Sequence[dict[str, Any]]) -> None:
-        self.step = self.start = start
-        self.begun = time.monotonic()
+        self.step = start
         self.lines = list(lines)
         found = progress.read(self.path) if start else {}
         for example in found.get("examples", []):
@@ -72,7 +69,8 @@ class Live:
 
     def _write(self, state: str) -> None:
         done, total = self.step, self.run.recipe.steps
-        seconds = (time.monotonic() - self.begun) / max(1, done - self.start)
+        # Of the steps alone: what was just begun has no time of its own yet.
+        seconds = [line["seconds"] for line in self.lines if "seconds" in line][-20:]
         facts = {
             "pairing": self.run.pairing_name,
             "recipe": self.run.recipe_name,
@@ -81,7 +79,7 @@ class Live:
             "state": state,
             "step": done,
             "steps": total,
-            "left": round(seconds * (total - done)) if done > self.start else None,
+            "left": round(float(np.median(seconds)) * (total - done)) if seconds else None,
         }
         page = progress.page(facts, self.lines, list(self.examples.values()), self.classes)
         write_text(self.path, page)

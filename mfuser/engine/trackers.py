@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -110,6 +111,9 @@ class Tracker:
         import mlflow
         from accelerate.tracking import MLflowTracker
 
+        said = logging.getLogger("mlflow")  # every table of a new database
+        self._undo.callback(said.setLevel, said.level)
+        said.setLevel(logging.WARNING)
         artifacts = None
         if "MLFLOW_TRACKING_URI" not in os.environ:
             self._undo.callback(mlflow.set_tracking_uri, mlflow.get_tracking_uri())

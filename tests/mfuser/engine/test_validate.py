@@ -17,6 +17,7 @@ from mfuser.engine import checkpoints
 from mfuser.engine.checkpoints import BEST, FINAL, load_model
 from mfuser.engine.evaluate import evaluate
 from mfuser.engine.folder import LOG, PAGE
+from mfuser.engine.live import STEPS, _spread
 from mfuser.engine.train import Trainer, train
 from mfuser.engine.validate import keep_back
 from mfuser.errors import DataError, NoSplitError
@@ -119,6 +120,20 @@ def test_the_page_while_it_trains(validated: Path) -> None:
         assert [step for step, _ in example["predictions"]] == [2, 4, 6]
     text = (validated / PAGE).read_text("utf-8")
     assert "/*" not in text.partition("<body>")[0] and not re.search(r"https?://(?!www.w3)", text)
+
+
+def test_long_trainings_keep_the_page_small() -> None:
+    lines = [{"step": step, "loss": float(step)} for step in range(1, 10001)]
+    text = progress.page({"state": "running"}, lines, [], ("road",))
+    data = json.loads(progress.DATA.search(text)[1])  # type: ignore[index]
+    curve = data["curves"]["loss"]
+    assert len(curve) == 400 and curve[-1] == [10000, 9988.0]  # the mean of the last 25
+    shown: list[list[Any]] = []
+    for step in range(500, 50001, 500):
+        shown = _spread([*shown, [step, ""]])
+    steps = [step for step, _ in shown]
+    assert len(steps) == STEPS and (steps[0], steps[-1]) == (500, 50000)
+    assert max(b - a for a, b in zip(steps, steps[1:], strict=False)) < 3 * 50000 / STEPS
 
 
 def test_a_changed_page_is_begun_anew(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from mfuser import Registry
+from mfuser.config.run import RunSpec
 from mfuser.engine.evaluate import evaluate
+from mfuser.engine.train import train
 from mfuser.reporting.page import page, save
 from mfuser.reporting.report import Report
 
@@ -22,6 +24,19 @@ FIRST = "#table tbody tr:not(.total) td:nth-child(2)"
 @pytest.fixture(scope="module")
 def report(tiny: Registry, trained: Path) -> Report:
     return evaluate(tiny, trained, limit=7)
+
+
+@pytest.fixture(scope="module")
+def watched(tiny: Registry, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a training that was measured twice."""
+    folder = tmp_path_factory.mktemp("watched") / "run"
+    recipe = tiny.recipe("tiny", ["validate_every=2", "validate_images=2"])
+    train(
+        tiny,
+        RunSpec.of(tiny, "plain", "tiny", pairing=tiny.pairing("plain"), recipe=recipe),
+        folder,
+    )
+    return folder / "progress.html"
 
 
 def test_it_holds_everything_and_fetches_nothing(report: Report, tmp_path: Path) -> None:
@@ -106,4 +121,27 @@ def test_in_a_browser(report: Report, tmp_path: Path, browser: Any) -> None:
     all_of("#theme")[0].click()
     assert browser.execute_script(theme) != before
     assert all_of("#diagrams svg")
+    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+
+
+def test_a_training_in_a_browser(watched: Path, browser: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    def all_of(css: str) -> list[Any]:
+        return list(browser.find_elements("css selector", css))
+
+    browser.get(watched.as_uri())
+    assert all_of("#state")[0].text.startswith("Finished: step 4 of 4; mIoU ")
+    titles = [h.text for h in all_of("#charts h3")]
+    assert titles == ["Loss", "Validation on held-out images of toy", "Learning rate",
+                      "Seconds per step"]  # fmt: skip
+    assert len(all_of("#charts circle")) == 4  # two figures, two steps
+    assert len(all_of("#examples img")) == 2 * 3
+    width = "return [...document.querySelectorAll('#examples img')].map(i => i.naturalWidth)"
+    assert browser.execute_script(width) == [96] * 6
+    source = "return document.querySelector('#examples img:last-child').src"
+    last = browser.execute_script(source)
+    assert all_of("#at")[0].text == "4"
+    all_of("#step")[0].send_keys(Keys.HOME)
+    assert all_of("#at")[0].text == "2" and browser.execute_script(source) != last
     assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
