@@ -63,7 +63,7 @@ weights_option = click.option(
     "--weights",
     type=click.Choice(["last", "averaged", "best"]),
     default=None,
-    help="Which of the run's. Default: averaged ones where its recipe has ema, else the last.",
+    help="Which of the run's. Default: its recipe's, else averaged ones (ema), else the last.",
 )
 set_option = click.option(
     "--set",

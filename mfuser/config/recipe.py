@@ -202,6 +202,8 @@ class RecipeSpec(Declared):
         trained on. The best weights are kept (`--weights best`).
     validate_images: at most so many images. validate_on: another dataset, a target perhaps; reports
         of the best weights then say so.
+    weights: those that are evaluated, and taken where a command names none: "last", "averaged" or
+        "best"; None: averaged ones with ema, else the last.
     tracker: "tensorboard", "wandb", "mlflow" or several of them (each needs the extra of its name):
         curves and example masks there, too. tensorboard: the same as tracker = "tensorboard".
     """
@@ -248,6 +250,7 @@ class RecipeSpec(Declared):
     validate_every: PositiveInt | None = None
     validate_images: PositiveInt = 40
     validate_on: str | None = None
+    weights: Literal["last", "averaged", "best"] | None = None
     tracker: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], _SEVERAL] = ()
 
     @model_validator(mode="after")
@@ -269,6 +272,10 @@ class RecipeSpec(Declared):
                 f"validate_on = '{self.validate_on}' does nothing without validate_every; give the "
                 "steps between measurements"
             )
+        if self.weights == "best" and self.validate_every is None:
+            raise ValueError("weights = 'best' needs validate_every, which finds them")
+        if self.weights == "averaged" and self.ema is None:
+            raise ValueError("weights = 'averaged' needs ema, which makes them")
         if self.ema is not None and self.ema.warmup >= self.steps:
             raise ValueError(
                 f"ema.warmup of {self.ema.warmup} steps leaves none of steps = {self.steps} to "
@@ -323,6 +330,11 @@ class RecipeSpec(Declared):
             return decay
         floor = min(self.min_weight_decay, decay)  # what is not decayed stays so
         return floor + (decay - floor) * self._left(self.decay_schedule, step)
+
+    @property
+    def kind_of_weights(self) -> str:
+        """What is evaluated where nobody asks for others."""
+        return self.weights or ("last" if self.ema is None else "averaged")
 
     def rate(self, step: int) -> float:
         """The factor on `lr` at a step (from 0): linear warm-up, then decay to min_lr.

@@ -47,6 +47,7 @@ TRAINING = ("criteria.", "before.")
 
 CHECKSUM = "checksum"
 
+RUN = "run.json"
 LAST = "last.safetensors"
 PREVIOUS = "previous.safetensors"
 FINAL = "model.safetensors"
@@ -304,8 +305,10 @@ def load_model(
     """A trained model from a run folder or a checkpoint file, from its own spec alone.
 
     settings: "vfm.weights=PATH" and the like, where the frozen encoders' weights have moved.
-    weights: "last", "averaged" or "best"; None: averaged ones where there are some, else the last.
+    weights: "last", "averaged" or "best"; None: what the run's recipe says, else averaged ones
+    where there are some, else the last.
     """
+    weights = weights or _asked(Path(path))
     file = find(Path(path), weights)
     checkpoint = chosen(read(file), weights, file)
     spec = saved_spec(registry or load_registry(), checkpoint, settings or (), file)
@@ -373,6 +376,15 @@ def holds_run(path: Path) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in (FINAL, LAST, PREVIOUS))
     return path.suffix == ".safetensors"
+
+
+def _asked(folder: Path) -> str | None:
+    """The weights that a run's recipe wants to be taken, if it says so."""
+    try:
+        said = json.loads((folder / RUN).read_text("utf-8"))["recipe"]["weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # no folder; one from before; whatever is wrong with it is said elsewhere
+    return said if said in HOLDING else None
 
 
 def chosen(checkpoint: Checkpoint, weights: str | None, path: Path) -> Checkpoint:

@@ -19,11 +19,11 @@ from mfuser.config.pairing import PairingSpec
 from mfuser.config.recipe import RecipeSpec
 from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
+from mfuser.engine.checkpoints import RUN as RUN
 from mfuser.engine.lock import locked
 from mfuser.errors import CheckpointError
 from mfuser.files import TEMPORARY, check_writable, clear_leftovers, write_json
 
-RUN = "run.json"
 LOG = "log.jsonl"
 PAGE = "progress.html"
 KNOWN = "trackers.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from mfuser.reporting import progress
 
 WIDTH = 384
 """Pixels of an example."""
+OFTEN = 30.0
+"""Seconds after which it is written anew although nothing was validated or saved."""
 STEPS = 16
 """Predictions of an example that are kept, spread over the steps."""
 
@@ -38,6 +41,7 @@ class Live:
         self.lines: list[dict[str, Any]] = []
         self.examples: dict[str, dict[str, Any]] = {}
         self.step = 0
+        self.written = 0.0
 
     def begin(self, start: int, lines: Sequence[dict[str, Any]]) -> None:
         self.step = start
@@ -51,6 +55,8 @@ class Live:
     def log(self, step: int, values: dict[str, float]) -> None:
         self.step = step
         self.lines.append({"step": step, **values})
+        if time.monotonic() - self.written > OFTEN:
+            self._write("running")
 
     def validated(self, seen: Seen) -> None:
         self.step = seen.step
@@ -83,6 +89,7 @@ class Live:
         }
         page = progress.page(facts, self.lines, list(self.examples.values()), self.classes)
         write_text(self.path, page)
+        self.written = time.monotonic()
 
 
 def _first(example: Example) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def train(
             registry,
             done.model,
             done.run,
-            options.steps,
+            done.step,
             group,
             baselines=options.baselines,
             pictures=folder / PICTURES,

@@ -64,10 +64,11 @@ class Interrupted(Exception):
 @dataclass(frozen=True)
 class Finished:
     """model: trained and saved, in eval mode. run: as it was begun, with what the source shows.
-    weights: what `Checkpoint.meta` says of them."""
+    step, weights: after which its weights were these, and what `Checkpoint.meta` says of them."""
 
     model: DGSSModel
     run: RunSpec
+    step: int
     weights: dict[str, Any]
 
 
@@ -121,8 +122,7 @@ def train(
             )
             group.from_main(lambda: check_crops(stream, start, run))
             trainer.fit(stream, start)
-            weights = {"kind": "averaged" if recipe.ema is not None else "last"}
-            return Finished(trainer.finished(), run, weights)
+            return trainer.finished()
         except Exception as error:
             explained = isinstance(error, Diverged)  # by the run's record and log, which stay
             saved = (folder / checkpoints.LAST).is_file()
@@ -250,18 +250,25 @@ class Trainer:
             if start == recipe.steps:  # it may have been stopped between the last two files
                 self.group.from_main(self.saver.complete)
 
-    def finished(self) -> DGSSModel:
-        """The trained model as its file gives it back, in every process; averaged where the run
-        averages."""
-        if self.averages is not None:
+    def finished(self) -> Finished:
+        """The trained model as its file gives it back, in every process: the weights that the
+        recipe wants to be evaluated."""
+        step, kind = self.recipe.steps, self.recipe.kind_of_weights
+        weights: dict[str, Any] = {"kind": kind}
+        if kind == "best":
+            path = self.folder / checkpoints.BEST
+            best = self.group.together(lambda: checkpoints.read(path))
+            checkpoints.restore(self.model, best, path)
+            step, weights = best.step, best.meta["weights"]
+        elif self.averages is not None and kind == "averaged":
             take(self.model, self.averages)
         self.group.same_buffers(self.model)
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        self.model.record = self.saver.meta(self.recipe.steps)
-        if self.averages is not None:
-            self.model.record["weights"] = {"kind": "averaged"}
+        self.model.record = self.saver.meta(step)
+        if kind != "last":
+            self.model.record["weights"] = weights
         self.model.decoder.progress = 1.0
-        return self.model.eval()
+        return Finished(self.model.eval(), self.run, step, weights)
 
     def _fetch(self, step: int, start: int, batches: Iterator[Batch]) -> list[Batch]:
         """The batches of a step; an image that cannot be used costs none of the steps before it."""

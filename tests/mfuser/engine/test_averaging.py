@@ -100,7 +100,7 @@ def test_killed_and_resumed_equals_never_stopped(
     assert same(checkpoints.trained_state(model), checkpoints.read(folder / LAST).averaged)
     done = train(tiny, begin("plain", *EMA), folder, resume=True)
     # What training returns is what is evaluated.
-    assert done.weights == {"kind": "averaged"}
+    assert done.weights == {"kind": "averaged"} and done.step == 6
     assert same(checkpoints.trained_state(done.model), checkpoints.read(averaged / AVERAGED).model)
     for name in (AVERAGED, FINAL):
         assert same(*(checkpoints.read(f / name).model for f in (averaged, folder)))

@@ -202,6 +202,19 @@ def test_on_a_target_by_name_every_report_says_so(
     assert "chosen on target" not in done.out and "validated on toy-night" in done.out
 
 
+def test_a_recipe_may_ask_for_the_best(
+    validated: Path, tiny: Registry, begin: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "r"
+    done = train(tiny, begin("plain", *RECIPE, "weights=best"), folder)
+    best = checkpoints.read(validated / BEST)
+    assert done.step == best.step < 6 and done.weights == best.meta["weights"]
+    for model in (done.model, load_model(folder, tiny)[0]):
+        found = checkpoints.trained_state(model)
+        assert all(torch.equal(found[k], best.model[k]) for k in best.model)
+    assert load_model(folder, tiny, weights="last")[1].step == 6
+
+
 def test_two_processes_share_the_images(
     write_registry: Any, tmp_path: Path, tiny: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +265,8 @@ def test_an_image_that_cannot_be_measured_costs_no_step(
         (("validate_every=0",), "validate_every = 0"),
         (("validate_on=toy",), "validate_on = 'toy' does nothing without validate_every"),
         (("tracker=tensorbord",), "tracker"),
+        (("weights=best",), "weights = 'best' needs validate_every"),
+        (("weights=averaged",), "weights = 'averaged' needs ema"),
     ],
 )
 def test_what_a_recipe_refuses(tiny: Registry, settings: tuple[str, ...], message: str) -> None:
