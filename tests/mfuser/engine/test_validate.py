@@ -208,7 +208,7 @@ def test_a_recipe_may_ask_for_the_best(
     folder = tmp_path / "r"
     done = train(tiny, begin("plain", *RECIPE, "weights=best"), folder)
     best = checkpoints.read(validated / BEST)
-    assert done.step == best.step < 6 and done.weights == best.meta["weights"]
+    assert done.step == best.step and done.weights == best.meta["weights"]
     for model in (done.model, load_model(folder, tiny)[0]):
         found = checkpoints.trained_state(model)
         assert all(torch.equal(found[k], best.model[k]) for k in best.model)
