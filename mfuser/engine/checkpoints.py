@@ -308,7 +308,6 @@ def load_model(
     weights: "last", "averaged" or "best"; None: what the run's recipe says, else averaged ones
     where there are some, else the last.
     """
-    weights = weights or _asked(Path(path))
     file = find(Path(path), weights)
     checkpoint = chosen(read(file), weights, file)
     spec = saved_spec(registry or load_registry(), checkpoint, settings or (), file)
@@ -360,6 +359,7 @@ def load_released(state_dict: Mapping[str, Tensor], spec: PairingSpec) -> DGSSMo
 def find(path: Path, weights: str | None = None) -> Path:
     """The checkpoint in a run folder: the finished model, else the last one saved."""
     if path.is_dir():
+        weights = weights or _asked(path)
         for name in HOLDING[weights]:
             if (path / name).is_file():
                 return path / name
@@ -393,7 +393,8 @@ def chosen(checkpoint: Checkpoint, weights: str | None, path: Path) -> Checkpoin
     Raises CheckpointError where the file holds others alone.
     """
     kind = checkpoint.meta.get("weights", {}).get("kind", "last")
-    if checkpoint.averaged and weights in (None, "averaged"):
+    asked = weights or checkpoint.meta["run"].get("recipe", {}).get("weights")
+    if checkpoint.averaged and asked in (None, "averaged"):
         meta = checkpoint.meta | {"weights": {"kind": "averaged"}}
         return replace(checkpoint, model=checkpoint.averaged, meta=meta)
     if weights not in (None, kind):
