@@ -53,7 +53,7 @@ class Averages:
 def as_saved(
     model: DGSSModel, averages: Averages | None, group: Processes
 ) -> Iterator[dict[str, Tensor]]:
-    """The model in evaluation mode as the run's files will give it back, in every process alike:
+    """The model as the run's files will give it back, its training over, in every process alike:
     averaged where the run averages, with the first process's running statistics. Afterwards it is
     what it was, to the bit. Yields its trained tensors.
     """
@@ -62,6 +62,7 @@ def as_saved(
     changing = live if averages else {n: t for n, t in live.items() if n not in parameters}
     kept = {name: tensor.clone() for name, tensor in changing.items()}
     modes = {module: module.training for module in model.modules()}
+    progress, model.decoder.progress = model.decoder.progress, 1.0
     try:
         if averages is not None:
             take(model, averages)
@@ -73,6 +74,7 @@ def as_saved(
                 live[name].copy_(tensor)
         for module, training in modes.items():
             module.training = training
+        model.decoder.progress = progress
 
 
 @torch.no_grad()

@@ -160,6 +160,7 @@ def test_looking_at_the_averages_leaves_the_model_as_it_was(tiny: Registry) -> N
     from mfuser import build_model
 
     model = build_model("plain", tiny).train()
+    model.decoder.progress = 0.25
     averages = Averages(model, tiny.recipe("tiny", EMA).ema)  # type: ignore[arg-type]
     before = {n: t.clone() for n, t in model.state_dict().items()}
     modes = [m.training for m in model.modules()]
@@ -167,6 +168,8 @@ def test_looking_at_the_averages_leaves_the_model_as_it_was(tiny: Registry) -> N
         value.zero_()
     with processes(device="cpu") as group, as_saved(model, averages, group) as shown:
         assert all((t == 0).all() for t in shown.values()) and not model.training
+        assert model.decoder.progress == 1.0
+    assert model.decoder.progress == 0.25
     assert same(before, dict(model.state_dict())) and modes == [m.training for m in model.modules()]
 
 
