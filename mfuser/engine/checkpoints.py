@@ -30,6 +30,15 @@ from torch import Tensor, nn
 from mfuser.config.pairing import PairingSpec, option_of
 from mfuser.config.registry import Registry, load_registry
 from mfuser.config.run import needed_plugins
+from mfuser.engine.runfiles import AVERAGED as AVERAGED
+from mfuser.engine.runfiles import BEST as BEST
+from mfuser.engine.runfiles import FINAL as FINAL
+from mfuser.engine.runfiles import LAST as LAST
+from mfuser.engine.runfiles import PREVIOUS as PREVIOUS
+from mfuser.engine.runfiles import RUN as RUN
+from mfuser.engine.runfiles import find as find
+from mfuser.engine.runfiles import holds_run as holds_run
+from mfuser.engine.runfiles import without
 from mfuser.errors import CheckpointError, MFuserError
 from mfuser.files import clear_leftovers, replacing, utf8_name
 from mfuser.model.assembly import build_model, unfilled
@@ -46,20 +55,6 @@ TRAINING = ("criteria.", "before.")
 """Parts of a model that its losses alone read; an `unfilled` one has none."""
 
 CHECKSUM = "checksum"
-
-RUN = "run.json"
-LAST = "last.safetensors"
-PREVIOUS = "previous.safetensors"
-FINAL = "model.safetensors"
-AVERAGED = "averaged.safetensors"
-BEST = "best.safetensors"
-HOLDING = {
-    None: (AVERAGED, FINAL, LAST, PREVIOUS),
-    "last": (FINAL, LAST, PREVIOUS),
-    "averaged": (AVERAGED, LAST, PREVIOUS),
-    "best": (BEST,),
-}
-"""The files of a run that hold weights of a kind, by preference; None: those to be evaluated."""
 
 
 class DamagedError(CheckpointError):
@@ -356,37 +351,6 @@ def load_released(state_dict: Mapping[str, Tensor], spec: PairingSpec) -> DGSSMo
     return model
 
 
-def find(path: Path, weights: str | None = None) -> Path:
-    """The checkpoint in a run folder: the finished model, else the last one saved."""
-    if path.is_dir():
-        weights = weights or _asked(path)
-        for name in HOLDING[weights]:
-            if (path / name).is_file():
-                return path / name
-        if weights is not None and any((path / name).is_file() for name in HOLDING[None]):
-            raise _without(path, weights)
-        raise CheckpointError(f"{path} holds no run: neither {FINAL} nor {LAST} is there")
-    if not path.exists():
-        raise CheckpointError(f"there is no run folder or checkpoint {path}")
-    return path
-
-
-def holds_run(path: Path) -> bool:
-    """Whether it is a run folder, or a file that may be a checkpoint."""
-    if path.is_dir():
-        return any((path / name).is_file() for name in (FINAL, LAST, PREVIOUS))
-    return path.suffix == ".safetensors"
-
-
-def _asked(folder: Path) -> str | None:
-    """The weights that a run's recipe wants to be taken, if it says so."""
-    try:
-        said = json.loads((folder / RUN).read_text("utf-8"))["recipe"]["weights"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # no folder; one from before; whatever is wrong with it is said elsewhere
-    return said if said in HOLDING else None
-
-
 def chosen(checkpoint: Checkpoint, weights: str | None, path: Path) -> Checkpoint:
     """The checkpoint with the weights that are asked for (see `load_model`) as its model.
 
@@ -398,13 +362,5 @@ def chosen(checkpoint: Checkpoint, weights: str | None, path: Path) -> Checkpoin
         meta = checkpoint.meta | {"weights": {"kind": "averaged"}}
         return replace(checkpoint, model=checkpoint.averaged, meta=meta)
     if weights not in (None, kind):
-        raise _without(path, str(weights))
+        raise without(path, str(weights))
     return checkpoint
-
-
-def _without(path: Path, weights: str) -> CheckpointError:
-    reason = {
-        "averaged": ": its recipe averages none (ema)",
-        "best": ": its recipe measures none while it trains (validate_every), or has not yet",
-    }.get(weights, "")
-    return CheckpointError(f"{path} does not hold the {weights} weights{reason}")

@@ -19,8 +19,8 @@ from mfuser.config.pairing import PairingSpec
 from mfuser.config.recipe import RecipeSpec
 from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
-from mfuser.engine.checkpoints import RUN as RUN
 from mfuser.engine.lock import locked
+from mfuser.engine.runfiles import RUN as RUN
 from mfuser.errors import CheckpointError
 from mfuser.files import TEMPORARY, check_writable, clear_leftovers, write_json
 
