@@ -254,7 +254,7 @@ def test_an_image_that_cannot_be_measured_costs_no_step(
 
     with monkeypatch.context() as patch:
         patch.setattr(Streets, "__getitem__", item)
-        with pytest.raises(MFuserError, match=r"x\.png cannot be read \(2 steps are saved; mend"):
+        with pytest.raises(MFuserError, match=r"x\.png cannot be read \(2 steps are saved; fix"):
             train(tiny, begin("plain", *VALIDATE), tmp_path / "r")
     train(tiny, begin("plain", *VALIDATE), tmp_path / "r", resume=True)
     assert measured(tmp_path / "r")[-1]["step"] == 4
