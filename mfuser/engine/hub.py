@@ -288,6 +288,7 @@ def _unreached(repo: str, error: Exception) -> str:
             "forbids asking: unset it, or give a folder"
         )
     return (
-        f"the hub cannot be reached for '{repo}' ({constants.ENDPOINT}, {type(error).__name__}): "
+        f"the hub cannot be reached for '{repo}' ({constants.ENDPOINT}, "
+        f"{type(error.__cause__ or error).__name__}): "
         "check the connection, or give a folder"
     )
