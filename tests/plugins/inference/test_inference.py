@@ -53,23 +53,20 @@ def test_sliding_is_what_segment_does(model: DGSSModel, options: dict[str, Any])
     assert torch.equal(model.segment_by(spec("sliding", **options).build(), images), expected)
 
 
-@pytest.mark.parametrize("pairing", ["tiny", "plain", "lone"])
-def test_whole_at_the_windows_size_is_sliding(tiny: Registry, pairing: str) -> None:
-    model = build_model(pairing, tiny)
+def test_whole_at_the_windows_size_is_sliding(model: DGSSModel) -> None:
     images = torch.rand(1, 3, *model.spec.image_size)
     assert torch.equal(model.segment_by(spec("whole").build(), images), model.segment(images))
 
 
-def test_whole_at_any_size_is_a_model_built_for_it(tiny: Registry) -> None:
+def test_whole_at_any_size_is_a_model_built_for_it(tiny: Registry, model: DGSSModel) -> None:
     """101 x 133 pixels: 7 x 9 patches of 16, the last ones filled by repeating the border."""
-    model = build_model("tiny", tiny)
     larger = build_model("tiny", tiny, image_size=[112, 144])
     images = torch.rand(2, 3, *SIZE)
     got = model.segment_by(spec("whole").build(), images)
     expected = larger.segment(F.pad(images, (0, 11, 0, 11), mode="replicate"))
     torch.testing.assert_close(got, expected[..., :101, :133], rtol=1e-4, atol=1e-5)
     small = torch.rand(1, 3, 9, 40)  # no window, not even a patch
-    linear = build_model("plain", tiny)
+    linear = build_model("lone", tiny)
     assert linear.segment_by(spec("whole").build(), small).shape == (1, 19, 9, 40)
 
 
@@ -138,9 +135,14 @@ def test_only_uncertain_windows_of_each_image_are_asked_again(network: StandIn) 
     assert asked == [1]
 
 
+@pytest.fixture(scope="module")
+def half(tiny: Registry) -> DGSSModel:
+    return build_model("lone", tiny).to(torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", ["sliding", "whole", "multi_scale_flip", "coarse_to_fine"])
-def test_half_precision_and_single_images(tiny: Registry, name: str) -> None:
-    model = build_model("plain", tiny).to(torch.bfloat16)
+def test_half_precision_and_single_images(half: DGSSModel, name: str) -> None:
+    model = half
     inference = spec(name, **({"scales": [1.0, 1.5]} if name == "multi_scale_flip" else {})).build()
     image = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
     scores = model.segment_by(inference, image)
@@ -182,10 +184,9 @@ def test_trained_positions_are_those_that_are_resampled(tiny: Registry) -> None:
     assert (after - before).abs().max() > 1e-4
 
 
-def test_a_copy_takes_little_memory(tiny: Registry) -> None:
+def test_a_copy_takes_little_memory(model: DGSSModel) -> None:
     from mfuser.model.network import resized
 
-    model = build_model("tiny", tiny)
     own = {p.data_ptr() for p in model.parameters()}
     copied = resized(model, (112, 144))
     new = [p for p in copied.parameters() if p.data_ptr() not in own]
@@ -336,9 +337,9 @@ def test_predict_takes_photographs_of_any_size_whole(
     assert Image.open(tmp_path / "out" / "small.mask.png").size == (50, 40)
 
 
-def test_the_network_says_how_sure_it_is(tiny: Registry) -> None:
+def test_the_network_says_how_sure_it_is(model: DGSSModel, half: DGSSModel) -> None:
     scores = torch.rand(2, 19, 4, 5)
-    logits = TrainedNetwork(build_model("plain", tiny)).confidence(scores)
+    logits = TrainedNetwork(half).confidence(scores)
     torch.testing.assert_close(logits, scores.softmax(1).amax(1))
-    shares = TrainedNetwork(build_model("tiny", tiny)).confidence(scores)
+    shares = TrainedNetwork(model).confidence(scores)
     torch.testing.assert_close(shares, (scores / scores.sum(1, keepdim=True)).amax(1))
