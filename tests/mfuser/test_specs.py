@@ -70,9 +70,10 @@ def test_a_component_can_be_subclassed_under_another_name() -> None:
     }
 
 
-def test_kinds_are_those_of_the_architecture_and_tuning() -> None:
+def test_kinds_are_those_of_the_architecture_of_training_and_of_inference() -> None:
     assert list(KINDS) == [
-        *("vision", "vision_language", "fusion", "tuning", "enhancer", "decoder", "dataset"),
+        *("vision", "vision_language", "fusion", "tuning", "enhancer", "decoder", "loss"),
+        *("inference", "dataset"),
     ]
 
 
