@@ -41,7 +41,7 @@ class Forked:
         pipes = {n: os.pipe() for n, end in enumerate((stdin, stdout, stderr)) if end == -1}
         ends = {n: pipe[n > 0] for n, pipe in pipes.items()}
         given = {n: fd for n, fd in ((1, stdout), (2, stderr)) if fd is not None and fd >= 0}
-        cv2.setNumThreads(1)  # its threads do not outlive a fork, and it waits for them
+        warm()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         self.pid = os.fork()
@@ -89,6 +89,17 @@ class Forked:
     def _ended(self, found: tuple[int, int]) -> None:
         if found[0]:
             self.returncode = os.waitstatus_to_exitcode(found[1])
+
+
+def warm() -> None:
+    """Imports, before a fork, the libraries that each child would import for seconds."""
+    import accelerate  # noqa: F401
+    import open_clip  # noqa: F401
+    import timm  # noqa: F401
+
+    import mfuser.engine.run  # noqa: F401
+
+    cv2.setNumThreads(1)  # its threads do not outlive a fork, and it waits for them
 
 
 def forked(command: Sequence[object], cwd: Path) -> subprocess.CompletedProcess[str]:

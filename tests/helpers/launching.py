@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
+from forked import warm
 
 
 @dataclass
@@ -36,7 +36,7 @@ def launch(
     count: int = 2,
     prepare: Callable[[int], None] | None = None,
     environment: dict[str, str] | None = None,
-    within: float = 60.0,
+    within: float = 120.0,
 ) -> list[Ended]:
     """`mfuser ARGUMENTS` in `count` connected processes, as torchrun's variables connect them.
 
@@ -69,7 +69,7 @@ def launch(
             sys.stdout.flush()
             sys.stderr.flush()
 
-    cv2.setNumThreads(1)  # its threads do not outlive a fork, and it waits for them
+    warm()
     running = [fork.Process(target=work, args=(rank,)) for rank in range(count)]
     for process in running:
         process.start()
