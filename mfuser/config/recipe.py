@@ -160,8 +160,8 @@ class RecipeSpec(Declared):
     lr: AdamW's learning rate.
     backbone_lr: multiplies the rate of what trains inside the encoders.
     lr_scale: multiplies the rate of what it names, in place of backbone_lr: components (vfm, vlm,
-        tuning, fusion, merge, pyramid, enhancer, decoder, prompt) and patterns of parameter or
-        module names, e.g. { decoder = 10, "encoder.vfm.*.attn" = 0.1 }. The most specific entry
+        tuning, fusion, merge, pyramid, enhancer, decoder, prompt, losses) and patterns of parameter
+        or module names, e.g. { decoder = 10, "encoder.vfm.*.attn" = 0.1 }. The most specific entry
         counts: patterns before components, the longer pattern before the shorter.
     layer_decay: multiplies the rate inside the encoders by layer_decay ** (blocks - layer), the
         embeddings being layer 0 and block i layer i + 1 (BEiT, timm).

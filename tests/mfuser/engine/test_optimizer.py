@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 from timm.optim import param_groups_layer_decay
 
 from mfuser import Registry, build_model, load_registry
@@ -58,6 +59,13 @@ def test_every_parameter_has_a_component(models: dict[str, DGSSModel]) -> None:
     assert set(words["whole"].values()) >= {("vfm",), ("vlm",)}
     for name, own in words["tuned"].items():
         assert (own == ("vfm", "tuning")) == name.endswith((".up", ".down"))
+
+
+def test_losses_that_learn_are_a_component(registry: Registry) -> None:
+    model = build_model("lone", registry)
+    model.criteria["own"] = torch.nn.Linear(2, 2)
+    factor = {n: f for n, (f, _) in placed(registry, model, "lr_scale={losses=3}").items()}
+    assert {n for n, f in factor.items() if f == 3} == {"criteria.own.weight", "criteria.own.bias"}
 
 
 def test_rates_by_component_and_pattern(registry: Registry, models: dict[str, DGSSModel]) -> None:
@@ -201,8 +209,6 @@ def test_an_encoder_without_blocks(
 
 
 def test_the_rate_and_the_decay_of_a_step(registry: Registry, models: dict[str, DGSSModel]) -> None:
-    import torch
-
     recipe = registry.recipe(
         "tiny",
         [
