@@ -1,5 +1,5 @@
-"""Every fusion x enhancer x decoder x towers x tuning x inference: refused with the reason, or it
-works.
+"""Every fusion x enhancer x decoder x towers x tuning x inference x loss: refused with the reason,
+or it works.
 
 All combinations of the first four are validated; of those that hold, as few are run as make every
 pair of choices meet in one that is built, trained for a step and asked for a segmentation.
@@ -7,6 +7,7 @@ pair of choices meet in one that is built, trained for a step and asked for a se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations, product
 from typing import Any
 
@@ -19,7 +20,7 @@ from mfuser.config.registry import Registry
 AXES = ("fusion", "enhancer", "decoder")
 TOWERS = {"both": {}, "vfm": {"vlm": "none"}, "vlm": {"vfm": "none"}}
 Row = tuple[str, ...]
-"""fusion, enhancer, decoder and towers; then tuning and inference."""
+"""fusion, enhancer, decoder and towers; then tuning, inference and loss."""
 
 
 def own(kind: str) -> list[str]:
@@ -34,6 +35,9 @@ def overrides(row: Row) -> dict[str, Any]:
         for kind, name in zip((*AXES, "towers", "tuning"), row, strict=False)
         if kind != "towers" and (kind in AXES or name != "none")
     }
+    for name in row[6:]:
+        if name != "none":
+            tables["losses"] = [{"name": name, **components("loss")[name].tiny}]
     return {**tables, **TOWERS[row[3]]}
 
 
@@ -48,6 +52,16 @@ def reason(row: Row) -> str | None:
         return f"enhancer '{enhancer}' reads what comes after them"
     if towers != "both" and fusion == "self_attention_separate":
         return "fusion 'self_attention_separate' joins two encoders, and there is only one"
+    return None
+
+
+def loss_reason(row: Row, name: str) -> str | None:
+    """The same of a loss."""
+    fusion, _, _, towers, tuning, _ = row
+    if name in ("language_regularization", "vision_regularization") and towers == "vfm":
+        return f"loss '{name}' compares with class texts, and there is no 'vlm'"
+    if name == "vision_regularization" and towers == "vlm" and fusion == tuning == "none":
+        return f"loss '{name}' holds the vision-language model to what it was, and nothing here"
     return None
 
 
@@ -66,17 +80,20 @@ def covering(held: list[Row]) -> list[Row]:
     return chosen
 
 
-def with_one_more(rows: list[Row], names: list[str]) -> list[Row]:
+def with_one_more(
+    rows: list[Row], names: list[str], held: Callable[[Row, str], bool] = lambda *_: True
+) -> list[Row]:
     """The rows, each with one value more, and some of them again until every value has met every
-    other."""
-    missing = {(name, *place) for row in rows for name in names for place in enumerate(row)}
+    other that it holds with."""
+    held_rows = [(row, name) for row in rows for name in names if held(row, name)]
+    missing = {(name, *place) for row, name in held_rows for place in enumerate(row)}
 
     def met(row: Row, name: str) -> set[Any]:
         return {(name, *place) for place in enumerate(row)} & missing
 
     result: list[Row] = []
     for row in [*rows, *rows, *rows]:
-        name = max(names, key=lambda n: len(met(row, n)))
+        name = max((n for n in names if held(row, n)), key=lambda n: len(met(row, n)))
         if met(row, name) or len(result) < len(rows):
             missing -= met(row, name)
             result.append((*row, name))
@@ -88,6 +105,7 @@ ALL: list[Row] = list(product(*map(own, AXES), TOWERS))
 RUN = covering([row for row in ALL if reason(row) is None])
 RUN = with_one_more(RUN, ["none", *own("tuning")])
 RUN = with_one_more(RUN, own("inference"))
+RUN = with_one_more(RUN, ["none", *own("loss")], lambda row, name: loss_reason(row, name) is None)
 
 
 def test_all_parts_are_there() -> None:
@@ -96,6 +114,7 @@ def test_all_parts_are_there() -> None:
     assert {*own("tuning")} == tunings
     assert {row[4] for row in RUN} == {"none", *tunings}
     assert {row[5] for row in RUN} == {*own("inference")} and len(own("inference")) == 4
+    assert {row[6] for row in RUN} == {"none", *own("loss")} and len(own("loss")) == 5
     assert set(fusion) == {
         *("mvfuser", "separate_mvfuser", "convolution", "cross_attention", "none"),
         *("self_attention_concat", "self_attention_separate", "bi_deformable_attention"),
@@ -119,6 +138,18 @@ def test_what_makes_no_sense_is_refused_with_the_reason(tiny: Registry) -> None:
         assert why in str(refusal.value), row
 
 
+def test_losses_that_make_no_sense_are_refused_with_the_reason(tiny: Registry) -> None:
+    for name, towers, fusion in product(own("loss"), TOWERS, ("none", "mvfuser")):
+        row = (fusion, "none", "linear", towers, "none", "sliding")
+        why = loss_reason(row, name)
+        if why is None:
+            tiny.pairing("tiny", overrides((*row, name)))
+            continue
+        with pytest.raises(MFuserError) as refusal:
+            tiny.pairing("tiny", overrides((*row, name)))
+        assert why in str(refusal.value), row
+
+
 @pytest.mark.parametrize("row", RUN, ids="-".join)
 def test_assembles_trains_a_step_and_segments(row: Row, tiny: Registry) -> None:
     model = build_model(tiny.pairing("tiny", overrides(row)))
@@ -131,7 +162,8 @@ def test_assembles_trains_a_step_and_segments(row: Row, tiny: Registry) -> None:
     total.backward()
     optimizer.step()
     changed = {n for n, p in model.named_parameters() if n in before and (p != before[n]).any()}
-    fusion, enhancer, decoder, _, tuning, inference = row
+    fusion, enhancer, decoder, _, tuning, inference, loss = row
+    assert (loss == "none") != any(name.startswith(f"{loss}.") for name in losses)
     for part, prefix in (
         (fusion, "encoder.adapters."),
         (enhancer, "enhancer."),
