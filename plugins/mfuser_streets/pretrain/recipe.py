@@ -47,8 +47,8 @@ class Recipe:
 
 
 RECIPES: dict[Tower, Recipe] = {
-    "vfm": Recipe("vfm", seed=5, steps=2550, decay=500),
-    "vlm": Recipe("vlm", seed=6, steps=1800, decay=400, warm_start=500),
+    "vfm": Recipe("vfm", seed=5, steps=5000, decay=800),
+    "vlm": Recipe("vlm", seed=6, steps=2700, decay=700, warm_start=500),
 }
 
 
