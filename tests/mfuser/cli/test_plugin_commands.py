@@ -60,7 +60,7 @@ def test_what_cannot_be_loaded_is_named_and_alone(
     assert absent.code == 2
     assert "command 'absent' of a plugin: a_strangers_module:absent cannot be loaded" in absent.err
     assert mfuser("absent", "--some", "thing").err == absent.err
-    assert "no click command" in mfuser("thing").err
+    assert "is not a click command" in mfuser("thing").err
     assert mfuser("greet").code == 0
     assert mfuser("list", "recipes", "--json").code == 0
 
