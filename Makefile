@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 
-.PHONY: demo demo-scratch test test-versions check lint types imports docs coverage reference format wheel clean
+.PHONY: demo demo-scratch test test-long test-versions check lint types imports docs coverage reference format wheel clean
 
 # MFuser on two frozen towers, and beside it what a linear map gets from one of them.
 demo: $(VENV)/.installed
@@ -16,7 +16,11 @@ demo-scratch: $(VENV)/.installed
 	$(BIN)/mfuser train demo-scratch --recipe demo --out $(OUT)-scratch $(if $(wildcard $(OUT)-scratch/run.json),--resume)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Those that wait for schedulers, clusters and random kills: not part of `make test`.
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m long
 
 # A short set of tests with the lowest allowed version of each core dependency and with the newest:
 # two environments of about 6 GB each, kept for the next run. README says when it last passed.
@@ -37,8 +41,10 @@ test-versions: .venv-lowest/.installed .venv-newest/.installed
 	.venv-$*/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
-# What the last `make test` did not reach, least covered first.
+# The tests once more, measured line by line (two thirds longer), and what they did not reach, least
+# covered first.
 coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --sort=cover
 
 check: lint types imports docs

@@ -81,7 +81,7 @@ def states(out: str) -> dict[str, str]:
     return {row["label"]: row["states"]["0"] for row in json.loads(out)["rows"]}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_submitit_runs_all_and_is_interrupted_and_goes_on(workplace: Path, mfuser) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("submitit")
     command = ("ablate", "s", "--plugin", "waits.py", "--device", "cpu", "--launcher", "submitit",
@@ -106,7 +106,7 @@ def test_submitit_runs_all_and_is_interrupted_and_goes_on(workplace: Path, mfuse
     assert "handed to submitit as job " in ran.err and "waits, seed 0: finished" in ran.err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_worker_of_ray_costs_no_run(workplace: Path, mfuser) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("ray")
 
