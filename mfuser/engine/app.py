@@ -6,7 +6,6 @@ lies in a temporary folder that goes when the page does.
 
 from __future__ import annotations
 
-import os
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mfuser.engine.environment import environment
 from mfuser.engine.viewer import Seen, Viewer
 from mfuser.errors import MFuserError, MissingExtraError
 
@@ -50,7 +50,10 @@ def serving(viewer: Viewer, port: int) -> Iterator[str]:
     Raises MissingExtraError without Gradio, MFuserError where the port is taken.
     """
     port = _free(port)
-    with tempfile.TemporaryDirectory(prefix="mfuser-serve-") as uploads, _environment(uploads):
+    with (
+        tempfile.TemporaryDirectory(prefix="mfuser-serve-") as uploads,
+        environment({**QUIET, "GRADIO_TEMP_DIR": uploads}),
+    ):
         gr = _gradio()
         page = _page(gr, viewer)
         system = ["system-ui", "sans-serif"]
@@ -201,19 +204,3 @@ def _free(port: int) -> int:
                 "or 0 for any that is free"
             ) from error
         return int(probe.getsockname()[1])
-
-
-@contextmanager
-def _environment(uploads: str) -> Iterator[None]:
-    """Gradio asks the environment what to send and where to keep files."""
-    wanted = {**QUIET, "GRADIO_TEMP_DIR": uploads}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

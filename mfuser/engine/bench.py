@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,19 +19,21 @@ from mfuser.config.run import RunSpec
 from mfuser.data.images import UnreadableImage
 from mfuser.data.sampling import Mixture
 from mfuser.data.transforms import Augmentation
+from mfuser.engine.environment import environment
 from mfuser.engine.optimizer import parameter_groups
 from mfuser.engine.stopwatch import OTHER, Stopwatch, modules_of, watch_model
 from mfuser.errors import DataError, MFuserError
-from mfuser.model.assembly import build_model, without_weights
+from mfuser.model.assembly import random_model
 from mfuser.model.dgss import DGSSModel, evaluating
 from mfuser.model.sliding_window import sliding_window
 from mfuser.reporting.adapter_cost import machine
 from mfuser.reporting.bench import Bench, DryRun, Inference, PartCost
+from mfuser.reporting.compatibility import speed
 
 SCAN = "MFUSER_SCAN_BACKEND"
 """Environment variable that fixes the implementation of the selective scan."""
-_PEAK_SIZE = {"cpu": 1024, "cuda": 8192}
-"""Rows of the square matrices whose product measures the peak."""
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precision of a recipe -> what autocast computes in."""
 
 
 def bench(
@@ -56,7 +57,7 @@ def bench(
     Raises MFuserError for a pairing in which nothing trains, or a frame below the image size.
     """
     tell = say or (lambda _: None)
-    model = _filled(build_model(without_weights(spec), seed=0)).to(device)
+    model = random_model(spec).to(device)
     model.encoder.checkpointing = recipe.checkpointing
     watch = Stopwatch(torch.device(device))
     size = spec.image_size
@@ -68,7 +69,7 @@ def bench(
     labels = torch.randint(0, len(model.classes), (recipe.batch_size, *size), device=device)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr)
     tell(f"laid out {pairing}; measuring the peak of {device}")
-    peak = _peak(device, recipe.precision)
+    peak = 1e9 * speed(device, HALVES.get(recipe.precision, torch.float32))
     inference = None
     if frame is not None:
         tell(f"segmenting {frame[0]}x{frame[1]}")
@@ -133,18 +134,10 @@ def data_of(registry: Registry, run: RunSpec) -> Callable[[], None] | None:
     return read
 
 
-def _filled(model: DGSSModel) -> DGSSModel:
-    """With token ids, where no tokenizer could be loaded for them."""
-    if model.encoder.vlm is not None and model.ids is None:
-        model.ids = torch.ones(len(model.classes), model.spec.prompt.slots, dtype=torch.long)
-    return model
-
-
 def _autocast(device: str, precision: str) -> Any:
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision not in kinds:
+    if precision not in HALVES:
         return nullcontext()
-    return torch.autocast(device, kinds[precision])
+    return torch.autocast(device, HALVES[precision])
 
 
 def _pass(
@@ -225,13 +218,7 @@ def _inference(
     watch = Stopwatch(torch.device(device))
 
     def seconds(work: Callable[[], object]) -> float:
-        taken = []
-        for _ in range(repeats):
-            before = sum(watch.seconds.values())
-            with watch.during("image"):
-                work()
-            taken.append(sum(watch.seconds.values()) - before)
-        return statistics.median(taken)
+        return statistics.median(watch.timed("image", work) for _ in range(repeats))
 
     def ours() -> None:
         with _autocast(device, recipe.precision):
@@ -241,7 +228,8 @@ def _inference(
     mine = seconds(ours)
     theirs, scan = None, None
     if released:
-        with _scan("reference") as scan:
+        scan = "reference"
+        with environment({SCAN: scan}):
             theirs = seconds(lambda: _as_released(model, image))
     return Inference(size=frame, seconds=mine, released=theirs, released_scan=scan)
 
@@ -252,41 +240,9 @@ def _as_released(model: DGSSModel, image: Tensor) -> None:
         sliding_window(model.scores, image, model.spec.image_size, None, 1)
 
 
-@contextmanager
-def _scan(backend: str) -> Iterator[str]:
-    before = os.environ.get(SCAN)
-    os.environ[SCAN] = backend
-    try:
-        yield backend
-    finally:
-        if before is None:
-            del os.environ[SCAN]
-        else:
-            os.environ[SCAN] = before
-
-
-def _peak(device: str, precision: str) -> float:
-    """FLOPs a second of a large matrix product in the precision of the forward pass."""
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    n = _PEAK_SIZE["cuda" if device == "cuda" else "cpu"]
-    a = torch.rand(n, n, device=device, dtype=kinds.get(precision, torch.float32))
-    watch = Stopwatch(torch.device(device))
-    taken = []
-    for _ in range(4):
-        before = sum(watch.seconds.values())
-        with watch.during("product"):
-            torch.mm(a, a)
-        taken.append(sum(watch.seconds.values()) - before)
-    return float(2 * n**3 / min(taken))
-
-
 def _data_seconds(read: Callable[[], object]) -> float:
-    watch = Stopwatch(torch.device("cpu"))
     read()
-    before = sum(watch.seconds.values())
-    with watch.during("data"):
-        read()
-    return sum(watch.seconds.values()) - before
+    return Stopwatch(torch.device("cpu")).timed("data", read)
 
 
 def _paced(seconds: float, data: float | None, recipe: RecipeSpec) -> float:

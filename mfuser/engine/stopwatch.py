@@ -68,6 +68,13 @@ class Stopwatch:
         finally:
             self.switch(OTHER)
 
+    def timed(self, phase: str, work: Callable[[], object]) -> float:
+        """The seconds that `work` takes, which also count as that phase's."""
+        before = sum(self.seconds.values())
+        with self.during(phase):
+            work()
+        return sum(self.seconds.values()) - before
+
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count FLOPs, and the bytes of tensors saved for the backward pass, each storage once."""

@@ -73,6 +73,19 @@ def sketch(spec: PairingSpec) -> DGSSModel:
         return _assemble(without_weights(spec), tokens="none").eval()
 
 
+def random_model(spec: PairingSpec) -> DGSSModel:
+    """The model with random values in place of all weights, for what does not depend on them.
+
+    Where no tokenizer can be loaded, every class is the same token.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _assemble(without_weights(spec), tokens="if there").eval()
+    if model.encoder.vlm is not None and model.ids is None:
+        model.ids = torch.ones(len(model.classes), spec.prompt.slots, dtype=torch.long)
+    return model
+
+
 def unfilled(spec: PairingSpec) -> DGSSModel:
     """The model without values in its parameters (they are on the meta device), buffers computed.
 

@@ -144,11 +144,14 @@ def memory(model: DGSSModel, images: Tensor) -> dict[str, float] | None:
     }
 
 
-def speed() -> float:
-    """GFLOP/s of a matrix product here, in float32: an upper bound for any model."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def speed(device: str | None = None, dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of a matrix product here: an upper bound for any model.
+
+    device: None: a GPU if there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     side = 4096 if device == "cuda" else 512
-    a = torch.rand(side, side, device=device)
+    a = torch.rand(side, side, device=device, dtype=dtype)
     a @ a
     best = float("inf")
     for _ in range(5):

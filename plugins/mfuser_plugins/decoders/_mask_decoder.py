@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mfuser import Decoder, DecoderOutput, MFuserError
 from mfuser.model.sliding_window import at_least_float32
-from mfuser_plugins.decoders._mask_losses import MaskLosses
+from mfuser_plugins.decoders._mask_losses import MaskLossSpec
 from mfuser_plugins.decoders._pixel_decoder import LEVELS, PixelDecoder, PixelSpec
 from mfuser_plugins.decoders._transformer import Attention, FeedForward, sine_positions
 
@@ -161,7 +160,7 @@ def deep_names(each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-class MaskDecoderSpec(PixelSpec):
+class MaskDecoderSpec(MaskLossSpec, PixelSpec):
     """The options of these decoders (documented where they are named)."""
 
     tiny: ClassVar[Mapping[str, Any]] = {
@@ -175,13 +174,6 @@ class MaskDecoderSpec(PixelSpec):
 
     layers: PositiveInt = 9
     ffn: PositiveInt = 2048
-    num_points: PositiveInt = MaskLosses.num_points
-    oversample: float = Field(default=MaskLosses.oversample, ge=1)
-    importance: float = Field(default=MaskLosses.importance, ge=0, le=1)
-    cls_weight: NonNegativeFloat = MaskLosses.cls_weight
-    mask_weight: NonNegativeFloat = MaskLosses.mask_weight
-    dice_weight: NonNegativeFloat = MaskLosses.dice_weight
-    no_object: NonNegativeFloat = MaskLosses.no_object
 
     @model_validator(mode="after")
     def _divides(self) -> MaskDecoderSpec:
@@ -191,6 +183,3 @@ class MaskDecoderSpec(PixelSpec):
             if self.width % divisor:
                 raise ValueError(f"width {self.width} is not a multiple of {divisor} ({what})")
         return self
-
-    def losses(self) -> MaskLosses:
-        return MaskLosses(**{f.name: getattr(self, f.name) for f in fields(MaskLosses)})

@@ -6,11 +6,14 @@ present in the batch, image by image, classes ascending; P points.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
+
+from mfuser import DecoderSpec
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,21 @@ class MaskLosses:
         candidates = masks.new_empty(n, int(self.oversample * self.num_points), 2).uniform_()
         anywhere = masks.new_empty(n, self.num_points - important, 2).uniform_()
         return torch.cat([most_uncertain(masks, candidates, important), anywhere], 1)
+
+
+class MaskLossSpec(DecoderSpec):
+    """The options of a decoder that has these losses (documented where they are named)."""
+
+    num_points: PositiveInt = MaskLosses.num_points
+    oversample: float = Field(default=MaskLosses.oversample, ge=1)
+    importance: float = Field(default=MaskLosses.importance, ge=0, le=1)
+    cls_weight: NonNegativeFloat = MaskLosses.cls_weight
+    mask_weight: NonNegativeFloat = MaskLosses.mask_weight
+    dice_weight: NonNegativeFloat = MaskLosses.dice_weight
+    no_object: NonNegativeFloat = MaskLosses.no_object
+
+    def losses(self) -> MaskLosses:
+        return MaskLosses(**{f.name: getattr(self, f.name) for f in fields(MaskLosses)})
 
 
 def class_masks(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

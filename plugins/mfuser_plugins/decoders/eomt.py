@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mfuser import (
@@ -32,7 +31,7 @@ from mfuser import (
     hookimpl,
 )
 from mfuser_plugins.decoders._mask_decoder import class_scores, deep_names
-from mfuser_plugins.decoders._mask_losses import MaskLosses, class_masks
+from mfuser_plugins.decoders._mask_losses import MaskLossSpec, class_masks
 from mfuser_plugins.decoders._per_pixel import given
 from mfuser_plugins.decoders.mask2former import match
 
@@ -170,7 +169,7 @@ def seen(masks: Tensor, grid: Size, share: float) -> Tensor:
 Span = tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]]
 
 
-class EomtOptions(DecoderSpec):
+class EomtOptions(MaskLossSpec):
     """The options of both (documented where they are named)."""
 
     tiny: ClassVar[Mapping[str, Any]] = {"blocks": 1, "num_points": 64}
@@ -179,13 +178,6 @@ class EomtOptions(DecoderSpec):
     masks: Literal["annealed", "always", "never"] = "annealed"
     annealing: tuple[Span, ...] | None = None
     power: PositiveFloat = 0.9
-    num_points: PositiveInt = MaskLosses.num_points
-    oversample: float = Field(default=MaskLosses.oversample, ge=1)
-    importance: float = Field(default=MaskLosses.importance, ge=0, le=1)
-    cls_weight: NonNegativeFloat = MaskLosses.cls_weight
-    mask_weight: NonNegativeFloat = MaskLosses.mask_weight
-    dice_weight: NonNegativeFloat = MaskLosses.dice_weight
-    no_object: NonNegativeFloat = MaskLosses.no_object
 
     @model_validator(mode="after")
     def _spans(self) -> EomtOptions:
@@ -208,9 +200,6 @@ class EomtOptions(DecoderSpec):
             return self.annealing
         parts = self.blocks + 2
         return tuple(((k + 1) / parts, (k + 2) / parts) for k in range(self.blocks))
-
-    def losses(self) -> MaskLosses:
-        return MaskLosses(**{f.name: getattr(self, f.name) for f in fields(MaskLosses)})
 
     def joins(self) -> int:
         return self.blocks

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopping import gone_in
 
 from mfuser import MFuserError, Registry
 from mfuser.engine import checkpoints
@@ -80,19 +81,11 @@ def test_averaging_changes_no_weight_and_no_checkpoint_without_it(
 
 
 def test_killed_and_resumed_equals_never_stopped(
-    averaged: Path, tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    averaged: Path, tiny: Registry, begin: Any, tmp_path: Path
 ) -> None:
-    original, folder = Trainer._step, tmp_path / "r"
-
-    def stepped(self: Trainer, number: int, batches: Any) -> Any:
-        if number == 3:
-            raise KeyboardInterrupt  # as if the process were gone
-        return original(self, number, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", stepped)
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny, begin("plain", *EMA), folder)
+    folder = tmp_path / "r"
+    with gone_in(4):
+        train(tiny, begin("plain", *EMA), folder)
     assert checkpoints.read(folder / LAST).step == 2
     # What is evaluated of an unfinished run are its averages, too.
     model, checkpoint = load_model(folder, tiny)

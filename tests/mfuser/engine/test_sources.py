@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from launching import launch
+from stopping import gone_in
 
 from mfuser import Registry
 from mfuser.data.loading import ClassMap, CropSource, TrainingStream, training_stream
@@ -332,24 +333,13 @@ def test_a_source_that_does_not_fit(mfuser: Any, write_registry: Any, inside: Pa
     assert "; its own are sand, lava" in end.err
 
 
-def test_ema_and_validation_on_two_sources(
-    tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ema_and_validation_on_two_sources(tiny: Registry, begin: Any, tmp_path: Path) -> None:
     """Images of each are held out, their mean is what is best, and a killed run goes on."""
     changes = ("steps=4", "save_every=1", "validate_every=2", "validate_images=2")
     run = begin("plain", *changes, "ema={decay=0.5}", source="toy,toy-night")
     train(tiny, run, tmp_path / "whole")
-    step = Trainer._step
-
-    def stepped(self: Trainer, number: int, batches: Any) -> Any:
-        if number == 3:
-            raise KeyboardInterrupt  # as if the process were gone
-        return step(self, number, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", stepped)
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny, run, tmp_path / "parts")
+    with gone_in(4):
+        train(tiny, run, tmp_path / "parts")
     train(tiny, run, tmp_path / "parts", resume=True)
     for name in (checkpoints.FINAL, checkpoints.BEST, checkpoints.LAST):
         one, other = (checkpoints.read(tmp_path / n / name) for n in ("whole", "parts"))

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from forked import Forked
+from stopping import gone_in, stop_after
 
 from mfuser import Registry, build_model
 from mfuser.data.loading import ClassMap, CropSource, training_stream
@@ -25,7 +25,7 @@ from mfuser.data.sampling import ShuffledSampler
 from mfuser.data.transforms import Augmentation, AugmentationSpec
 from mfuser.engine import checkpoints, processes
 from mfuser.engine.folder import RUN, read_run
-from mfuser.engine.train import Interrupted, Trainer, parameter_groups, train
+from mfuser.engine.train import Interrupted, parameter_groups, train
 from mfuser.errors import CheckpointError, MFuserError
 
 
@@ -35,19 +35,6 @@ def weights(folder: Path, name: str = checkpoints.FINAL) -> dict[str, torch.Tens
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return list(one) == list(other) and all(torch.equal(one[k], other[k]) for k in one)
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[], None]) -> None:
-    """Calls `what` during a step (counted from 1)."""
-    original = Trainer._step
-
-    def stepped(self: Trainer, number: int, batches: Any) -> Any:
-        losses = original(self, number, batches)
-        if number + 1 == step:
-            what()
-        return losses
-
-    monkeypatch.setattr(Trainer, "_step", stepped)
 
 
 # ---- the same weights
@@ -132,18 +119,13 @@ def test_the_loss_scale_of_float16_comes_back(
 
 
 def test_killed_between_checkpoints_resumes_from_the_last_whole_one(
-    tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Registry, begin: Any, tmp_path: Path
 ) -> None:
     run = begin("plain", "steps=5", "save_every=2")
     train(tiny, run, tmp_path / "whole")
 
-    def die() -> None:
-        raise KeyboardInterrupt  # as if the process were gone
-
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4, die)
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny, run, tmp_path / "killed")
+    with gone_in(4):
+        train(tiny, run, tmp_path / "killed")
     assert checkpoints.read(tmp_path / "killed" / checkpoints.LAST).step == 2
     train(tiny, run, tmp_path / "killed", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from launching import launch
+from stopping import gone_in
 
 from mfuser import MFuserError, Registry
 from mfuser.config.run import Domain, RunSpec
@@ -18,7 +19,7 @@ from mfuser.engine.checkpoints import BEST, FINAL, load_model
 from mfuser.engine.evaluate import evaluate
 from mfuser.engine.folder import LOG, PAGE
 from mfuser.engine.live import STEPS, _spread
-from mfuser.engine.train import Trainer, train
+from mfuser.engine.train import train
 from mfuser.engine.validate import keep_back
 from mfuser.errors import DataError, NoSplitError
 from mfuser.reporting import progress
@@ -89,19 +90,11 @@ def test_what_is_measured_is_what_an_evaluation_gives(
 
 
 def test_killed_and_resumed_equals_never_stopped(
-    validated: Path, tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    validated: Path, tiny: Registry, begin: Any, tmp_path: Path
 ) -> None:
-    original, folder = Trainer._step, tmp_path / "r"
-
-    def stepped(self: Trainer, number: int, batches: Any) -> Any:
-        if number == 5:
-            raise KeyboardInterrupt  # as if the process were gone
-        return original(self, number, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", stepped)
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny, begin("plain", *RECIPE), folder)
+    folder = tmp_path / "r"
+    with gone_in(6):
+        train(tiny, begin("plain", *RECIPE), folder)
     stopped = progress.read(folder / PAGE)
     assert stopped["facts"]["state"] == "stopped" and stopped["facts"]["step"] == 4
     train(tiny, begin("plain", *RECIPE), folder, resume=True)
