@@ -74,7 +74,7 @@ def utf8_name(path: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(folder: Path, of: str | None = None) -> None:
-    """Remove what processes that are no more have left behind, killed while they wrote a file.
+    """Remove temporary files left behind by processes that were killed while writing.
 
     of: the name of that file; any by default.
     """

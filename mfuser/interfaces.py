@@ -286,8 +286,8 @@ class Decoder(nn.Module, ABC):
     reads_alignment: ClassVar[bool] = False
     """Whether `forward` takes the alignment map (B, K, h, w) as its third argument."""
     scores: ClassVar[Literal["logits", "shares"]] = "logits"
-    """What `semantic_logits` gives: logits, whose softmax is a probability, or non-negative numbers
-    whose share of their sum is one."""
+    """The output of `semantic_logits`: logits, to be normalized by a softmax, or non-negative
+    scores, to be normalized by their sum."""
     open_vocabulary: ClassVar[bool] = False
     """Whether it answers for any class texts, not for the classes alone that it was trained on."""
     progress: float = 1.0

@@ -16,10 +16,12 @@ from mfuser.interfaces import DecoderOutput
 
 @dataclass(frozen=True)
 class LossParts:
-    """What a loss is built for. channels: of the pyramid's levels, finest first; () where the
-    decoder reads none. text_dim: C; None without a vision-language model. encode: texts, and how
-    many slots each may take (None: as many as the pairing's prompt) -> embeddings (n, C) by the
-    text tower as it is before training."""
+    """The model that a loss is built for.
+
+    channels: of the pyramid's levels, finest first; () where the decoder reads none. text_dim: C;
+    None without a vision-language model. encode: texts, and how many slots each may take (None: as
+    many as the pairing's prompt) -> embeddings (n, C) by the text tower as it is before training.
+    """
 
     classes: tuple[str, ...]
     channels: tuple[int, ...]
@@ -29,7 +31,8 @@ class LossParts:
 
 @dataclass
 class LossInputs:
-    """What a loss is given; None is what its spec does not declare in `needs`, or is not there.
+    """The inputs of a loss; None for those that its spec does not declare in `needs`, or that do
+    not exist.
 
     images: (B, 3, H, W), RGB in [0, 1]. labels: (B, H, W) int64, 255 ignored.
     output: the decoder's. pyramid: features at strides 4, 8, 16, 32; [] where it reads none.

@@ -254,7 +254,7 @@ class DecoderSpec(Spec):
 
 
 Need = Literal["log_probs", "text", "view", "frozen"]
-"""What a loss asks for beside what it is always given; see `LossInputs`."""
+"""The inputs that a loss has to ask for; see `LossInputs`."""
 
 
 class LossSpec(Spec):

@@ -13,14 +13,10 @@ import click
 
 from mfuser.cli import INTERRUPTED, cli, emit
 from mfuser.cli.options import (
-    check_device,
-    data_options,
-    device_option,
-    json_option,
-    open_registry,
+    Common,
+    common_options,
     out_option,
     recipe_option,
-    registry_options,
     set_option,
     set_recipe_option,
     source_option,
@@ -80,10 +76,7 @@ OPTIONS = {
     help="An option of the launcher, e.g. timeout_min=600 or gpus=1.",
 )
 @click.option("--dry-run", is_flag=True, help="List the runs and their state; run nothing.")
-@registry_options
-@data_options
-@device_option
-@json_option
+@common_options(data=True, device=True)
 def ablate(
     study: str,
     out: Path | None,
@@ -92,11 +85,7 @@ def ablate(
     launcher: str,
     launcher_settings: tuple[str, ...],
     dry_run: bool,
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    data_roots: tuple[str, ...],
-    device: str | None,
-    as_json: bool,
+    common: Common,
     **changes: Any,
 ) -> None:
     """Run STUDY, a [study.STUDY] table of the registry: train each variant with each seed,
@@ -107,17 +96,17 @@ def ablate(
     machines can share the work (--index, --of), each on one GPU (CUDA_VISIBLE_DEVICES); or
     --launcher hands every run to SLURM or Ray and watches them (docs/studies.md).
     """
-    registry = open_registry(registries, plugins, data_roots)
+    registry = common.registry()
     spec = registry.study(study, _overrides(changes), by=OPTIONS)
     if not dry_run:
-        check_device(device)
+        common.check_device()
     from mfuser.config.study import AdapterStudySpec, StudySpec
     from mfuser.engine.processes import check_alone
     from mfuser.study.runs import Inputs
 
     check_alone("ablate")
     folder = out or Path("studies") / study
-    inputs = Inputs(registries, plugins, data_roots, device)
+    inputs = Inputs(common.registries, common.plugins, common.data_roots, common.device)
     plan: _Plan
     if isinstance(spec, AdapterStudySpec):
         plan = _AdapterPlan(registry, study, spec, folder, inputs)
@@ -125,7 +114,7 @@ def ablate(
         assert isinstance(spec, StudySpec)
         plan = _TrainingPlan(registry, study, spec, folder, inputs)
     engine = Engine(launcher, launcher_settings)
-    work(plan, study, folder, index, of, dry_run, as_json, engine=engine)
+    work(plan, study, folder, index, of, dry_run, common.as_json, engine=engine)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,9 @@ import click
 
 from mfuser.cli import cli, emit
 from mfuser.cli.options import (
-    check_device,
-    data_options,
-    device_option,
-    json_option,
-    open_registry,
+    Common,
+    common_options,
     recipe_option,
-    registry_options,
     set_option,
     set_recipe_option,
     source_option,
@@ -35,10 +31,7 @@ from mfuser.cli.options import (
               help="With --frame: do not also segment as the released code does.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=None,
               help="Folder for bench.json and a bar chart, bench.png.")  # fmt: skip
-@registry_options
-@data_options
-@device_option
-@json_option
+@common_options(data=True, device=True)
 def bench(
     pairing: str,
     recipe: str | None,
@@ -49,18 +42,14 @@ def bench(
     frame: tuple[int, int] | None,
     no_released: bool,
     out: Path | None,
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    data_roots: tuple[str, ...],
-    device: str | None,
-    as_json: bool,
+    common: Common,
 ) -> None:
     """Time, memory and FLOPs of PAIRING, part by part, and what its whole recipe would take here.
 
     Weights are random and nothing is downloaded. --set-recipe precision=bf16, checkpointing=true,
     batch_size=4 show what these change.
     """
-    registry = open_registry(registries, plugins, data_roots)
+    registry = common.registry()
     from mfuser.engine.bench import bench as measure
     from mfuser.engine.bench import data_of
     from mfuser.engine.console import Console
@@ -72,7 +61,7 @@ def bench(
 
     console = Console()
     run = resolve(registry, pairing, recipe, source, (), settings, recipe_settings, console=console)
-    where = check_device(device) or default_device()
+    where = common.check_device() or default_device()
     if out is not None:
         check_writable(out)
     found = measure(
@@ -89,7 +78,7 @@ def bench(
     )
     if out is not None:
         console.say(save(found, out) or f"written: {out}")
-    if as_json:
+    if common.as_json:
         emit(found.model_dump(mode="json"))
     else:
         show(*found.tables(), *found.summary())

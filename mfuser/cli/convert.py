@@ -8,9 +8,8 @@ import click
 
 from mfuser.cli import cli, emit
 from mfuser.cli.options import (
-    json_option,
-    open_registry,
-    registry_options,
+    Common,
+    common_options,
     set_option,
     source_option,
 )
@@ -24,28 +23,25 @@ from mfuser.cli.options import (
 )
 @source_option("The dataset it was trained on, for reports.")
 @set_option
-@registry_options
-@json_option
+@common_options()
 def convert(
     checkpoint: Path,
     pairing: str,
     out: Path,
     source: str | None,
     settings: tuple[str, ...],
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    as_json: bool,
+    common: Common,
 ) -> None:
     """Convert a released CHECKPOINT (.pth of MFuser or tqdm) for evaluate and predict.
 
     The file contains its frozen encoders, so nothing else has to be downloaded. The kind of
     release is recognized from the keys, and every key is accounted for.
     """
-    registry = open_registry(registries, plugins)
+    registry = common.registry()
     from mfuser.engine.convert import convert as convert_file
 
     account = convert_file(registry, checkpoint, pairing, out, settings=settings, source=source)
-    if as_json:
+    if common.as_json:
         emit(account)
         return
     click.echo(f"{checkpoint}: {account['title']}, {account['keys']} tensors")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mfuser.cli import Group, cli, emit
-from mfuser.cli.options import data_options, json_option, open_registry, registry_options
+from mfuser.cli.options import Common, common_options
 from mfuser.errors import DataError, NoSplitError, RegistryError, legible, suggest
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def data() -> None:
     help="The registry file that takes the tables.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the tables, write nothing.")
-@registry_options
-@json_option
+@common_options()
 def new(
     folder: Path,
     name: str | None,
@@ -59,16 +58,14 @@ def new(
     pairing: str,
     out: Path,
     dry_run: bool,
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    as_json: bool,
+    common: Common,
 ) -> None:
     """Inspect FOLDER and write the registry tables to train on it.
 
     Finds images and masks, their classes with the share of each, and how train and val are told
     apart; writes [dataset.NAME], a pairing with its classes and a recipe into ./registry.toml.
     """
-    registry = open_registry(registries, plugins)
+    registry = common.registry()
     if not folder.is_dir():
         raise click.UsageError(f"there is no folder {folder}")
     name = name or re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-").lower()
@@ -85,7 +82,7 @@ def new(
         )
     else:
         text = add_tables(out, tables)
-    if as_json:
+    if common.as_json:
         emit({"tables": tables, "found": proposal.found, "odd": proposal.odd, "file": str(out)})
         return
     for sentence in proposal.found:
@@ -184,25 +181,20 @@ def _tables(
 @data.command("check")
 @click.argument("datasets", nargs=-1)
 @click.option("--full", is_flag=True, help="Open every file, not a sample.")
-@registry_options
-@data_options
-@json_option
+@common_options(data=True)
 def check(
     datasets: tuple[str, ...],
     full: bool,
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    data_roots: tuple[str, ...],
-    as_json: bool,
+    common: Common,
 ) -> None:
     """Check which of DATASETS (default: all) are on disk, what is missing and what looks wrong."""
-    registry = open_registry(registries, plugins, data_roots)
+    registry = common.registry()
     from mfuser.engine.console import Console
 
     wanted = datasets or tuple(
         dict.fromkeys([*registry.components.kind("dataset"), *registry.names("dataset")])
     )
-    console = Console(quiet=as_json)
+    console = Console(quiet=common.as_json)
     failed, shown = False, []
     for reference in wanted:
         try:
@@ -213,10 +205,10 @@ def check(
             continue  # a component that cannot be named without options
         failed = failed or any("missing" in e or e.get("problems") for e in found)
         shown += found
-        if not as_json:
+        if not common.as_json:
             for entry in found:
                 _show(entry)
-    if as_json:
+    if common.as_json:
         emit(shown)
     if datasets and failed:
         raise click.exceptions.Exit(2)

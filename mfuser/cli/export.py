@@ -8,9 +8,8 @@ import click
 
 from mfuser.cli import cli, emit
 from mfuser.cli.options import (
-    json_option,
-    open_registry,
-    registry_options,
+    Common,
+    common_options,
     set_option,
     weights_option,
 )
@@ -24,24 +23,21 @@ from mfuser.cli.options import (
               help="Default: model.onnx or model.pt2 in RUN.")  # fmt: skip
 @weights_option
 @set_option
-@registry_options
-@json_option
+@common_options()
 def export(
     run: Path,
     format_: str,
     out: Path | None,
     weights: str | None,
     settings: tuple[str, ...],
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    as_json: bool,
+    common: Common,
 ) -> None:
     """Write the model of RUN as a program of standard operators, and compare it with the model.
 
     RUN is a run folder or a checkpoint. The program takes windows of the pairing's image size, RGB
     in [0, 1], any number at once, and returns class scores; the class texts are part of it.
     """
-    registry = open_registry(registries, plugins)
+    registry = common.registry()
     from mfuser.engine.checkpoints import load_model
     from mfuser.engine.export import ENDINGS
     from mfuser.engine.export import export as export_model
@@ -50,7 +46,7 @@ def export(
     if out is None:
         out = (run if run.is_dir() else run.parent) / f"model{ENDINGS[format_]}"
     written = export_model(model, out, format_)  # type: ignore[arg-type]
-    if as_json:
+    if common.as_json:
         emit(written.as_dict())
         return
     height, width = written.window

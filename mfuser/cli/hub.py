@@ -8,9 +8,9 @@ import click
 
 from mfuser.cli import cli, emit
 from mfuser.cli.options import (
+    Common,
+    common_options,
     json_option,
-    open_registry,
-    registry_options,
     set_option,
     weights_option,
 )
@@ -26,8 +26,7 @@ from mfuser.cli.options import (
 @click.option("--dry-run", is_flag=True, help="Show what would be uploaded, without any request.")
 @weights_option
 @set_option
-@registry_options
-@json_option
+@common_options()
 def push(
     run: Path,
     repo: str,
@@ -37,16 +36,14 @@ def push(
     dry_run: bool,
     weights: str | None,
     settings: tuple[str, ...],
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    as_json: bool,
+    common: Common,
 ) -> None:
     """Publish the model of RUN as the repository OWNER/NAME of the Hugging Face hub.
 
     Uploaded are the trained weights, the configuration and a model card made from the report.
     A new repository is private. Needs a login: hf auth login, or HF_TOKEN.
     """
-    registry = open_registry(registries, plugins)
+    registry = common.registry()
     from mfuser.engine.hub import push as push_run
 
     done = push_run(
@@ -60,7 +57,7 @@ def push(
         weights=weights,
         dry_run=dry_run,
     )
-    if as_json:
+    if common.as_json:
         emit(done.as_dict())
         return
     kind = "private" if done.private else "public"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import gc
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,39 +22,15 @@ Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
 
-def registry_options(command: Command) -> Command:
-    """--registry and --plugin; `open_registry` takes what they give."""
-    for option in (
-        click.option(
-            "--plugin",
-            "plugins",
-            multiple=True,
-            metavar="MODULE|FILE.py",
-            help="Load a plugin that is not installed.",
-        ),
-        click.option(
-            "--registry",
-            "registries",
-            multiple=True,
-            metavar="FILE",
-            help="A registry file on top of the shipped one, instead of ./registry.toml.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def data_options(command: Command) -> Command:
-    return click.option(
-        "--data-root",
-        "data_roots",
-        multiple=True,
-        metavar="[NAME=]FOLDER",
-        help="The folder of a dataset, or the one that holds them all by name.",
-    )(command)
-
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+data_options = click.option(
+    "--data-root",
+    "data_roots",
+    multiple=True,
+    metavar="[NAME=]FOLDER",
+    help="The folder of a dataset, or the one that holds them all by name.",
+)
+
 device_option = click.option(
     "--device",
     metavar="cpu|cuda",
@@ -59,6 +38,75 @@ device_option = click.option(
     default=None,
     help="Default: cuda where there is a GPU.",
 )
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options of `common_options`, as they were given."""
+
+    registries: tuple[str, ...]
+    plugins: tuple[str, ...]
+    data_roots: tuple[str, ...] = ()
+    device: str | None = None
+    as_json: bool = False
+
+    def registry(self) -> Registry:
+        with _importing():
+            from mfuser.config.registry import load_registry
+
+            return load_registry(*self.registries, plugins=self.plugins, data_roots=self.data_roots)
+
+    def check_device(self) -> str | None:
+        """The device. Raises UsageError where a GPU is asked for and there is none."""
+        if self.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise click.UsageError(
+                    "--device cuda: torch sees no GPU here; leave the option out"
+                )
+        return self.device
+
+
+def common_options(*, data: bool = False, device: bool = False, json: bool = True) -> Decorator:
+    """--registry and --plugin, and of --data-root, --device and --json those asked for.
+
+    The command takes them all as `common`.
+    """
+    options = [
+        click.option(
+            "--registry",
+            "registries",
+            multiple=True,
+            metavar="FILE",
+            help="A registry file on top of the shipped one, instead of ./registry.toml.",
+        ),
+        click.option(
+            "--plugin",
+            "plugins",
+            multiple=True,
+            metavar="MODULE|FILE.py",
+            help="Load a plugin that is not installed.",
+        ),
+    ]
+    options += [data_options] if data else []
+    options += [device_option] if device else []
+    options += [json_option] if json else []
+
+    def add(command: Command) -> Command:
+        @functools.wraps(command)
+        def run(*arguments: Any, **given: Any) -> Any:
+            names = [f.name for f in dataclasses.fields(Common) if f.name in given]
+            common = Common(**{name: given.pop(name) for name in names})
+            return command(*arguments, common=common, **given)
+
+        for option in reversed(options):
+            run = option(run)
+        return run
+
+    return add
+
+
 weights_option = click.option(
     "--weights",
     type=click.Choice(["last", "averaged", "best"]),
@@ -76,6 +124,7 @@ stride_option = click.option(
     "--stride",
     type=click.IntRange(min=1),
     default=None,
+    callback=lambda context, option, pixels: None if pixels is None else (pixels, pixels),
     help="Stride of the sliding window, in pixels. Default: the recipe's, or 2/3 of the window.",
 )
 set_recipe_option = click.option(
@@ -146,15 +195,6 @@ def _factor(context: click.Context, option: click.Parameter, text: str) -> float
     return factor
 
 
-def open_registry(
-    registries: tuple[str, ...], plugins: tuple[str, ...], data_roots: tuple[str, ...] = ()
-) -> Registry:
-    with _importing():
-        from mfuser.config.registry import load_registry
-
-        return load_registry(*registries, plugins=plugins, data_roots=data_roots)
-
-
 @contextlib.contextmanager
 def _importing() -> Iterator[None]:
     """The imports of torch and the plugins, without the garbage collector.
@@ -171,13 +211,3 @@ def _importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def check_device(device: str | None) -> str | None:
-    """Raises where a GPU is asked for and there is none."""
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise click.UsageError("--device cuda: torch sees no GPU here; leave the option out")
-    return device

@@ -10,11 +10,9 @@ import click
 
 from mfuser.cli import cli
 from mfuser.cli.options import (
-    check_device,
-    device_option,
+    Common,
+    common_options,
     inference_options,
-    open_registry,
-    registry_options,
     set_option,
     weights_option,
 )
@@ -30,28 +28,25 @@ from mfuser.cli.options import (
 @inference_options
 @weights_option
 @set_option
-@registry_options
-@device_option
+@common_options(device=True, json=False)
 def serve(
     run: Path,
     port: int,
     open_: bool,
     longest_side: int | None,
     inference: str | None,
-    stride: int | None,
+    stride: tuple[int, int] | None,
     weights: str | None,
     settings: tuple[str, ...],
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    device: str | None,
+    common: Common,
 ) -> None:
     """Show the model of RUN on a page of this machine: drop a photograph, see its mask.
 
     Also its confidence, and where the photograph is like any words. Nobody but this machine is
     served. Ctrl-C ends it.
     """
-    registry = open_registry(registries, plugins)
-    check_device(device)
+    registry = common.registry()
+    device = common.check_device()
     import torch
 
     from mfuser.engine.app import check_gradio, serving
@@ -63,8 +58,7 @@ def serve(
     own, others = split(settings)
     model, checkpoint = load_model(run, registry, others, weights)
     recipes = of_record(registry, checkpoint.meta["run"], str(run))
-    strides = (stride, stride) if stride else None
-    asked_for = asked(registry, recipes, None, name=inference, settings=own, stride=strides)
+    asked_for = asked(registry, recipes, None, name=inference, settings=own, stride=stride)
     name = str(checkpoint.meta["run"].get("pairing_name") or run.resolve().name)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     viewer = Viewer(model, name, where, asked_for.build(), longest_side or LONGEST)

@@ -8,9 +8,9 @@ import click
 
 from mfuser.cli import cli, emit
 from mfuser.cli.options import (
+    Common,
+    common_options,
     json_option,
-    open_registry,
-    registry_options,
     set_option,
 )
 from mfuser.errors import suggest
@@ -26,15 +26,12 @@ SLOW = 2.0
 @click.argument("kind", required=False)
 @click.argument("pattern", required=False)
 @click.option("--all", "everything", is_flag=True, help="With backbones: list every model.")
-@registry_options
-@json_option
+@common_options()
 def list_(
     kind: str | None,
     pattern: str | None,
     everything: bool,
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    as_json: bool,
+    common: Common,
 ) -> None:
     """List what is declared and installed: pairings, recipes, and the components of each kind.
 
@@ -44,11 +41,11 @@ def list_(
     if (everything or pattern is not None) and not (everything and kind == "backbones"):
         raise click.UsageError("--all and PATTERN go together with 'backbones': list backbones "
                                "--all [PATTERN]")  # fmt: skip
-    registry = open_registry(registries, plugins)
+    registry = common.registry()
     if everything:
         from mfuser.cli.backbones import show_all
 
-        show_all(registry, pattern, as_json)
+        show_all(registry, pattern, common.as_json)
         return
     from mfuser.reporting.tables import Table
     from mfuser.specs import KINDS
@@ -77,7 +74,7 @@ def list_(
         shown = {k: shown[k] for k in ("vision", "vision_language")}
     elif kind is not None:
         shown = {kind: shown[kind]}
-    if as_json:
+    if common.as_json:
         emit(shown)
         return
     for title, entries in shown.items():
@@ -115,28 +112,25 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
 
 @cli.command()
 @click.argument("pairing")
-@registry_options
 @set_option
-@json_option
+@common_options()
 def describe(
     pairing: str,
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
     settings: tuple[str, ...],
-    as_json: bool,
+    common: Common,
 ) -> None:
     """Describe the assembled model of PAIRING: parameters, FLOPs and token grids, part by part.
 
     Nothing is downloaded and no memory is allocated: the model is laid out without its weights.
     """
-    registry = open_registry(registries, plugins)
+    registry = common.registry()
     spec = registry.pairing(pairing, settings)
     from mfuser.reporting.describe import describe as describe_model
     from mfuser.reporting.describe import render
     from mfuser.reporting.tables import show
 
     facts = describe_model(spec)
-    if as_json:
+    if common.as_json:
         emit({"pairing": pairing, **facts})
     else:
         show(*render(pairing, facts))

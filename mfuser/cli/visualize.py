@@ -10,13 +10,9 @@ import click
 from mfuser.cli import Group, cli, emit
 from mfuser.cli.options import (
     Command,
+    Common,
     Decorator,
-    check_device,
-    data_options,
-    device_option,
-    json_option,
-    open_registry,
-    registry_options,
+    common_options,
     scale_option,
     set_option,
     stride_option,
@@ -28,14 +24,15 @@ if TYPE_CHECKING:
     from mfuser.model.dgss import DGSSModel
 
 
-def drawing_options(scale: str) -> Decorator:
-    """Options of every picture; `_canvas` takes their values. scale: the default of --scale."""
+def drawing_options(scale: str, *, data: bool = False) -> Decorator:
+    """Options of every picture; `_canvas` takes their values. scale: the default of --scale.
+
+    data: with --data-root.
+    """
 
     def add(command: Command) -> Command:
         for option in (
-            json_option,
-            device_option,
-            registry_options,
+            common_options(data=data, device=True),
             stride_option,
             scale_option(scale),
             click.option("--recursive", is_flag=True,
@@ -77,7 +74,7 @@ def pca_command(
     fused, run = _model(registry, model, settings, canvas)
     _done(
         engine.pca(fused, engine.before(fused, run.get("seed", 0)), paths, canvas),
-        shared["as_json"],
+        shared["common"].as_json,
     )
 
 
@@ -108,7 +105,7 @@ def similarity_command(
     paths = _images(images, shared["recursive"], canvas)
     model, record = _model(registry, run, settings, canvas)
     untrained = engine.before(model, record.get("seed", 0)) if alone else None
-    _done(engine.text_maps(model, paths, texts, canvas, untrained), shared["as_json"])
+    _done(engine.text_maps(model, paths, texts, canvas, untrained), shared["common"].as_json)
 
 
 @visualize.command("compare")
@@ -120,18 +117,16 @@ def similarity_command(
               help="Of --dataset.")  # fmt: skip
 @click.option("--count", type=click.IntRange(min=1), default=4, show_default=True,
               help="Images of --dataset, evenly spaced.")  # fmt: skip
-@data_options
-@drawing_options("auto")
+@drawing_options("auto", data=True)
 def compare_command(
     given: tuple[Path, ...],
     dataset: str | None,
     split: str,
     count: int,
-    data_roots: tuple[str, ...],
     **shared: Any,
 ) -> None:
     """Predictions of several RUNS on the same IMAGES, beside each other and beside the target."""
-    registry, canvas = _canvas(data_roots=data_roots, **shared)
+    registry, canvas = _canvas(**shared)
     from mfuser.engine import visualize as engine
     from mfuser.engine.checkpoints import holds_run
     from mfuser.engine.inference import asked, of_record
@@ -158,22 +153,19 @@ def compare_command(
         model, record = _model(registry, str(run), (), canvas)
         recipes = of_record(registry, record, str(run))
         models[name] = model, asked(registry, recipes, None, stride=canvas.stride).build()
-    _done(engine.compare(models, paths, canvas, labeled), shared["as_json"])
+    _done(engine.compare(models, paths, canvas, labeled), shared["common"].as_json)
 
 
 def _canvas(
     out: Path,
     width: int,
     scale: float | str,
-    stride: int | None,
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    device: str | None,
-    data_roots: tuple[str, ...] = (),
+    stride: tuple[int, int] | None,
+    common: Common,
     **_: Any,
 ) -> tuple[Registry, Canvas]:
-    registry = open_registry(registries, plugins, data_roots)
-    check_device(device)
+    registry = common.registry()
+    device = common.check_device()
     import torch
 
     from mfuser.engine.processes import check_alone
@@ -181,8 +173,7 @@ def _canvas(
 
     check_alone("visualize")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    step = (stride, stride) if stride else None
-    return registry, Canvas(out, scale, step, width, where)  # type: ignore[arg-type]
+    return registry, Canvas(out, scale, stride, width, where)  # type: ignore[arg-type]
 
 
 def _images(given: tuple[Path, ...], recursive: bool, canvas: Canvas) -> list[Path]:

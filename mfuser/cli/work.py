@@ -13,15 +13,11 @@ import click
 
 from mfuser.cli import INTERRUPTED, cli, emit
 from mfuser.cli.options import (
-    check_device,
-    data_options,
-    device_option,
+    Common,
+    common_options,
     inference_options,
-    json_option,
-    open_registry,
     out_option,
     recipe_option,
-    registry_options,
     scale_option,
     set_option,
     set_recipe_option,
@@ -55,10 +51,7 @@ if TYPE_CHECKING:
 @set_option
 @set_recipe_option
 @click.option("--no-evaluate", is_flag=True, help="Stop after training.")
-@registry_options
-@data_options
-@device_option
-@json_option
+@common_options(data=True, device=True)
 def train(
     pairing: str,
     recipe: str | None,
@@ -72,21 +65,17 @@ def train(
     settings: tuple[str, ...],
     recipe_settings: tuple[str, ...],
     no_evaluate: bool,
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    data_roots: tuple[str, ...],
-    device: str | None,
-    as_json: bool,
+    common: Common,
 ) -> None:
     """Train PAIRING on a source, then evaluate it on the targets: report and pictures in --out.
 
     Ctrl-C saves and says how to resume. On several GPUs: torchrun --nproc_per_node N -m mfuser
     train …
     """
-    registry = open_registry(registries, plugins, data_roots)
+    registry = common.registry()
     folder = out or Path("runs") / pairing
     if replay:
-        _replay(registry, folder, settings, device, as_json)
+        _replay(registry, folder, settings, common)
         return
     changes = [*recipe_settings]
     changes += [f"steps={steps}"] if steps is not None else []
@@ -100,7 +89,7 @@ def train(
     run = resolve(
         registry, pairing, recipe, source, _split(targets), settings, changes, console=console
     )
-    check_device(device)
+    device = common.check_device()
     try:
         done = train_run(
             run, folder, registry=registry, resume=resume, evaluate=not no_evaluate, device=device
@@ -113,19 +102,17 @@ def train(
         )
         raise click.exceptions.Exit(INTERRUPTED) from stop
     if done.report is not None:
-        _show(done.report, folder, as_json, done.pictures)
+        _show(done.report, folder, common.as_json, done.pictures)
     elif first():
-        emit({"run": str(folder)}) if as_json else click.echo(f"trained: {folder}")
+        emit({"run": str(folder)}) if common.as_json else click.echo(f"trained: {folder}")
 
 
-def _replay(
-    registry: Registry, folder: Path, settings: tuple[str, ...], device: str | None, as_json: bool
-) -> None:
+def _replay(registry: Registry, folder: Path, settings: tuple[str, ...], common: Common) -> None:
     """Ends as the run did, or shows that what was changed since has helped."""
     from mfuser.engine.diagnose import replay
 
-    losses = replay(registry, folder, settings=settings, device=check_device(device))
-    if as_json:
+    losses = replay(registry, folder, settings=settings, device=common.check_device())
+    if common.as_json:
         emit({"run": str(folder), "losses": losses})
     else:
         shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
@@ -146,10 +133,7 @@ def _replay(
 @weights_option
 @inference_options
 @set_option
-@registry_options
-@data_options
-@device_option
-@json_option
+@common_options(data=True, device=True)
 def evaluate(
     run: Path,
     targets: str | None,
@@ -158,20 +142,16 @@ def evaluate(
     baselines: bool,
     weights: str | None,
     inference: str | None,
-    stride: int | None,
+    stride: tuple[int, int] | None,
     settings: tuple[str, ...],
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    data_roots: tuple[str, ...],
-    device: str | None,
-    as_json: bool,
+    common: Common,
 ) -> None:
     """Score RUN (a folder or a checkpoint) on several domains at once: IoU, mIoU, average.
 
     Several GPUs share the images: torchrun --nproc_per_node N -m mfuser evaluate …
     """
-    registry = open_registry(registries, plugins, data_roots)
-    check_device(device)
+    registry = common.registry()
+    device = common.check_device()
     from mfuser.engine.run import evaluate as evaluate_run
 
     done = evaluate_run(
@@ -182,12 +162,12 @@ def evaluate(
         out=out,
         device=device,
         inference=inference,
-        stride=(stride, stride) if stride else None,
+        stride=stride,
         limit=limit,
         baselines=baselines,
         weights=weights,
     )
-    _show(done.report, done.folder, as_json, done.pictures)
+    _show(done.report, done.folder, common.as_json, done.pictures)
 
 
 @cli.command()
@@ -218,9 +198,7 @@ def evaluate(
 @weights_option
 @inference_options
 @set_option
-@registry_options
-@device_option
-@json_option
+@common_options(device=True)
 def predict(
     run: Path,
     images: tuple[Path, ...],
@@ -232,19 +210,16 @@ def predict(
     skip_bad: bool,
     weights: str | None,
     inference: str | None,
-    stride: int | None,
+    stride: tuple[int, int] | None,
     settings: tuple[str, ...],
-    registries: tuple[str, ...],
-    plugins: tuple[str, ...],
-    device: str | None,
-    as_json: bool,
+    common: Common,
 ) -> None:
     """Write masks and overlays of IMAGES (photographs, videos, folders), predicted by RUN.
 
     Hidden files and what an earlier call wrote are passed over in folders.
     """
-    registry = open_registry(registries, plugins)
-    check_device(device)
+    registry = common.registry()
+    device = common.check_device()
     from mfuser.engine import inputs
     from mfuser.engine.console import Console
     from mfuser.engine.predict import predict as predict_images
@@ -262,7 +237,7 @@ def predict(
         device=device,
         scale=scale,  # type: ignore[arg-type]
         inference=inference,
-        stride=(stride, stride) if stride else None,
+        stride=stride,
         skip_unreadable=skip_bad,
         scores=scores,  # type: ignore[arg-type]
         weights=weights,
@@ -270,7 +245,7 @@ def predict(
         console=console,
     )
     done = [entry for entry in written if "mask" in entry]
-    if as_json:
+    if common.as_json:
         emit(written)
     else:
         skipped = f"; {len(written) - len(done)} skipped" if len(done) < len(written) else ""

@@ -234,7 +234,7 @@ class PairingSpec(Declared):
         return self
 
     def _fits_joining(self) -> None:
-        """What a decoder leaves out that takes the last blocks into its own hands."""
+        """Checks the options that do not go with a decoder that runs the last blocks itself."""
         if self.enhancer.name != "none":
             raise ValueError(
                 f"decoder '{self.decoder.name}' joins the encoder's last blocks, and enhancer "

@@ -333,7 +333,7 @@ class RecipeSpec(Declared):
 
     @property
     def kind_of_weights(self) -> str:
-        """What is evaluated where nobody asks for others."""
+        """The weights that are evaluated by default."""
         return self.weights or ("last" if self.ema is None else "averaged")
 
     def rate(self, step: int) -> float:

@@ -160,10 +160,10 @@ def write_last(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_last(folder: Path) -> tuple[Path, Checkpoint | None, str]:
-    """What to resume from and its file, and a sentence where it is not the last that was written.
+    """The checkpoint to resume from and its file, and a sentence if it is not the last one written.
 
     A damaged one is renamed, so that it does not replace the previous one. None if there is none.
-    Raises CheckpointError for what is whole and no checkpoint of this project.
+    Raises CheckpointError for a whole file that is not a checkpoint of this project.
     """
     said: list[str] = []
     for name in (LAST, PREVIOUS):

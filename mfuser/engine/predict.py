@@ -120,7 +120,7 @@ def _chosen(
 
 @dataclass
 class _Work:
-    """What is done to each image. chosen: ids to choose among; None: all."""
+    """The work on each image. chosen: ids to choose among; None: all."""
 
     model: DGSSModel
     chosen: tuple[int, ...] | None

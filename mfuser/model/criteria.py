@@ -77,7 +77,7 @@ def criteria_losses(
 
 
 class _Inputs:
-    """What several losses read of the one output is computed once."""
+    """The inputs of the losses; those that several of them read are computed once."""
 
     def __init__(self, model: DGSSModel, labels: Tensor, output: ModelOutput) -> None:
         self.model, self.labels, self.output = model, labels, output

@@ -130,7 +130,7 @@ class PairEncoder(nn.Module):
         return False
 
     def queries(self) -> Tensor | None:
-        """What a linked tuning gives the decoder as its first queries (Q, D)."""
+        """The decoder's initial queries (Q, D) from a linked tuning; None without one."""
         return None if self._linked is None else self.backbones[self._linked].refiner.queries()
 
     @property

@@ -14,8 +14,8 @@ def merge_tuning(model: M) -> M:
     """Fold every parametrization (LoRA and its kin) into the weight that it makes, in place.
 
     The outputs stay the same; what could be trained or saved of the updates is lost, and weights
-    that were frozen stay so. A tuning that adds modules of its own (Rein) is no parametrization and
-    stays as it is.
+    that were frozen stay so. A tuning that adds modules of its own (Rein) is not a parametrization
+    and stays as it is.
     """
     for module in model.modules():
         if not parametrize.is_parametrized(module):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 
 SHARED = (nn.Linear, nn.MultiheadAttention)
-"""What no backbone resamples for another image size, and nearly all the memory it takes."""
+"""Modules that no backbone resamples for another image size; they hold nearly all parameters."""
 
 
 class TrainedNetwork(Network):

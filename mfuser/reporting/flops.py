@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ACTIVATIONS = (torch.ops.aten.silu, torch.ops.aten.gelu, torch.ops.aten.relu)
 DEPTH = 4
-"""Levels of submodules that are told apart."""
+"""Levels of submodules that are reported apart."""
 
 
 @dataclass(frozen=True)

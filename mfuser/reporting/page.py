@@ -45,11 +45,17 @@ def page(report: Report) -> str:
             for name, shown in report.pictures.items()
         },
     }
-    return template().replace(PLACE, embedded(data))
+    return framed("report.html").replace(PLACE, embedded(data))
 
 
-def template() -> str:
-    return resources.files("mfuser").joinpath("reporting", "report.html").read_text("utf-8")
+def framed(name: str) -> str:
+    """frame.html, which all pages share, with the title, style, body and script of page `name`."""
+    folder = resources.files("mfuser").joinpath("reporting")
+    html, own = (folder.joinpath(n).read_text("utf-8") for n in ("frame.html", name))
+    for tag in ("title", "style", "body", "script"):
+        part = own.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        html = html.replace(f"/*{tag.upper()}*/", part.strip("\n"))
+    return html
 
 
 def embedded(data: Any) -> str:

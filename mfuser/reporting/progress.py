@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from mfuser.reporting.draw import palette
-from mfuser.reporting.page import PLACE, embedded, template
+from mfuser.reporting.page import PLACE, embedded, framed
 
 POINTS = 400
 """Of a curve, at most: beyond that, points are the means of several steps."""
@@ -37,9 +36,7 @@ def page(
         "examples": list(examples),
         "classes": [[name, *(int(v) for v in table[k])] for k, name in enumerate(classes)],
     }
-    html = resources.files("mfuser").joinpath("reporting", "progress.html").read_text("utf-8")
-    style = template().partition("<style>")[2].partition("</style>")[0]
-    return html.replace("/*STYLE*/", style).replace(PLACE, embedded(data))
+    return framed("progress.html").replace(PLACE, embedded(data))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def pictures(notebook: Any) -> int:
 
 @pytest.mark.slow
 def test_own_data(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it shows here is what it was committed with: tables and three pictures."""
+    """It shows the outputs that it was committed with: tables and three pictures."""
     nbformat = pytest.importorskip("nbformat", reason="needs nbformat")
     nbclient = pytest.importorskip("nbclient", reason="needs nbclient")
     pytest.importorskip("ipykernel", reason="needs ipykernel")

@@ -26,7 +26,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[], No
 
 @contextmanager
 def gone_in(step: int) -> Iterator[None]:
-    """What is trained within ends in this step as if the process were gone."""
+    """Training within this block ends in this step, as if the process had been killed."""
 
     def die() -> None:
         raise KeyboardInterrupt

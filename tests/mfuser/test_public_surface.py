@@ -1,4 +1,4 @@
-"""What users, plugins and programs rely on. What is added is a decision too, and made here."""
+"""The surface that users, plugins and programs rely on; additions to it are decided here too."""
 
 from __future__ import annotations
 

@@ -115,7 +115,6 @@ class ClipBackbone(Stepped, VisionLanguageBackbone):
         )
         self.text_cfg = text_cfg
         self.tokenizer_source: str | None = None
-        self._tokenizer: Any = None
 
     def adapt(
         self,
@@ -172,9 +171,9 @@ class ClipBackbone(Stepped, VisionLanguageBackbone):
         return (pooled @ tower.proj)[:, None], normed[:, 1:] @ tower.proj
 
     def tokenize(self, class_names: list[str], slots: int) -> Tensor:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.name, self.text_cfg, self.tokenizer_source)
-        return tokenize(self._tokenizer, class_names, slots, self.text.vocabulary)
+        # Not kept here: copies of the model would copy its tables of words.
+        tokenizer = load_tokenizer(self.name, self.text_cfg, self.tokenizer_source)
+        return tokenize(tokenizer, class_names, slots, self.text.vocabulary)
 
     def encode_text(self, ids: Tensor, context: Tensor | None = None) -> Tensor:
         return self.text.encode(ids, context)

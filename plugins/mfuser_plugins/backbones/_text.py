@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -154,6 +155,22 @@ def _length(tokenizer: Any, name: str) -> int:
     return len(tokenizer.encode(name)) + 2
 
 
+def simple_tokenizer(**options: Any) -> SimpleTokenizer:
+    """CLIP's, which ships with open_clip. Models share it, and so do copies of a model."""
+    return _read(SimpleTokenizer, **options)
+
+
+def _read(kind: type, *source: str, **options: Any) -> Any:
+    """A tokenizer, read once in a process: CLIP's 49,000 merges take a tenth of a second."""
+    key = (kind, *source, json.dumps(options, sort_keys=True))
+    if key not in _tokenizers:
+        _tokenizers[key] = kind(*source, **options)
+    return _tokenizers[key]
+
+
+_tokenizers: dict[tuple[Any, ...], Any] = {}
+
+
 def load_tokenizer(model: str, text_cfg: dict[str, Any], given: str | None) -> Any:
     """The tokenizer of an open_clip model: CLIP's, which ships, or a Hugging Face one.
 
@@ -164,20 +181,20 @@ def load_tokenizer(model: str, text_cfg: dict[str, Any], given: str | None) -> A
     if name := options.get("bpe_path"):
         options["bpe_path"] = tokenizer_file(str(name))
     if given == "simple" or not source:
-        return SimpleTokenizer(**({} if given == "simple" else options))
+        return simple_tokenizer(**({} if given == "simple" else options))
     try:
         import transformers  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("transformers", "hf", f"the tokenizer of '{model}'") from error
     mode = text_cfg.get("tokenizer_mode")
     try:
-        return HFTokenizer(source, tokenizer_mode=mode, local_files_only=True, **options)
+        return _read(HFTokenizer, source, tokenizer_mode=mode, local_files_only=True, **options)
     except Exception as offline:
         if given is None:
             from mfuser_plugins.backbones._weights import reachable
 
             if reachable():
-                return HFTokenizer(source, tokenizer_mode=mode, **options)
+                return _read(HFTokenizer, source, tokenizer_mode=mode, **options)
         cause = f"{type(offline).__name__}: {' '.join(str(offline).split())[:120]}"
         raise WeightsError(
             f"the tokenizer '{source}' of open_clip model '{model}' cannot be loaded ({cause}): "

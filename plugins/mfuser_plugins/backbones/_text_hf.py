@@ -28,6 +28,9 @@ class Tokenizer:
         self.source, self.vocabulary = source, vocabulary
         self._loaded: Any = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
+        return self  # copies of a model share its tables of words
+
     def _tokenizer(self) -> Any:
         if self._loaded is None:
             auto = transformers("a tokenizer").AutoTokenizer
@@ -53,11 +56,9 @@ class Tokenizer:
     def __call__(self, names: list[str], slots: int) -> Tensor:
         """Names -> ids (K, slots). Raises MFuserError if a name does not fit."""
         if self.source == "simple":
-            from open_clip.tokenizer import SimpleTokenizer
+            from mfuser_plugins.backbones._text import simple_tokenizer, tokenize
 
-            from mfuser_plugins.backbones._text import tokenize
-
-            return tokenize(SimpleTokenizer(), names, slots, self.vocabulary)
+            return tokenize(simple_tokenizer(), names, slots, self.vocabulary)
         rows = [self._tokenizer()(name).input_ids for name in names]
         longest = max(range(len(rows)), key=lambda i: len(rows[i]), default=None)
         if longest is not None and len(rows[longest]) > slots:
@@ -144,17 +145,15 @@ class NewText(TextEncoder):
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
-        from open_clip.tokenizer import SimpleTokenizer
         from open_clip.transformer import TextTransformer
 
-        from mfuser_plugins.backbones._text import ClipText
+        from mfuser_plugins.backbones._text import ClipText, simple_tokenizer
 
         if width % heads:
             raise MFuserError(f"text.width = {width} is not a multiple of text.heads = {heads}")
-        self.tokenizer = SimpleTokenizer()
         self.model = TextTransformer(
             context_length=self.POSITIONS,
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=simple_tokenizer().vocab_size,
             width=width,
             heads=heads,
             layers=layers,
@@ -164,9 +163,9 @@ class NewText(TextEncoder):
         self.width = self.out_dim = width
 
     def tokenize(self, names: list[str], slots: int) -> Tensor:
-        from mfuser_plugins.backbones._text import tokenize
+        from mfuser_plugins.backbones._text import simple_tokenizer, tokenize
 
-        return tokenize(self.tokenizer, names, slots, self.stepper.vocabulary)
+        return tokenize(simple_tokenizer(), names, slots, self.stepper.vocabulary)
 
     def encode(self, ids: Tensor, context: Tensor | None) -> Tensor:
         return self.stepper.encode(ids, context)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from mfuser import DatasetSpec
+from mfuser_plugins.datasets._files import PairedSpec
 
 
-class ByCondition(DatasetSpec):
+class ByCondition(PairedSpec):
     """condition: one of `CONDITIONS`; none means all of them."""
 
     CONDITIONS: ClassVar[tuple[str, ...]] = ()

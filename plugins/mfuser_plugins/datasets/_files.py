@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -205,6 +206,30 @@ class PairedDataset(Dataset):
                 digest.update(key)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+
+class PairedSpec(DatasetSpec):
+    """Image files with label files; each dataset says which belong together."""
+
+    nested: ClassVar[tuple[str, str] | None] = None
+    """(A, B): where B is below the root and A is not, the dataset lies in B."""
+
+    def pairs(self, root: Path, split: str) -> list[Pair]:
+        """Those of "train" or "val" in the existing folder `root`."""
+        raise NotImplementedError
+
+    def class_ids(self) -> Iterable[int]:
+        """Train ids that the labels distinguish; the others are not scored."""
+        return range(19)
+
+    def build(self, root: Path | None, split: str) -> Dataset:
+        root = require_root(self, root)
+        if self.nested is not None:
+            inside, above = self.nested
+            if not (root / inside).is_dir() and (root / above).is_dir():
+                root /= above
+        pairs = self.pairs(root, chosen_split(self, split))
+        return PairedDataset(root, pairs, self.test_size, self.class_ids())
 
 
 def require_root(spec: DatasetSpec, root: Path | None) -> Path:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
-from mfuser import Dataset, DatasetSpec, hookimpl
+from mfuser import DatasetSpec, hookimpl
 from mfuser_plugins.datasets._conditions import ByCondition
 from mfuser_plugins.datasets._files import (
-    PairedDataset,
-    chosen_split,
+    Pair,
     city_labels,
     pair_files,
-    require_root,
 )
 
 Condition = Literal["fog", "night", "rain", "snow"]
@@ -35,9 +33,7 @@ class AcdcSpec(ByCondition, name="acdc"):
 
     condition: Condition | None = None
 
-    def build(self, root: Path | None, split: str) -> Dataset:
-        root = require_root(self, root)
-        split = chosen_split(self, split)
+    def pairs(self, root: Path, split: str) -> list[Pair]:
         pairs = []
         for condition in self.chosen():
             labels = root / "gt" / condition / split
@@ -48,7 +44,7 @@ class AcdcSpec(ByCondition, name="acdc"):
                 city_labels(labels, "_gt"),
                 LAYOUT,
             )
-        return PairedDataset(root, pairs, self.test_size)
+        return pairs
 
     def label(self) -> str:
         return "acdc" if self.condition is None else f"acdc:{self.condition}"

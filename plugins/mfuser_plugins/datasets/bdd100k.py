@@ -6,21 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from mfuser import DataError, Dataset, DatasetSpec, hookimpl
+from mfuser import DataError, DatasetSpec, hookimpl
 from mfuser_plugins.datasets._files import (
     IMAGE_SUFFIXES,
     TRAIN_IDS,
     LabelFiles,
-    PairedDataset,
-    chosen_split,
+    Pair,
+    PairedSpec,
     pair_files,
-    require_root,
 )
 
 LAYOUT = "images/10k/<split>/*.jpg and labels/sem_seg/masks/<split>/*.png (or colormaps)"
 
 
-class Bdd100kSpec(DatasetSpec, name="bdd100k"):
+class Bdd100kSpec(PairedSpec, name="bdd100k"):
     """BDD100K, the 10K set with semantic labels: American streets, all weathers, day and night.
 
     Reads `images/10k/` with `labels/sem_seg/masks/` or `colormaps/` (palette PNG whose index is
@@ -28,12 +27,9 @@ class Bdd100kSpec(DatasetSpec, name="bdd100k"):
     """
 
     official: ClassVar[Mapping[str, int]] = {"train": 7000, "val": 1000}
+    nested: ClassVar[tuple[str, str]] = ("images", "bdd100k")
 
-    def build(self, root: Path | None, split: str) -> Dataset:
-        root = require_root(self, root)
-        split = chosen_split(self, split)
-        if not (root / "images").is_dir() and (root / "bdd100k").is_dir():
-            root = root / "bdd100k"
+    def pairs(self, root: Path, split: str) -> list[Pair]:
         labels = root / "labels"
         layouts = [
             (root / "images" / "10k", [labels / "sem_seg" / "masks",
@@ -51,7 +47,7 @@ class Bdd100kSpec(DatasetSpec, name="bdd100k"):
                 f"bdd100k: the folder {images / split} does not exist, {images / other} does; set "
                 f'split = "{other}" to use that'
             )
-        pairs = pair_files(
+        return pair_files(
             self,
             images / split,
             IMAGE_SUFFIXES,
@@ -62,7 +58,6 @@ class Bdd100kSpec(DatasetSpec, name="bdd100k"):
             ],
             LAYOUT,
         )
-        return PairedDataset(root, pairs, self.test_size)
 
 
 @hookimpl

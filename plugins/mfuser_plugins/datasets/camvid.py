@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from mfuser import IGNORE, DataError, Dataset, DatasetSpec, hookimpl
+from mfuser import IGNORE, DataError, DatasetSpec, hookimpl
 from mfuser.errors import suggest
 from mfuser_plugins.datasets._files import (
     LabelFiles,
     LabelMap,
     Pair,
-    PairedDataset,
-    chosen_split,
+    PairedSpec,
     pair_files,
     require_folder,
-    require_root,
 )
 
 LAYOUT = (
@@ -34,7 +33,7 @@ def _split_names(value: Any) -> Any:
     return [name for name in value.split("+") if name] if isinstance(value, str) else value
 
 
-class CamvidSpec(DatasetSpec, name="camvid"):
+class CamvidSpec(PairedSpec, name="camvid"):
     """CamVid, 11 classes: 701 frames of Cambridge streets from a car, by day and at dusk.
 
     sequences: only these, e.g. ["0016E5", "0006R0"] or "0016E5+0006R0"; none means all. 0016E5
@@ -52,9 +51,8 @@ class CamvidSpec(DatasetSpec, name="camvid"):
 
     all_frames: bool = False
 
-    def build(self, root: Path | None, split: str) -> Dataset:
-        root = require_root(self, root)
-        train = chosen_split(self, split) == "train"
+    def pairs(self, root: Path, split: str) -> list[Pair]:
+        train = split == "train"
         frames = self._listed(root) if (root / "list.txt").is_file() else self._folders(root)
         present = {sequence for sequence, _, _ in frames}
         for name in self.sequences or ():
@@ -73,7 +71,10 @@ class CamvidSpec(DatasetSpec, name="camvid"):
                 f"split; {root} has them as {', '.join(parts)}. Choose other sequences, or the "
                 "other split"
             )
-        return PairedDataset(root, pairs, self.test_size, set(IDS.values()) - {IGNORE})
+        return pairs
+
+    def class_ids(self) -> Iterable[int]:
+        return set(IDS.values()) - {IGNORE}
 
     def label(self) -> str:
         return "camvid" if self.sequences is None else f"camvid:{'+'.join(self.sequences)}"

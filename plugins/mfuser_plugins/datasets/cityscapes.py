@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from mfuser import Dataset, DatasetSpec, hookimpl
+from mfuser import DatasetSpec, hookimpl
 from mfuser_plugins.datasets._files import (
     CITYSCAPES_IDS,
     TRAIN_IDS,
     LabelFiles,
     LabelMap,
-    PairedDataset,
-    chosen_split,
+    Pair,
+    PairedSpec,
     pair_files,
-    require_root,
 )
 
 LAYOUT = (
@@ -23,7 +22,7 @@ LAYOUT = (
 )
 
 
-class CityscapesSpec(DatasetSpec, name="cityscapes"):
+class CityscapesSpec(PairedSpec, name="cityscapes"):
     """Cityscapes, finely annotated: real streets of German and Swiss cities by day.
 
     Reads `leftImg8bit/` and `gtFine/` as unpacked. Where the official `_labelIds.png` are absent,
@@ -32,11 +31,9 @@ class CityscapesSpec(DatasetSpec, name="cityscapes"):
 
     official: ClassVar[Mapping[str, int]] = {"train": 2975, "val": 500}
 
-    def build(self, root: Path | None, split: str) -> Dataset:
-        root = require_root(self, root)
-        split = chosen_split(self, split)
+    def pairs(self, root: Path, split: str) -> list[Pair]:
         labels = root / "gtFine" / split
-        pairs = pair_files(
+        return pair_files(
             self,
             root / "leftImg8bit" / split,
             ("_leftImg8bit.png",),
@@ -46,7 +43,6 @@ class CityscapesSpec(DatasetSpec, name="cityscapes"):
             ],
             LAYOUT,
         )
-        return PairedDataset(root, pairs, self.test_size)
 
 
 @hookimpl

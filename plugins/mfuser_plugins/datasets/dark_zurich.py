@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from mfuser import Dataset, DatasetSpec, hookimpl
+from mfuser import DatasetSpec, hookimpl
 from mfuser_plugins.datasets._files import (
-    PairedDataset,
-    chosen_split,
+    Pair,
+    PairedSpec,
     city_labels,
     pair_files,
-    require_root,
 )
 
 LAYOUT = (
@@ -21,7 +20,7 @@ LAYOUT = (
 )
 
 
-class DarkZurichSpec(DatasetSpec, name="dark_zurich"):
+class DarkZurichSpec(PairedSpec, name="dark_zurich"):
     """Dark Zurich: streets of one city at night, a target only.
 
     Reads `rgb_anon/` and `gt/` as unpacked. Its training images have no labels, those of the test
@@ -30,18 +29,15 @@ class DarkZurichSpec(DatasetSpec, name="dark_zurich"):
 
     official: ClassVar[Mapping[str, int]] = {"val": 50}
 
-    def build(self, root: Path | None, split: str) -> Dataset:
-        root = require_root(self, root)
-        split = chosen_split(self, split)
+    def pairs(self, root: Path, split: str) -> list[Pair]:
         labels = root / "gt" / split
-        pairs = pair_files(
+        return pair_files(
             self,
             root / "rgb_anon" / split,
             ("_rgb_anon.png",),
             city_labels(labels, "_gt"),
             LAYOUT,
         )
-        return PairedDataset(root, pairs, self.test_size)
 
 
 @hookimpl

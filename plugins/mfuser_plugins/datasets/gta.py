@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from mfuser import IGNORE, Dataset, DatasetSpec, hookimpl
+from mfuser import IGNORE, DatasetSpec, hookimpl
 from mfuser.config.classes import CITYSCAPES
 from mfuser.data.images import UnreadableImage, image_size
 from mfuser_plugins.datasets._files import (
@@ -16,10 +16,8 @@ from mfuser_plugins.datasets._files import (
     LabelFiles,
     LabelMap,
     Pair,
-    PairedDataset,
-    chosen_split,
+    PairedSpec,
     pair_files,
-    require_root,
     unsplit_folder,
 )
 
@@ -50,7 +48,7 @@ UNEQUAL = frozenset(
 """Images whose label has another size as published; the known splits leave them out."""
 
 
-class GtaSpec(DatasetSpec, name="gta"):
+class GtaSpec(PairedSpec, name="gta"):
     """GTA5: streets rendered by a game, the usual synthetic source.
 
     Reads `images/` and `labels/` as unpacked: all of it is the train split, unless there are
@@ -59,9 +57,8 @@ class GtaSpec(DatasetSpec, name="gta"):
 
     official: ClassVar[Mapping[str, int]] = {"train": 24966}
 
-    def build(self, root: Path | None, split: str) -> Dataset:
-        root = require_root(self, root)
-        images, part = unsplit_folder(self, root / "images", chosen_split(self, split))
+    def pairs(self, root: Path, split: str) -> list[Pair]:
+        images, part = unsplit_folder(self, root / "images", split)
         colors = {
             **dict.fromkeys(VOID_COLORS, IGNORE),
             **{color: i for i, color in enumerate(CITYSCAPES.colors)},
@@ -77,7 +74,7 @@ class GtaSpec(DatasetSpec, name="gta"):
             + [LabelFiles(folder, CONVERTED, TRAIN_IDS) for folder in folders],
             LAYOUT,
         )
-        return PairedDataset(root, [p for p in pairs if not _unequal(p)], self.test_size)
+        return [pair for pair in pairs if not _unequal(pair)]
 
 
 def _unequal(pair: Pair) -> bool:

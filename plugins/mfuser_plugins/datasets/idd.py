@@ -6,18 +6,18 @@ The kit (AutoNUE/public-code) draws the polygons as PNG masks in one of several 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from mfuser import IGNORE, Dataset, DatasetSpec, hookimpl
+from mfuser import IGNORE, DatasetSpec, hookimpl
 from mfuser_plugins.datasets._files import (
     TRAIN_IDS,
     LabelFiles,
     LabelMap,
-    PairedDataset,
-    chosen_split,
+    Pair,
+    PairedSpec,
     pair_files,
-    require_root,
 )
 
 Encoding = Literal["csTrainId", "id", "level3Id"]
@@ -45,7 +45,7 @@ LEVEL3 = {
 """Level-3 id -> train id; what it merges is said in `IddSpec`."""
 
 
-class IddSpec(DatasetSpec, name="idd"):
+class IddSpec(PairedSpec, name="idd"):
     """IDD: unstructured traffic on Indian roads by day.
 
     encoding: of the masks that the kit has made. "csTrainId" and "id" hold the same; "level3Id",
@@ -57,12 +57,9 @@ class IddSpec(DatasetSpec, name="idd"):
 
     encoding: Encoding = "csTrainId"
 
-    def build(self, root: Path | None, split: str) -> Dataset:
-        root = require_root(self, root)
-        split = chosen_split(self, split)
+    def pairs(self, root: Path, split: str) -> list[Pair]:
         decode = {"csTrainId": TRAIN_IDS, "id": LabelMap(IDS), "level3Id": LabelMap(LEVEL3)}
-        classes = set(range(19)) - ({16} if self.encoding == "level3Id" else set())
-        pairs = pair_files(
+        return pair_files(
             self,
             root / "leftImg8bit" / split,
             ("_leftImg8bit.png", "_leftImg8bit.jpg"),
@@ -75,7 +72,9 @@ class IddSpec(DatasetSpec, name="idd"):
             ],
             LAYOUT,
         )
-        return PairedDataset(root, pairs, self.test_size, classes)
+
+    def class_ids(self) -> Iterable[int]:
+        return set(range(19)) - ({16} if self.encoding == "level3Id" else set())
 
 
 @hookimpl

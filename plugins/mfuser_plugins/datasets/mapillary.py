@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mfuser import IGNORE, DataError, Dataset, DatasetSpec, hookimpl
+from mfuser import IGNORE, DataError, DatasetSpec, hookimpl
 from mfuser.specs import Size
 from mfuser_plugins.datasets._files import (
     CONVERTED,
@@ -16,10 +16,8 @@ from mfuser_plugins.datasets._files import (
     LabelFiles,
     LabelMap,
     Pair,
-    PairedDataset,
-    chosen_split,
+    PairedSpec,
     pair_files,
-    require_root,
 )
 
 LAYOUT = (
@@ -44,7 +42,7 @@ V12_START = ((165, 42, 42), (0, 192, 0), (196, 196, 196), (190, 153, 153), (180,
 """Palette of the first labels of v1.2: bird, ground animal, curb, fence, guard rail."""
 
 
-class MapillarySpec(DatasetSpec, name="mapillary"):
+class MapillarySpec(PairedSpec, name="mapillary"):
     """Mapillary Vistas v1.2 (66 labels): streets of six continents, all cameras and weathers.
 
     mapping: from the 66 labels to the 19 train ids. "dgss" (by name, as in the domain
@@ -59,9 +57,8 @@ class MapillarySpec(DatasetSpec, name="mapillary"):
     mapping: Literal["dgss", "robustnet"] = "dgss"
     test_size: Size | None = (2048, 1024)
 
-    def build(self, root: Path | None, split: str) -> Dataset:
-        root = require_root(self, root)
-        folder = root / ("training" if chosen_split(self, split) == "train" else "validation")
+    def pairs(self, root: Path, split: str) -> list[Pair]:
+        folder = root / ("training" if split == "train" else "validation")
         ids = {**dict.fromkeys(range(NUM_LABELS), IGNORE), **COMMON, **MAPPINGS[self.mapping]}
         hint = "; Mapillary Vistas v2.0 has 124 labels, the v1.2 labels are needed"
         official = LabelMap(ids, hint=hint)
@@ -83,7 +80,7 @@ class MapillarySpec(DatasetSpec, name="mapillary"):
         unsure = [p for p in pairs if p.decode is official and p.label.is_relative_to(plain)]
         if unsure:
             _check_version(root, unsure[0])
-        return PairedDataset(root, pairs, self.test_size)
+        return pairs
 
 
 def _check_version(root: Path, pair: Pair) -> None:

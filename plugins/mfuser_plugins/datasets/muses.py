@@ -9,15 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
-from mfuser import Dataset, DatasetSpec, hookimpl
+from mfuser import DatasetSpec, hookimpl
 from mfuser_plugins.datasets._conditions import ByCondition
 from mfuser_plugins.datasets._files import (
     Pair,
-    PairedDataset,
-    chosen_split,
     city_labels,
     pair_files,
-    require_root,
 )
 
 Condition = Literal["clear", "fog", "rain", "snow"]
@@ -43,9 +40,7 @@ class MusesSpec(ByCondition, name="muses"):
     condition: Condition | None = None
     time: Time | None = None
 
-    def build(self, root: Path | None, split: str) -> Dataset:
-        root = require_root(self, root)
-        split = chosen_split(self, split)
+    def pairs(self, root: Path, split: str) -> list[Pair]:
         pairs: list[Pair] = []
         for condition in self.chosen():
             part = Path(split, condition, self.time or "")
@@ -57,7 +52,7 @@ class MusesSpec(ByCondition, name="muses"):
                 city_labels(labels, "_gt"),
                 LAYOUT,
             )
-        return PairedDataset(root, pairs, self.test_size)
+        return pairs
 
     def label(self) -> str:
         chosen = "-".join(part for part in (self.condition, self.time) if part)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from mfuser import IGNORE, Dataset, DatasetSpec, hookimpl
+from mfuser import IGNORE, DatasetSpec, hookimpl
 from mfuser_plugins.datasets._files import (
     CONVERTED,
     TRAIN_IDS,
     LabelFiles,
     LabelMap,
-    PairedDataset,
-    chosen_split,
+    Pair,
+    PairedSpec,
     pair_files,
-    require_root,
     unsplit_folder,
 )
 
@@ -32,7 +31,7 @@ ABSENT = frozenset({9, 14, 16})
 """Terrain, truck and train have an id that no label uses."""
 
 
-class SynthiaSpec(DatasetSpec, name="synthia"):
+class SynthiaSpec(PairedSpec, name="synthia"):
     """SYNTHIA-RAND-CITYSCAPES: rendered streets with the classes of Cityscapes (16 of the 19).
 
     Reads `RGB/` and `GT/LABELS/` as unpacked (16-bit PNG, class in the red channel), also below
@@ -40,17 +39,14 @@ class SynthiaSpec(DatasetSpec, name="synthia"):
     """
 
     official: ClassVar[Mapping[str, int]] = {"train": 9400}
+    nested: ClassVar[tuple[str, str]] = ("RGB", "RAND_CITYSCAPES")
 
-    def build(self, root: Path | None, split: str) -> Dataset:
-        root = require_root(self, root)
-        split = chosen_split(self, split)
-        if not (root / "RGB").is_dir() and (root / "RAND_CITYSCAPES" / "RGB").is_dir():
-            root = root / "RAND_CITYSCAPES"
+    def pairs(self, root: Path, split: str) -> list[Pair]:
         images, part = unsplit_folder(self, root / "RGB", split)
         labels = root / "GT" / "LABELS"
         folders = [labels, labels / (part or "train")]
         official = LabelMap(IDS, channel=0)
-        pairs = pair_files(
+        return pair_files(
             self,
             images,
             (".png",),
@@ -58,7 +54,9 @@ class SynthiaSpec(DatasetSpec, name="synthia"):
             + [LabelFiles(folder, CONVERTED, TRAIN_IDS) for folder in folders],
             LAYOUT,
         )
-        return PairedDataset(root, pairs, self.test_size, set(range(19)) - ABSENT)
+
+    def class_ids(self) -> Iterable[int]:
+        return set(range(19)) - ABSENT
 
 
 @hookimpl

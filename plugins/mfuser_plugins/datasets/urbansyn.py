@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from mfuser import IGNORE, Dataset, DatasetSpec, hookimpl
+from mfuser import IGNORE, DatasetSpec, hookimpl
 from mfuser_plugins.datasets._files import (
     LabelFiles,
     LabelMap,
-    PairedDataset,
-    chosen_split,
+    Pair,
+    PairedSpec,
     pair_files,
-    require_root,
     unsplit_folder,
 )
 
@@ -23,7 +22,7 @@ IDS = {**{i: i for i in range(19)}, 19: IGNORE}
 """Cityscapes' train ids, and 19 for what is unlabeled."""
 
 
-class UrbanSynSpec(DatasetSpec, name="urbansyn"):
+class UrbanSynSpec(PairedSpec, name="urbansyn"):
     """UrbanSyn: photorealistic rendered streets with the 19 classes of Cityscapes.
 
     Reads `rgb/` and `ss/` as published: all of it is the train split, unless there are folders
@@ -32,17 +31,15 @@ class UrbanSynSpec(DatasetSpec, name="urbansyn"):
 
     official: ClassVar[Mapping[str, int]] = {"train": 7539}
 
-    def build(self, root: Path | None, split: str) -> Dataset:
-        root = require_root(self, root)
-        images, part = unsplit_folder(self, root / "rgb", chosen_split(self, split))
-        pairs = pair_files(
+    def pairs(self, root: Path, split: str) -> list[Pair]:
+        images, part = unsplit_folder(self, root / "rgb", split)
+        return pair_files(
             self,
             images,
             (".png",),
             [LabelFiles(root / "ss" / part, ".png", LabelMap(IDS), ("rgb_", "ss_"))],
             LAYOUT,
         )
-        return PairedDataset(root, pairs, self.test_size)
 
 
 @hookimpl

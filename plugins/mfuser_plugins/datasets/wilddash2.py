@@ -10,15 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from mfuser import IGNORE, DataError, Dataset, DatasetSpec, hookimpl
+from mfuser import IGNORE, DataError, DatasetSpec, hookimpl
 from mfuser_plugins.datasets._files import (
     IMAGE_SUFFIXES,
     LabelFiles,
     LabelMap,
-    PairedDataset,
-    chosen_split,
+    Pair,
+    PairedSpec,
     pair_files,
-    require_root,
     unsplit_folder,
 )
 from mfuser_plugins.datasets._folder_maps import PanopticMap
@@ -40,7 +39,7 @@ crosswalks, bike and service lanes and pedestrian areas road; other barriers wal
 pole. Street lights and backs of signs are ignored."""
 
 
-class WildDash2Spec(DatasetSpec, name="wilddash2"):
+class WildDash2Spec(PairedSpec, name="wilddash2"):
     """WildDash 2: dash cameras all over the world, picked for what is hard about them.
 
     Reads `images/` with `panoptic/` and `panoptic.json` as published, or with `labels/` of an older
@@ -50,9 +49,8 @@ class WildDash2Spec(DatasetSpec, name="wilddash2"):
 
     official: ClassVar[Mapping[str, int]] = {"train": 4256}
 
-    def build(self, root: Path | None, split: str) -> Dataset:
-        root = require_root(self, root)
-        images, part = unsplit_folder(self, root / "images", chosen_split(self, split))
+    def pairs(self, root: Path, split: str) -> list[Pair]:
+        images, part = unsplit_folder(self, root / "images", split)
         labels, document = root / "labels" / part, root / "panoptic.json"
         official = LabelMap(IDS)
         choices = [
@@ -65,8 +63,7 @@ class WildDash2Spec(DatasetSpec, name="wilddash2"):
                 LabelFiles(folder, ".png", panoptic)
                 for folder in dict.fromkeys((root / "panoptic", root / "panoptic" / part))
             ]
-        pairs = pair_files(self, images, IMAGE_SUFFIXES, choices, LAYOUT)
-        return PairedDataset(root, pairs, self.test_size)
+        return pair_files(self, images, IMAGE_SUFFIXES, choices, LAYOUT)
 
 
 def segments(path: Path) -> PanopticMap:

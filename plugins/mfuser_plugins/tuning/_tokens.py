@@ -23,8 +23,8 @@ class LowRankTokens(nn.Module):
 
 
 def found(patches: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
-    """What patches (B, T, D) find among tokens (m, D): softmax(f T' / sqrt(D)) without the share of
-    the first token, which takes what needs no refinement, times values (m - 1, D)."""
+    """Attention of patches (B, T, D) to tokens (m, D): softmax(f T' / sqrt(D)) times values
+    (m - 1, D). The first token has no value: it absorbs what needs no refinement."""
     shape = (len(patches), 1, *tokens.shape)  # one head
     values = F.pad(values, (0, 0, 1, 0))
     return F.scaled_dot_product_attention(

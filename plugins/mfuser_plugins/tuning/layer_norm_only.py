@@ -9,7 +9,7 @@ from mfuser_plugins.tuning._blocks import BlocksSpec, train
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Layer norms and RMS norms, those of the libraries too, which share no base class."""
+    """Layer norms and RMS norms, also those of the libraries, which have no common base class."""
     return isinstance(module, nn.LayerNorm) or type(module).__name__.lower().endswith("norm")
 
 

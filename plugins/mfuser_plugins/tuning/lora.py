@@ -54,7 +54,7 @@ class LowRank(nn.Module):
         self.register_buffer("down_start", None if start is None else self.down.detach().clone())
 
     def change(self) -> Tensor:
-        """What is added to the weight: (out, in)."""
+        """The update of the weight: (out, in)."""
         product = self._product(self.up, self.down)
         if self.up_start is not None and self.down_start is not None:
             product = product - self._product(self.up_start, self.down_start)

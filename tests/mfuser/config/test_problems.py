@@ -1,5 +1,5 @@
-"""Every kind of table, every kind of mistake, from wherever it comes: one sentence that says where
-it is, which key, what is allowed for that component, and the nearest name."""
+"""Every kind of table, every kind of mistake, from wherever it comes: one sentence with its
+place, the key, what is allowed for that component, and the nearest name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pairing costs, part by part: the parts add up, and agree with what is known of them."""
+"""The cost of a pairing by part: the parts add up, and agree with what is known of them."""
 
 from __future__ import annotations
 

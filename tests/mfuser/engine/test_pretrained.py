@@ -23,7 +23,7 @@ IMAGES = (torch.arange(2 * 3 * 80 * 120) % 251).to(torch.uint8).reshape(2, 3, 80
 
 
 def shaken(model: DGSSModel) -> DGSSModel:
-    """What a training changes, changed."""
+    """The model with every trained parameter changed."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -56,7 +56,7 @@ def test_norms_and_biases_of_other_libraries() -> None:
     tower = backbone("eva_giant_patch14_224")
     BiasSpec().build(tower)
     assert {"q_bias", "v_bias"} <= {name.rsplit(".", 1)[1] for name in trained(tower)}
-    # DINOv3's norms are layer norms; those of RMS are no subclass of torch's layer norm.
+    # DINOv3's norms are layer norms; RMS norms are not subclasses of torch's layer norm.
     spec = components("vision")["timm"](
         model="vit_little_patch16_reg4_gap_256.sbb_in1k", weights="random",
         options={"embed_dim": 32, "depth": 2, "num_heads": 2},
