@@ -15,8 +15,9 @@ demo: $(VENV)/.installed
 demo-scratch: $(VENV)/.installed
 	$(BIN)/mfuser train demo-scratch --recipe demo --out $(OUT)-scratch $(if $(wildcard $(OUT)-scratch/run.json),--resume)
 
+# With the coverage of lines and branches; pytest's closing line comes last.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 
 # Those that wait for schedulers, clusters and random kills: not part of `make test`.
 test-long: $(VENV)/.installed-dev
@@ -41,10 +42,8 @@ test-versions: .venv-lowest/.installed .venv-newest/.installed
 	.venv-$*/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
-# The tests once more, measured line by line (two thirds longer), and what they did not reach, least
-# covered first.
+# Lines and branches that the last `make test` did not reach, the least covered modules first.
 coverage: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --sort=cover
 
 check: lint types imports docs

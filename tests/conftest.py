@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import os
 import shutil
 import sys
@@ -104,6 +106,23 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         torch.set_num_threads(1)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """With --cov: the total, above the closing line."""
+    if not config.getoption("cov_source", None) or not config.pluginmanager.hasplugin("_cov"):
+        return
+    from coverage import Coverage
+    from coverage.exceptions import NoDataError
+
+    measured = Coverage()
+    measured.load()
+    with contextlib.suppress(NoDataError):
+        total = measured.report(file=io.StringIO(), output_format="total")
+        terminalreporter.write_line(f"coverage of lines and branches: {total:.1f} %")
+
+
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
     """Every test starts from one seed, and no process group or precision outlives it."""
@@ -114,6 +133,7 @@ def _repeatable() -> Iterator[None]:
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
 
+        # Private: Accelerate has no public way to put its state away.
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -162,7 +162,7 @@ def _part() -> None:
     """End the process group, and with it what others wait for."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # private, as above
 
 
 def _accelerator(precision: str, device: str | None) -> Accelerator:

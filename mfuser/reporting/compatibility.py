@@ -112,6 +112,7 @@ def memory(model: DGSSModel, images: Tensor) -> dict[str, float] | None:
     """
     gib = 2.0**30
     tensors = [*model.parameters(), *model.buffers()]
+    # Private: on the meta device every storage's public data_ptr() is 0.
     own = {t.untyped_storage()._cdata for t in tensors}
     saved: dict[int, Any] = {}
 

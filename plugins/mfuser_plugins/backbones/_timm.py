@@ -187,6 +187,7 @@ class EvaStepper(TimmStepper):
         return result
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
+        # Private, but the only place where timm adds positions before the blocks.
         tokens, rope = self.model._pos_embed(self._patches(images))
         return self.model.norm_pre(tokens), rope
 

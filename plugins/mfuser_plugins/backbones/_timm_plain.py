@@ -147,6 +147,7 @@ class NaFlexStepper(AnySizeStepper):
         return self.model.embeds
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
+        # Private, but the only place where timm adds positions before the blocks.
         found = self.model._forward_embeds(self._cut(images), None, None, None)
         rope = found["rope_embeds"]
         if self.model.rope_is_mixed and rope is not None:
@@ -229,6 +230,7 @@ class QwenStepper(EncoderStepper):
     projector = "merger"
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
+        # Private, as above.
         tokens, rope = self.model._pos_embed(self.model.patch_embed(self._cut(images)))
         return tokens, rope
 

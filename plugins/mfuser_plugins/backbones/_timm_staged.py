@@ -243,6 +243,7 @@ class HieraStepper(TimmStepper):
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
         model = self.model
+        # Private, but the only place where timm adds positions before the blocks.
         tokens = model.unroll(model._pos_embed(model.patch_embed(images)))
         for block in model.blocks[: self.opening + 1]:
             tokens = block(tokens)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
 from stepping import perturb
 
 from mfuser import MFuserError, WeightsError
+from mfuser_plugins.backbones import _text
 from mfuser_plugins.backbones._clip import ClipBackbone, TimmClipBackbone, attend
 from mfuser_plugins.backbones.open_clip import OpenClipSpec
 
@@ -304,6 +307,21 @@ def test_files_of_openai_need_quick_gelu(tmp_path: Path) -> None:
     loaded = OpenClipSpec(model="ViT-B-16-quickgelu", **options).build((224, 224))
     table = loaded.model.get_parameter("visual.positional_embedding")
     assert torch.equal(table, state["visual.positional_embedding"])
+
+
+def test_models_and_their_copies_share_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it takes a tenth of a second, and so would copying its tables with a model."""
+    read = []
+
+    class Counted(SimpleTokenizer):
+        def __init__(self, **options: Any) -> None:
+            read.append(options)
+            super().__init__(**options)
+
+    monkeypatch.setattr(_text, "SimpleTokenizer", Counted)
+    one, two = build("ViT-B-16", OWN), build("ViT-L-14-336-quickgelu", OWN)
+    ids = [tower.tokenize(["road"], 8) for tower in (one, two, copy.deepcopy(one))]
+    assert len(read) == 1 and all(torch.equal(ids[0], other) for other in ids)
 
 
 @pytest.mark.parametrize(("spec", "message"), [
