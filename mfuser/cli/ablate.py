@@ -24,10 +24,9 @@ from mfuser.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mfuser.config.registry import Registry
-    from mfuser.config.study import AdapterStudySpec, StudySpec
     from mfuser.engine.console import Console
-    from mfuser.study.runs import Inputs, Job, Trouble
+    from mfuser.study.plans import Plan
+    from mfuser.study.runs import Job, Trouble
 
 
 OPTIONS = {
@@ -38,8 +37,11 @@ OPTIONS = {
 
 
 @cli.command()
-@click.argument("study")
-@out_option("Folder of runs and results. Default: studies/STUDY.")
+@click.argument("studies", metavar="STUDY...", nargs=-1, required=True)
+@out_option(
+    "Folder of runs and results. Default: studies/STUDY. Of several studies, the folder of their "
+    "folders. Default: studies."
+)
 @click.option(
     "--axis",
     "axes",
@@ -75,15 +77,22 @@ OPTIONS = {
     metavar="KEY=VALUE",
     help="An option of the launcher, e.g. timeout_min=600 or gpus=1.",
 )
+@click.option(
+    "--reuse/--no-reuse",
+    default=True,
+    show_default=True,
+    help="Take a finished run that is the same in every respect from a study's folder beside OUT.",
+)
 @click.option("--dry-run", is_flag=True, help="List the runs and their state; run nothing.")
 @common_options(data=True, device=True)
 def ablate(
-    study: str,
+    studies: tuple[str, ...],
     out: Path | None,
     index: int,
     of: int,
     launcher: str,
     launcher_settings: tuple[str, ...],
+    reuse: bool,
     dry_run: bool,
     common: Common,
     **changes: Any,
@@ -92,29 +101,38 @@ def ablate(
     evaluate it, and write one table of the results.
 
     Nothing runs before the whole grid is validated. Finished runs are skipped, so the same command
-    continues after Ctrl-C. A run that fails does not stop the others. Several processes or
-    machines can share the work (--index, --of), each on one GPU (CUDA_VISIBLE_DEVICES); or
-    --launcher hands every run to SLURM or Ray and watches them (docs/studies.md).
+    continues after Ctrl-C. A run that fails does not stop the others. Several processes can share
+    the work: the same command again in another terminal, or --index and --of, each on one GPU
+    (CUDA_VISIBLE_DEVICES); or --launcher hands every run to SLURM or Ray and watches them. Runs
+    that several studies have in common are trained once (docs/studies.md).
     """
     registry = common.registry()
-    spec = registry.study(study, _overrides(changes), by=OPTIONS)
+    studies = tuple(dict.fromkeys(studies))
+    specs = {name: registry.study(name, _overrides(changes), by=OPTIONS) for name in studies}
     if not dry_run:
         common.check_device()
     from mfuser.config.study import AdapterStudySpec, StudySpec
     from mfuser.engine.processes import check_alone
+    from mfuser.study.plans import AdapterPlan, TrainingPlan
     from mfuser.study.runs import Inputs
 
     check_alone("ablate")
-    folder = out or Path("studies") / study
     inputs = Inputs(common.registries, common.plugins, common.data_roots, common.device)
-    plan: _Plan
-    if isinstance(spec, AdapterStudySpec):
-        plan = _AdapterPlan(registry, study, spec, folder, inputs)
-    else:
-        assert isinstance(spec, StudySpec)
-        plan = _TrainingPlan(registry, study, spec, folder, inputs)
+    plans: dict[str, Plan] = {}
+    for name, spec in specs.items():
+        folder = (
+            (out or Path("studies") / name) if len(specs) == 1 else (out or Path("studies")) / name
+        )
+        if isinstance(spec, AdapterStudySpec):
+            plans[name] = AdapterPlan(registry, name, spec, folder, inputs)
+        else:
+            assert isinstance(spec, StudySpec)
+            plans[name] = TrainingPlan(registry, name, spec, folder, inputs, reuse)
     engine = Engine(launcher, launcher_settings)
-    work(plan, study, folder, index, of, dry_run, common.as_json, engine=engine)
+    if len(plans) == 1:
+        work(plans[studies[0]], studies[0], index, of, dry_run, common.as_json, engine=engine)
+    else:
+        _work_all(plans, index, of, dry_run, common.as_json, engine)
 
 
 @dataclass(frozen=True)
@@ -124,18 +142,18 @@ class Engine:
     name: str = "local"
     settings: tuple[str, ...] = ()
 
-    def run(self, jobs: list[Job], folder: Path, console: Console) -> list[Trouble]:
+    def run(self, jobs: list[Job], plan: Plan, console: Console) -> list[Trouble]:
         """Those that did not finish. Raises StudyInterrupted after Ctrl-C."""
         from mfuser.study.runs import work_through
 
         if self.name == "local":
-            return work_through(jobs, console)
+            return work_through(jobs, console, plan.neighbors)
         from mfuser.study.launchers import open_launcher
         from mfuser.study.spread import spread
 
-        launcher = open_launcher(self.name, self._options(), folder)
+        launcher = open_launcher(self.name, self._options(), plan.folder)
         try:
-            return spread(jobs, launcher, console)
+            return spread(jobs, launcher, console, plan.neighbors)
         finally:
             launcher.close()
 
@@ -155,71 +173,9 @@ class Engine:
         return parse_settings(self.settings)
 
 
-class _Plan:
-    """A study's jobs, and the table of what they found."""
-
-    jobs: list[Job]
-    identities: dict[str, dict[str, Any]]
-
-    def check(self) -> None:
-        """Raises MFuserError for what matters only if something is to run."""
-
-    def results(self) -> Any:
-        raise NotImplementedError
-
-
-class _TrainingPlan(_Plan):
-    def __init__(
-        self, registry: Registry, name: str, spec: StudySpec, folder: Path, inputs: Inputs
-    ) -> None:
-        from mfuser.study import grid, runs
-
-        self.registry, self.name, self.spec, self.folder = registry, name, spec, folder
-        self.variants = grid.variants(registry, name, spec)
-        self.jobs = runs.training_jobs(self.variants, folder, inputs)
-        self.identities = {v.slug: v.identity() for v in self.variants}
-
-    def check(self) -> None:
-        from mfuser.study import grid, runs
-
-        runs.check_runs(self.registry, self.variants, self.folder)
-        if any(job.state()[0] != "finished" for job in self.jobs):
-            grid.check_data(self.registry, self.variants)
-
-    def results(self) -> Any:
-        from mfuser.study import report
-
-        return report.collect(self.registry, self.name, self.spec, self.variants, self.jobs)
-
-
-class _AdapterPlan(_Plan):
-    def __init__(
-        self, registry: Registry, name: str, spec: AdapterStudySpec, folder: Path, inputs: Inputs
-    ) -> None:
-        from mfuser.study import adapters
-
-        self.registry, self.name, self.spec = registry, name, spec
-        self.adapters = adapters.adapters(registry, name, spec)
-        self.jobs = adapters.jobs(self.adapters, spec, folder, inputs)
-        self.identities = adapters.identities(self.adapters, spec)
-
-    def results(self) -> Any:
-        from mfuser.study import adapters
-
-        return adapters.collect(self.registry, self.name, self.spec, self.adapters, self.jobs)
-
-
-def training_plan(
-    registry: Registry, name: str, spec: StudySpec, folder: Path, inputs: Inputs
-) -> _Plan:
-    """The plan of a study that a command put together, for `work`."""
-    return _TrainingPlan(registry, name, spec, folder, inputs)
-
-
 def work(
-    plan: _Plan,
+    plan: Plan,
     study: str,
-    folder: Path,
     index: int,
     of: int,
     dry_run: bool,
@@ -228,22 +184,58 @@ def work(
     engine: Engine = Engine(),
 ) -> Any:
     """Run what is left of a study; its results are shown and returned (None after a dry run)."""
+    share = _shared(plan, study, index, of, engine)
+    if dry_run:
+        _list({study: plan}, share, as_json)
+        return None
+    plan.check()
+    results, whole = _run(plan, study, share, as_json, engine)
+    if as_json and not quiet:
+        emit(results.model_dump(mode="json"))
+    if not whole:
+        raise click.exceptions.Exit(1)
+    return results
+
+
+def _work_all(
+    plans: dict[str, Plan], index: int, of: int, dry_run: bool, as_json: bool, engine: Engine
+) -> None:
+    """Several studies, one after the other; all are checked before anything runs."""
+    shares = {name: _shared(plan, name, index, of, engine) for name, plan in plans.items()}
+    if dry_run:
+        _list(plans, [job for share in shares.values() for job in share], as_json)
+        return
+    for plan in plans.values():
+        plan.check()
+    found = {name: _run(plan, name, shares[name], as_json, engine) for name, plan in plans.items()}
+    if as_json:
+        emit([results.model_dump(mode="json") for results, _ in found.values()])
+    if not all(whole for _, whole in found.values()):
+        raise click.exceptions.Exit(1)
+
+
+def _shared(plan: Plan, study: str, index: int, of: int, engine: Engine) -> list[Job]:
+    from mfuser.study import runs
+
     engine.check(of)
+    share = runs.share(plan.jobs, index, of)
+    runs.check_study(plan.folder, study, plan.identities)
+    return share
+
+
+def _run(
+    plan: Plan, study: str, share: list[Job], as_json: bool, engine: Engine
+) -> tuple[Any, bool]:
+    """The results of a study, and whether every run of the share finished."""
     from mfuser.engine.console import Console
     from mfuser.reporting.tables import show
     from mfuser.study import runs
     from mfuser.study.results import save
 
-    share = runs.share(plan.jobs, index, of)
-    runs.check_study(folder, study, plan.identities)
-    if dry_run:
-        _list(share, folder, as_json)
-        return None
-    plan.check()
-    runs.open_study(folder, study, plan.identities)
+    runs.open_study(plan.folder, study, plan.identities)
     console = Console()
     try:
-        troubles = engine.run(share, folder, console)
+        troubles = engine.run(share, plan, console)
     except runs.StudyInterrupted as stop:
         console.say(
             f"{stop}. What is finished stays; the same command goes on from here:\n"
@@ -251,31 +243,57 @@ def work(
         )
         raise click.exceptions.Exit(INTERRUPTED) from stop
     results = plan.results()
-    without_plot = save(results, folder)
+    without_plot = save(results, plan.folder)
     if without_plot:
         console.say(without_plot)
-    if as_json and not quiet:
-        emit(results.model_dump(mode="json"))
-    elif not as_json:
-        show(*results.tables(), *results.summary(), f"results: {folder / 'results.md'}")
+    if not as_json:
+        show(*results.tables(), *results.summary(), f"results: {plan.folder / 'results.md'}")
     if troubles:
         console.say(f"{len(troubles)} of {len(share)} runs did not finish:")
         for job, status, message in troubles:
             console.say(f"  {job.label} {status}: {message}")
-        raise click.exceptions.Exit(1)
-    return results
+    return results, not troubles
 
 
-def _list(jobs: list[Job], folder: Path, as_json: bool) -> None:
+def _list(plans: dict[str, Plan], jobs: list[Job], as_json: bool) -> None:
+    """The runs and their state; how many of them are left, and how many of these differ."""
+    from mfuser.study.reuse import same_runs
+
+    by_folder = {job.folder: plan for plan in plans.values() for job in plan.jobs}
+    sources = {}
+    for job in jobs:
+        neighbors = by_folder[job.folder].neighbors
+        sources[job.folder] = neighbors.offer(job) if neighbors is not None else None
     if as_json:
-        emit([{"run": j.label, "folder": str(j.folder), "state": j.state()[0]} for j in jobs])
+        emit(
+            [
+                {
+                    "run": job.label,
+                    "folder": str(job.folder),
+                    "state": job.state()[0],
+                    "elsewhere": sources[job.folder],
+                }
+                for job in jobs
+            ]
+        )
         return
     from mfuser.reporting.tables import Table
 
-    rows = [(job.label, job.state()[0], str(job.folder)) for job in jobs]
+    rows = []
+    for job in jobs:
+        source = sources[job.folder]
+        rows.append((job.label, f"in {source}" if source else job.state()[0], str(job.folder)))
     click.echo("\n".join(Table(("run", "state", "folder"), rows, left=3).lines()))
-    left = sum(job.state()[0] not in ("finished", "diverged") for job in jobs)
-    click.echo(f"{len(jobs)} runs in {folder}, {left} to do")
+    left = [
+        job
+        for job in jobs
+        if not sources[job.folder] and job.state()[0] not in ("finished", "diverged")
+    ]
+    trained = [job for job in left if by_folder[job.folder].neighbors is not None]
+    different = len(left) - len(trained) + same_runs(trained)
+    where = ", ".join(str(plan.folder) for plan in plans.values())
+    told = f"{len(jobs)} runs in {where}, {len(left)} to do"
+    click.echo(told + (f", of which {different} differ" if different < len(left) else ""))
 
 
 def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:

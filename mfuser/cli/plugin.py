@@ -138,12 +138,13 @@ def bench(
     chosen = offered(module, component)
     folder = out or Path("bench") / chosen.name
     plan = prepared(module, chosen, settings, seeds, steps)
-    from mfuser.cli.ablate import training_plan, work
+    from mfuser.cli.ablate import work
+    from mfuser.study.plans import TrainingPlan
     from mfuser.study.runs import Inputs
 
     inputs = Inputs(plugins=plan.plugins)
-    study = training_plan(plan.registry, plan.study, plan.spec, folder, inputs)
-    results = work(study, plan.study, folder, 0, 1, dry_run, as_json, quiet=True)
+    study = TrainingPlan(plan.registry, plan.study, plan.spec, folder, inputs)
+    results = work(study, plan.study, 0, 1, dry_run, as_json, quiet=True)
     if results is None:
         return
     told = record(results, plan, folder)

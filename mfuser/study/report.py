@@ -13,7 +13,7 @@ from mfuser.config.study import StudySpec
 from mfuser.reporting.report import how_tested
 from mfuser.reporting.tables import Table, csv_text, document
 from mfuser.specs import Options
-from mfuser.study import paired, paper
+from mfuser.study import paired, paper, reuse
 from mfuser.study.grid import Variant
 from mfuser.study.paired import Comparison, Images
 from mfuser.study.runs import REPORT, Job
@@ -46,7 +46,8 @@ class Score(Options):
 
 class Row(Options):
     """A variant. states: by seed; finished, diverged, failed, interrupted, begun or open.
-    paper: the published mIoU in percent, where protocol and models are the same."""
+    paper: the published mIoU in percent, where protocol and models are the same. taken: by seed,
+    the run of another study that it is, STUDY/VARIANT/seed0."""
 
     label: str
     choices: dict[str, str]
@@ -55,6 +56,7 @@ class Row(Options):
     messages: dict[int, str]
     scores: dict[str, Score]
     paper: dict[str, float]
+    taken: dict[int, str] = {}
 
     def state(self) -> str:
         """How many seeds the figures are based on, and the state of the others."""
@@ -97,6 +99,11 @@ class Results(Options):
         for row in self.rows:
             for seed, message in row.messages.items():
                 lines.append(f"{row.label}, seed {seed} {row.states[seed]}: {message}")
+        shared = [
+            f"{row.label} ({', '.join(row.taken.values())})" for row in self.rows if row.taken
+        ]
+        if shared:
+            lines.append(f"The same runs as in another study, trained once: {'; '.join(shared)}.")
         if self.with_paper:
             lines.append(f"Paper: {paper.source()}, one run each.")
         return [*lines, *self.notes, *(c.text() + "." for c in self.comparisons)]
@@ -202,6 +209,7 @@ def collect(
         states: dict[int, str] = {}
         messages: dict[int, str] = {}
         images: dict[str, int] = {}
+        taken: dict[int, str] = {}
         for seed in variant.runs:
             job = by_label[f"{variant.label}, seed {seed}"]
             states[seed], message = job.state()
@@ -209,6 +217,8 @@ def collect(
                 messages[seed] = message
             if states[seed] != "finished":
                 continue
+            if source := reuse.taken_from(job.folder):
+                taken[seed] = source
             report = json.loads((job.folder / REPORT).read_text("utf-8"))
             protocols.append(report["protocol"])
             notes += [n for n in report["notes"] if n not in notes]
@@ -241,6 +251,7 @@ def collect(
                 messages=messages,
                 scores={d: Score.of(v) for d, v in values.items()},
                 paper=published,
+                taken=taken,
             )
         )
     for reason in dict.fromkeys(withheld.values()):

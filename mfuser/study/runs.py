@@ -3,6 +3,7 @@
 OUT/study.json                the contents of the folder, resolved
     VARIANT/seed0/            a run folder
     VARIANT/seed0.json        how it ended, if it did not finish
+    VARIANT/seed0.made.json   what made it, and from where it was taken if it was (reuse.py)
     results.{json,md,csv,png}
 """
 
@@ -13,11 +14,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mfuser.config.registry import Registry
 from mfuser.engine.checkpoints import FINAL, LAST
@@ -29,10 +31,15 @@ from mfuser.errors import CheckpointError, MFuserError
 from mfuser.files import write_json
 from mfuser.study.grid import Variant
 
+if TYPE_CHECKING:
+    from mfuser.study.reuse import Neighbors
+
 STUDY = "study.json"
 REPORT = "report.json"
 BUSY = 75
 """A worker's exit code where another process is at its job (EX_TEMPFAIL)."""
+LOOK = 2.0
+"""Seconds between looks at runs that are waited for."""
 
 
 class StudyInterrupted(Exception):
@@ -69,7 +76,7 @@ class Job:
             "cwd": str(Path.cwd()),
         }
 
-    def _finished(self) -> bool:
+    def finished(self) -> bool:
         """Whether all its files are there, and its record is whole."""
         try:
             if all(path.is_file() for path in self.done):
@@ -81,7 +88,7 @@ class Job:
 
     def state(self) -> tuple[str, str]:
         """finished, diverged, failed, interrupted, begun or open; and a word of explanation."""
-        if self._finished():
+        if self.finished():
             return "finished", ""
         try:
             ended = json.loads(self.outcome.read_text("utf-8"))
@@ -118,9 +125,13 @@ def training_jobs(variants: Sequence[Variant], out: Path, inputs: Inputs) -> lis
         for variant in variants:
             folder = out / variant.slug / f"seed{seed}"
             request = inputs.request("train", run=variant.runs[seed].model_dump(mode="json"))
-            done = (folder / FINAL, folder / REPORT)
-            jobs.append(Job(f"{variant.label}, seed {seed}", folder, done, request, _read_report))
+            jobs.append(training_job(f"{variant.label}, seed {seed}", folder, request))
     return jobs
+
+
+def training_job(label: str, folder: Path, request: dict[str, Any] | None = None) -> Job:
+    done = (folder / FINAL, folder / REPORT)
+    return Job(label, folder, done, request or {}, _read_report)
 
 
 def open_study(out: Path, name: str, identities: dict[str, dict[str, Any]]) -> None:
@@ -190,46 +201,87 @@ Trouble = tuple[Job, str, str]
 """A run that did not finish, its state, and why."""
 
 
-def work_through(jobs: Sequence[Job], console: Console) -> list[Trouble]:
+def work_through(
+    jobs: Sequence[Job], console: Console, neighbors: Neighbors | None = None
+) -> list[Trouble]:
     """Run the unfinished ones in turn; returns those that failed, with the reason.
 
     A diverged run would diverge again and is skipped; failed and interrupted ones are run again.
-    Raises StudyInterrupted after Ctrl-C, once the current run has saved.
+    What neighbors have finished is taken from them; what they are training is waited for, after
+    everything else. Raises StudyInterrupted after Ctrl-C, once the current run has saved.
     """
     troubles: list[Trouble] = []
-    for number, job in enumerate(jobs, 1):
-        head = f"[{number}/{len(jobs)}] {job.label}"
-        if settled(job, head, console, troubles):
-            continue
-        try:
-            job.folder.parent.mkdir(parents=True, exist_ok=True)
-            with locked(job.lock, job.label):
-                pass
-            console.say(head)
-            code, stopped = _run(job)
-            if code == BUSY:
-                raise InUse(f"{job.label} is in use by another process")
-        except InUse as error:
-            console.say(f"[{number}/{len(jobs)}] {error}")
-            continue
-        status, message = job.state()
-        if stopped:
-            raise StudyInterrupted(f"{job.label}: {status} {message}".rstrip())
-        if status == "finished":
-            continue
-        if status in ("open", "begun"):
-            status, message = "failed", _ended(code)
-            write_json(job.outcome, {"status": status, "message": message})
-        console.say(f"{head}: {status}: {message}")
-        troubles.append((job, status, message))
+    left = [(job, f"[{number}/{len(jobs)}] {job.label}") for number, job in enumerate(jobs, 1)]
+    told: set[str] = set()
+    while left:
+        later = [
+            (job, head)
+            for job, head in left
+            if not _done(job, head, console, troubles, neighbors, told)
+        ]
+        if len(later) == len(left):
+            try:
+                time.sleep(LOOK)
+            except KeyboardInterrupt as stop:
+                raise StudyInterrupted(f"{later[0][0].label}: waited for") from stop
+        left = later
     return troubles
 
 
-def settled(job: Job, head: str, console: Console, troubles: list[Trouble]) -> bool:
+def _done(
+    job: Job,
+    head: str,
+    console: Console,
+    troubles: list[Trouble],
+    neighbors: Neighbors | None,
+    told: set[str],
+) -> bool:
+    """Whether a job has had its turn; False where it must wait for a neighbor's run."""
+    if settled(job, head, console, troubles, neighbors):
+        return True
+    if neighbors is not None and (other := neighbors.at_work(job)):
+        if head not in told:
+            console.say(f"{head}: the same run is being trained ({other})")
+            told.add(head)
+        return False
+    try:
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(job.lock, job.label):
+            pass
+        console.say(head)
+        code, stopped = _run(job)
+        if code == BUSY:
+            raise InUse(f"{job.label} is in use by another process")
+    except InUse as error:
+        console.say(f"{head.partition(' ')[0]} {error}")
+        return True
+    status, message = job.state()
+    if stopped:
+        raise StudyInterrupted(f"{job.label}: {status} {message}".rstrip())
+    if status == "finished":
+        return True
+    if status in ("open", "begun"):
+        status, message = "failed", _ended(code)
+        write_json(job.outcome, {"status": status, "message": message})
+    console.say(f"{head}: {status}: {message}")
+    troubles.append((job, status, message))
+    return True
+
+
+def settled(
+    job: Job,
+    head: str,
+    console: Console,
+    troubles: list[Trouble],
+    neighbors: Neighbors | None = None,
+) -> bool:
     """Whether there is nothing left to run of a job, which is then said."""
     status, message = job.state()
     if status == "finished":
         console.say(f"{head}: already finished")
+    elif neighbors is not None and (source := neighbors.take(job)):
+        console.say(f"{head}: the same run as {source}, taken from there")
+        return True
     elif status == "diverged":
         console.say(f"{head}: diverged earlier (remove {job.outcome} to try again)")
         troubles.append((job, status, message))

@@ -17,6 +17,7 @@ from mfuser.engine.lock import holder
 from mfuser.engine.signals import handling
 from mfuser.files import write_json
 from mfuser.study.launchers import Handle, Launcher
+from mfuser.study.reuse import Neighbors
 from mfuser.study.runs import BUSY, Job, StudyInterrupted, Trouble, settled
 
 RETRIES = 3
@@ -44,16 +45,19 @@ class _Run:
         return f"running on {held}" + (f", step {step}" if step else "")
 
 
-def spread(jobs: Sequence[Job], launcher: Launcher, console: Console) -> list[Trouble]:
+def spread(
+    jobs: Sequence[Job], launcher: Launcher, console: Console, neighbors: Neighbors | None = None
+) -> list[Trouble]:
     """Hand every unfinished run to the engine at once and watch them; those that did not finish.
 
-    A run that fails ends no other. Raises StudyInterrupted after Ctrl-C, once the runs have saved.
+    A run that fails ends no other; what neighbors have finished is taken from them. Raises
+    StudyInterrupted after Ctrl-C, once the runs have saved.
     """
     troubles: list[Trouble] = []
     runs: list[_Run] = []
     for number, job in enumerate(jobs, 1):
         head = f"[{number}/{len(jobs)}] {job.label}"
-        if settled(job, head, console, troubles):
+        if settled(job, head, console, troubles, neighbors):
             continue
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         handle = launcher.submit(job.order(), job.label)

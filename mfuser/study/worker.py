@@ -19,6 +19,7 @@ from mfuser.engine.folder import RUN
 from mfuser.engine.lock import InUse, locked
 from mfuser.errors import MFuserError
 from mfuser.files import write_json
+from mfuser.study import reuse
 from mfuser.study.adapters import work as measure_adapter
 from mfuser.study.runs import BUSY
 
@@ -31,6 +32,7 @@ def train(job: dict[str, Any], registry: Registry) -> None:
 
     run, folder = RunSpec.read(registry, job["run"], "the study's run"), Path(job["folder"])
     resume = (folder / RUN).is_file()
+    reuse.sign(folder, reuse.makers(registry, run, job["device"]))
     train_run(run, folder, registry=registry, resume=resume, device=job["device"])
 
 
