@@ -35,7 +35,10 @@ from mfuser.study.runs import STUDY, Job, training_job
 
 TAKEN = "taken"
 """Key of the record of a run that was taken: from where, STUDY/VARIANT/seed0."""
-LIBRARIES = ("torch", "timm", "open_clip_torch", "transformers", "accelerate", "numpy", "opencv")
+LIBRARIES = (
+    *("torch", "timm", "open_clip_torch", "transformers", "accelerate", "numpy", "scipy"),
+    *("opencv-python", "opencv-python-headless"),
+)
 NAMES = ("pairing_name", "recipe_name", "most_frequent", "source_classes")
 """Keys of a `RunSpec` that decide nothing, or follow from the others."""
 
