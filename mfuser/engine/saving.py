@@ -157,6 +157,7 @@ def from_optimizer_state(
     optimizer: torch.optim.Optimizer, names: dict[Tensor, str], saved: dict[str, Tensor]
 ) -> None:
     by_name = {name: p for p, name in names.items()}
+    fused = bool(optimizer.defaults.get("fused"))
     for key, value in saved.items():
         slot, _, name = key.partition(".")
         if name not in by_name:
@@ -164,6 +165,7 @@ def from_optimizer_state(
                 f"the checkpoint's optimizer knows a tensor {name} that the model lacks"
             )
         parameter = by_name[name]
-        # AdamW keeps its step count on the CPU.
-        target = value.clone() if slot == "step" else value.to(parameter.device)
+        # AdamW keeps its step count on the CPU, unless it is fused.
+        on_cpu = slot == "step" and not fused
+        target = value.clone() if on_cpu else value.to(parameter.device)
         optimizer.state[parameter][slot] = target

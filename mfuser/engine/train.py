@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +32,7 @@ from mfuser.engine.folder import RUN, check_folder, check_unlocked, clear_folder
 from mfuser.engine.live import Live
 from mfuser.engine.log import EVERY, Log, Watcher
 from mfuser.engine.optimizer import parameter_groups, set_rates
+from mfuser.engine.pending import Losses, Step, deferrable
 from mfuser.engine.processes import Processes, processes
 from mfuser.engine.saving import Saver
 from mfuser.engine.signals import interruptible
@@ -48,9 +48,6 @@ from mfuser.engine.validate import Kept, Validator, keep_back
 from mfuser.errors import MFuserError, placed
 from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
-
-STOP = "stop"
-"""Beside the losses that the processes share after a step: whether one of them is to stop."""
 
 
 class Interrupted(Exception):
@@ -190,8 +187,13 @@ class Trainer:
             p: n for n, p in model.named_parameters() if p.requires_grad
         }
         groups = parameter_groups(model, recipe)
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, foreach=True)
+        deferred = deferrable(group, self.names)
+        fused = deferred or accelerator.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=recipe.lr, fused=fused or None, foreach=None if fused else True
+        )
         self.wrapped, self.prepared = accelerator.prepare(model, self.optimizer)
+        self.losses = Losses(group, self.optimizer, recipe.accumulate, deferred)
         # After preparing, which moves the weights to their device.
         self.averages = Averages(model, recipe.ema) if recipe.ema is not None else None
         self.saver = Saver(
@@ -220,29 +222,32 @@ class Trainer:
             self.console.task("training", recipe.steps, start) as task,
             self._log(start) as log,
         ):
+            note = ""
             for step in range(start, recipe.steps):
-                begun = time.perf_counter()
-                fetched = self._fetch(step, start, batches)
-                own = self._step(step, fetched)
-                # Every process must leave in the same step.
-                losses = group.mean({STOP: float(asked()), **own})
-                stop = losses.pop(STOP) > 0
-                loss = sum(losses.values())
-                if not math.isfinite(loss):
-                    group.together(lambda: self._diverged(step, fetched, own))  # noqa: B023
-                    raise Diverged(f"the loss is {loss} at step {step + 1}, summed over processes")
-                task.advance(note=f"loss {loss:.3f}")
-                if step % EVERY == 0 or step + 1 == recipe.steps:
-                    seconds = round(time.perf_counter() - begun, 4)
-                    rate = recipe.lr * recipe.rate(step)
-                    log.write(step + 1, {"loss": loss, "lr": rate, "seconds": seconds, **losses})
+                self.losses.clock()
+                self._step(step, self._fetch(step, start, batches))
                 done = step + 1
+                logs = step % EVERY == 0 or done == recipe.steps
+                measures = self.validator is not None and self.validator.due(done)
+                saves = done == recipe.steps or done % recipe.save_every == 0
+                stop = asked()
+                if self.losses.due(logs or measures or saves, stop):
+                    # Every process must leave in the same step.
+                    last, stop, seconds = self._look(stop)
+                    note = f"loss {last.loss:.3f}"
+                    if logs:
+                        rate = recipe.lr * recipe.rate(step)
+                        line = {"loss": last.loss, "lr": rate, "seconds": round(seconds, 4)}
+                        log.write(done, line | last.shared)
+                else:
+                    stop = False
+                task.advance(note=note)
                 if self.averages is not None:
                     self.averages.update(done)
-                if self.validator is not None and self.validator.due(done):
+                if self.validator is not None and measures:
                     with self._saving(done):
                         log.validated(self.validator(done, partial(self.saver.save_best, done)))
-                if done == recipe.steps or done % recipe.save_every == 0 or stop:
+                if saves or stop:
                     self.saver.save(done)
                     log.saved()
                 if stop and done < recipe.steps:
@@ -283,6 +288,8 @@ class Trainer:
         try:
             yield
         except Exception as error:
+            if self.losses.waiting:
+                self._look(False)
             self.saver.save(step)
             if isinstance(error, MFuserError):
                 error.args = (f"{error} ({step} steps are saved; fix it and --resume)",)
@@ -294,25 +301,38 @@ class Trainer:
         watchers += [trackers.Tracker(name, folder, run) for name in names]
         return Log(folder, start, active=self.group.main, watchers=watchers, console=self.console)
 
-    def _diverged(self, step: int, batches: list[Batch], losses: dict[str, float]) -> None:
+    def _look(self, asked: bool) -> tuple[Step, bool, float]:
+        """Fetch the losses of the steps since the last call: the last of these, whether a process
+        is to stop, seconds of a step. Raises Diverged where a loss is not finite."""
+        steps, stop, seconds = self.losses.fetch(asked)
+        for one in steps:
+            if not math.isfinite(one.loss):
+                self.group.together(lambda: self._diverged(one))  # noqa: B023
+                raise Diverged(
+                    f"the loss is {one.loss} at step {one.number + 1}, summed over processes"
+                )
+        return steps[-1], stop, seconds
+
+    def _diverged(self, one: Step) -> None:
         """Raises Diverged in a process whose own losses are not finite; the step is saved."""
-        if all(math.isfinite(v) for v in losses.values()):
+        if all(math.isfinite(v) for v in one.own.values()):
             return
-        rank, model, run = self.group.rank, self.model, self.run
-        said = diagnose.explain(model, run, step, batches, losses, self.accelerator, rank)
-        diagnose.save(self.folder / diagnose.DIVERGED, model, run, step, batches, rank)
+        rank, model, run, step = self.group.rank, self.model, self.run, one.number
+        model.decoder.progress = step / self.recipe.steps
+        said = diagnose.explain(model, run, step, one.batches, one.own, self.accelerator, rank)
+        diagnose.save(self.folder / diagnose.DIVERGED, model, run, step, one.batches, rank)
         raise Diverged(
             f"{said}; repeat the step with: mfuser train {run.pairing_name} --out {self.folder} "
             f"--replay{self.saver.kept()}"
         )
 
     def _step(self, step: int, batches: list[Batch]) -> dict[str, float]:
-        """One optimizer step; returns the losses as numbers."""
+        """One optimizer step; returns its losses as numbers, as far as they are known already."""
         recipe, accelerator = self.recipe, self.accelerator
         diagnose.seed_step(self.run.seed, step, accelerator.process_index)
         self.model.decoder.progress = step / recipe.steps
         set_rates(self.optimizer, recipe, step)
-        logged: dict[str, float] = {}
+        self.losses.begin(step, batches)
         for micro, batch in enumerate(batches):
             if batch.skipped:
                 self.console.say(f"skipped, unreadable: {', '.join(batch.skipped)}")
@@ -321,11 +341,10 @@ class Trainer:
                 losses: dict[str, Tensor] = self.wrapped(*batch.to(accelerator.device))
                 total = torch.stack(list(losses.values())).sum()
                 accelerator.backward(total / recipe.accumulate)
-            for name, value in losses.items():
-                logged[name] = logged.get(name, 0.0) + value.item() / recipe.accumulate
+            self.losses.add(losses)
         if recipe.clip_grad is not None:
             accelerator.clip_grad_norm_(list(self.names), recipe.clip_grad)
-        if all(math.isfinite(v) for v in logged.values()):
+        if self.losses.passed():
             self.prepared.step()
         self.prepared.zero_grad(set_to_none=True)
-        return logged
+        return self.losses.own

@@ -7,6 +7,7 @@ present in the batch, image by image, classes ascending; P points.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,16 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from mfuser import DecoderSpec
+
+
+class ClassMasks(NamedTuple):
+    """The classes in the labels of a batch. present: (B, K), bool. truth: their masks (n, 1, H, W),
+    float32. image, class_id: (n), of each mask."""
+
+    present: Tensor
+    truth: Tensor
+    image: Tensor
+    class_id: Tensor
 
 
 @dataclass(frozen=True)
@@ -38,16 +49,16 @@ class MaskLosses:
         self,
         masks: Tensor,
         classes: Tensor,
-        present: Tensor,
-        truth: Tensor,
+        there: ClassMasks,
         points: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Named, weighted scalars.
 
-        masks (B, K, h, w) and classes (B, K, K + 1) logits; present (B, K) and truth
-        (n, 1, H, W) from `class_masks`; points (n, P, 2) to use instead of drawn ones.
+        masks (B, K, h, w) and classes (B, K, K + 1) logits; there: from `class_masks`; points
+        (n, P, 2) to use instead of drawn ones.
         """
-        return self.matched(masks[present], classes, fixed_labels(present), truth, points)
+        chosen = masks[there.image, there.class_id]
+        return self.matched(chosen, classes, fixed_labels(there.present), there.truth, points)
 
     def matched(
         self,
@@ -56,11 +67,13 @@ class MaskLosses:
         labels: Tensor,
         truth: Tensor,
         points: Tensor | None = None,
+        drawn: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The same for any matching.
 
         chosen (n, h, w): the logits of the query that answers for each mask of truth
         (n, 1, H, W); classes (B, Q, K + 1) logits and the queries' labels (B, Q), K "no object".
+        drawn: what `numbers` returned, where the generator had to be asked earlier.
         """
         loss_cls = labeled_loss(classes, labels, self.no_object)
         # At least float32, for the coordinates and for sums over thousands of points.
@@ -74,7 +87,7 @@ class MaskLosses:
                 "loss_dice": nothing,
             }
         if points is None:
-            points = self.draw(chosen.detach())
+            points = self.draw(chosen.detach(), drawn)
         logits = sample(chosen, points)  # (n, P)
         targets = sample(truth.to(chosen.dtype), points)
         return {
@@ -83,13 +96,22 @@ class MaskLosses:
             "loss_dice": self.dice_weight * dice_loss(logits, targets),
         }
 
-    def draw(self, masks: Tensor) -> Tensor:
-        """Sampled points: masks (n, 1, h, w), logits -> (n, P, 2), from the global generator."""
-        n = len(masks)
-        important = int(self.importance * self.num_points)
-        candidates = masks.new_empty(n, int(self.oversample * self.num_points), 2).uniform_()
-        anywhere = masks.new_empty(n, self.num_points - important, 2).uniform_()
+    def draw(self, masks: Tensor, drawn: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Sampled points: masks (n, 1, h, w), logits -> (n, P, 2), from the global generator.
+
+        drawn: numbers of the generator to use instead.
+        """
+        candidates, anywhere = drawn or self.numbers(len(masks), masks)
+        important = self.num_points - anywhere.shape[1]
         return torch.cat([most_uncertain(masks, candidates, important), anywhere], 1)
+
+    def numbers(self, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What `draw` takes from the generator for n masks: candidates and points anywhere, of the
+        dtype and on the device of `like`."""
+        important = int(self.importance * self.num_points)
+        candidates = like.new_empty(n, int(self.oversample * self.num_points), 2).uniform_()
+        anywhere = like.new_empty(n, self.num_points - important, 2).uniform_()
+        return candidates, anywhere
 
 
 class MaskLossSpec(DecoderSpec):
@@ -107,15 +129,17 @@ class MaskLossSpec(DecoderSpec):
         return MaskLosses(**{f.name: getattr(self, f.name) for f in fields(MaskLosses)})
 
 
-def class_masks(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+def class_masks(labels: Tensor, num_classes: int) -> ClassMasks:
     """The classes present in each image, and their masks.
 
-    labels (B, H, W) -> present (B, K), bool; masks (n, 1, H, W), float32. Ignored pixels are
-    outside every mask, i.e. negatives of each.
+    labels (B, H, W). Ignored pixels are outside every mask, i.e. negatives of each.
     """
     one_hot = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device).view(-1, 1, 1)
     present = one_hot.flatten(2).any(-1)
-    return present, one_hot[present].unsqueeze(1).float()
+    # The only number that a GPU is waited for: how many masks there are. Indexing by places from
+    # here on asks for nothing, by booleans it would ask again each time.
+    image, class_id = present.nonzero(as_tuple=True)
+    return ClassMasks(present, one_hot[image, class_id].unsqueeze(1).float(), image, class_id)
 
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:
@@ -143,7 +167,7 @@ def fixed_labels(present: Tensor) -> Tensor:
 def labeled_loss(classes: Tensor, labels: Tensor, no_object: float) -> Tensor:
     """Weighted mean cross-entropy: classes (B, Q, K + 1), labels (B, Q), K being "no object"."""
     weight = torch.ones(classes.shape[-1], device=classes.device, dtype=classes.dtype)
-    weight[-1] = no_object
+    weight[-1].fill_(no_object)  # an assignment copies the number to the device
     return F.cross_entropy(classes.flatten(0, 1), labels.flatten(), weight)
 
 

@@ -75,7 +75,9 @@ class DeformableAttention(nn.Module):
         split = (self.heads, self.levels, self.points)
         offsets = self.sampling_offsets(query).unflatten(-1, (*split, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
-        sizes = reference.new_tensor([(w, h) for h, w in shapes])[:, None]  # (levels, 1, 2)
+        # Filled on the device: copied there, it would be waited for.
+        sizes = torch.stack([reference.new_full((), n) for h, w in shapes for n in (w, h)])
+        sizes = sizes.view(len(shapes), 1, 2)
         locations = reference[:, None, None, None] + offsets / sizes
         value = self.value_proj(value).unflatten(-1, (self.heads, -1))
         out = deformable_attention(value, shapes, locations, weights.unflatten(-1, split[1:]))

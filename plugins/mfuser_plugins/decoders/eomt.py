@@ -33,7 +33,7 @@ from mfuser import (
 from mfuser_plugins.decoders._mask_decoder import class_scores, deep_names
 from mfuser_plugins.decoders._mask_losses import MaskLossSpec, class_masks
 from mfuser_plugins.decoders._per_pixel import given
-from mfuser_plugins.decoders.mask2former import match
+from mfuser_plugins.decoders.mask2former import matched_losses
 
 Size = tuple[int, int]
 
@@ -137,15 +137,11 @@ class EoMT(JoiningDecoder):
 
     def loss(self, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
         """Weighted losses: `loss_*` of the last prediction, `d<i>.loss_*` of the i-th."""
-        present, truth = class_masks(labels, self.num_classes)
-        each = []
-        for masks, classes in zip(output.masks, output.classes, strict=True):
-            if self.from_text is not None:
-                each.append(self.losses(masks, classes, present, truth))
-                continue
-            image, query, labeled = match(masks, classes, present, truth, self.losses)
-            each.append(self.losses.matched(masks[image, query], classes, labeled, truth))
-        return deep_names(each)
+        there = class_masks(labels, self.num_classes)
+        predictions = list(zip(output.masks, output.classes, strict=True))
+        if self.from_text is None:
+            return deep_names(matched_losses(predictions, there, self.losses))
+        return deep_names([self.losses(masks, classes, there) for masks, classes in predictions])
 
     def semantic_logits(self, output: DecoderOutput, size: Size) -> Tensor:
         """Sum over queries of class probability times mask probability, in [0, Q]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mfuser import DecoderOutput, DecoderSpec, MFuserError, hookimpl
 from mfuser_plugins.decoders._mask_decoder import MaskDecoder, MaskDecoderSpec, deep_names
-from mfuser_plugins.decoders._mask_losses import MaskLosses, class_masks, sample
+from mfuser_plugins.decoders._mask_losses import ClassMasks, MaskLosses, class_masks, sample
 
 
 class Mask2Former(MaskDecoder):
@@ -56,41 +56,79 @@ class Mask2Former(MaskDecoder):
 
     def loss(self, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
         """Weighted losses: `loss_*` of the last prediction, `d<i>.loss_*` of the i-th."""
-        present, truth = class_masks(labels, self.num_classes)
-        each = []
-        for masks, classes in zip(output.masks, output.classes, strict=True):
-            image, query, labeled = match(masks, classes, present, truth, self.losses)
-            each.append(self.losses.matched(masks[image, query], classes, labeled, truth))
-        return deep_names(each)
+        there = class_masks(labels, self.num_classes)
+        predictions = list(zip(output.masks, output.classes, strict=True))
+        return deep_names(matched_losses(predictions, there, self.losses))
+
+
+Prediction = tuple[Tensor, Tensor]
+"""masks (B, Q, h, w) and classes (B, Q, K + 1), logits."""
+
+
+def matched_losses(
+    predictions: Sequence[Prediction], there: ClassMasks, losses: MaskLosses
+) -> list[dict[str, Tensor]]:
+    """The weighted losses of each prediction, its queries matched with the masks.
+
+    All points are drawn before anything is matched, in the order of one prediction after the other.
+    """
+    counts = there.present.sum(1).tolist()
+    points, numbers = [], []
+    for masks, _ in predictions:
+        like = masks.new_empty(0, dtype=torch.promote_types(masks.dtype, torch.float32))
+        points.append([like.new_empty(1, losses.num_points, 2).uniform_() for n in counts if n])
+        numbers.append(losses.numbers(sum(counts), like) if any(counts) else None)
+    matches = match(predictions, there, counts, points, losses)
+    return [
+        losses.matched(masks[there.image, query], classes, labels, there.truth, drawn=drawn)
+        for (masks, classes), (query, labels), drawn in zip(
+            predictions, matches, numbers, strict=True
+        )
+    ]
 
 
 @torch.no_grad()
 def match(
-    masks: Tensor, classes: Tensor, present: Tensor, truth: Tensor, weights: MaskLosses
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The cheapest one-to-one matching of queries to masks, image by image.
+    predictions: Sequence[Prediction],
+    there: ClassMasks,
+    counts: Sequence[int],
+    points: Sequence[Sequence[Tensor]],
+    weights: MaskLosses,
+) -> list[tuple[Tensor, Tensor]]:
+    """The cheapest one-to-one matching of each prediction's queries to masks, image by image.
 
-    masks (B, Q, h, w) and classes (B, Q, K + 1) logits; present (B, K) and truth (n, 1, H, W)
-    from `class_masks` -> for each of the n masks its image and query, (n) each; labels (B, Q),
-    K being "no object". The cost is the loss of each pair, on points drawn once for an image, with
-    the class loss replaced by minus the probability (arXiv 2112.01527, section 3.3).
+    counts: masks of each image. points: for each prediction (1, P, 2) for each image with a mask.
+    Returns for each prediction the query of each of the n masks, and labels (B, Q), K being "no
+    object". The cost is the loss of each pair, on the points of the image, with the class loss
+    replaced by minus the probability (arXiv 2112.01527, section 3.3).
+
+    The CPU matches: all costs go there together, and all queries back.
     """
-    image, class_id = present.nonzero(as_tuple=True)
-    queries = torch.zeros_like(image)
-    labels = torch.full(classes.shape[:2], classes.shape[-1] - 1, device=classes.device)
-    dtype = torch.promote_types(masks.dtype, torch.float32)
-    for b in image.unique().tolist():
-        mine = image == b
-        points = masks.new_empty(1, weights.num_points, 2, dtype=dtype).uniform_()
-        costs = pair_costs(
-            at(masks[b].to(dtype), points),
-            at(truth[mine, 0].to(dtype), points),
-            classes[b].softmax(-1)[:, class_id[mine]].to(dtype),
+    costs = [
+        pair_costs(
+            at(masks[b].to(at_points.dtype), at_points),
+            at(truth[:, 0].to(at_points.dtype), at_points),
+            classes[b].softmax(-1)[:, ids].to(at_points.dtype),
             weights,
         )
-        queries[mine] = torch.from_numpy(assign(costs.cpu().double().numpy())).to(queries)
-        labels[b, queries[mine]] = class_id[mine]
-    return image, queries, labels
+        for (masks, classes), mine in zip(predictions, points, strict=True)
+        for (b, truth, ids), at_points in zip(_by_image(there, counts), mine, strict=True)
+    ]
+    queries = torch.from_numpy(_assigned(costs)).to(there.image.device, non_blocking=True)
+    found = queries.split([sum(counts)] * len(predictions))
+    labels = [torch.full(c.shape[:2], c.shape[-1] - 1, device=c.device) for _, c in predictions]
+    for query, labeled in zip(found, labels, strict=True):
+        labeled[there.image, query] = there.class_id
+    return list(zip(found, labels, strict=True))
+
+
+def _by_image(there: ClassMasks, counts: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Of each image with a mask: its place, masks (n_b, 1, H, W) and classes (n_b)."""
+    sizes = list(counts)
+    parts = zip(there.truth.split(sizes), there.class_id.split(sizes), strict=True)
+    for b, (truth, ids) in enumerate(parts):
+        if len(ids):
+            yield b, truth, ids
 
 
 def at(maps: Tensor, points: Tensor) -> Tensor:
@@ -109,6 +147,17 @@ def pair_costs(logits: Tensor, targets: Tensor, probability: Tensor, weights: Ma
         weights.mask_weight * entropy
         + weights.dice_weight * dice
         - weights.cls_weight * probability
+    )
+
+
+def _assigned(costs: Sequence[Tensor]) -> np.ndarray:
+    """Costs (Q, n_i) -> the queries of all their columns, one after the other."""
+    if not costs:
+        return np.empty(0, np.int64)
+    flat = torch.cat([cost.flatten() for cost in costs]).cpu().double()
+    parts = flat.split([cost.numel() for cost in costs])
+    return np.concatenate(
+        [assign(part.view(cost.shape).numpy()) for part, cost in zip(parts, costs, strict=True)]
     )
 
 

@@ -37,10 +37,10 @@ class TextMask2Former(MaskDecoder):
         points: for each prediction (n, P, 2), (x, y) in [0, 1], with n the number of class masks
         in the batch; None draws them.
         """
-        present, truth = class_masks(labels, self.num_classes)
+        there = class_masks(labels, self.num_classes)
         return deep_names(
             [
-                self.losses(masks, classes, present, truth, points[i] if points else None)
+                self.losses(masks, classes, there, points[i] if points else None)
                 for i, (masks, classes) in enumerate(zip(output.masks, output.classes, strict=True))
             ]
         )

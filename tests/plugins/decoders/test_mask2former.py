@@ -68,21 +68,27 @@ def test_pair_costs_are_the_losses_of_each_pair() -> None:
 def test_queries_that_show_a_class_answer_for_it() -> None:
     labels = torch.full((2, 8, 8), 255)
     labels[0, :4], labels[0, 4:], labels[1, :, :3] = 2, 0, 1
-    present, truth = class_masks(labels, 3)
+    there = class_masks(labels, 3)
     masks, classes = torch.full((2, 5, 8, 8), -9.0), torch.zeros(2, 5, 4)
     masks[0, 4, :4] = masks[0, 1, 4:] = masks[1, 3, :, :3] = 9.0
-    image, query, labeled = match(masks, classes, present, truth, MaskLosses(num_points=200))
+    swapped = masks[:, [1, 0, 2, 3, 4]]  # of another prediction
+    points = [[torch.rand(1, 200, 2) for _ in range(2)] for _ in range(2)]
+    predictions = [(masks, classes), (swapped, classes)]
+    first, second = match(predictions, there, [2, 1], points, MaskLosses())
     # Image by image, classes ascending, as the masks of truth are.
-    assert image.tolist() == [0, 0, 1] and query.tolist() == [1, 4, 3]
-    assert labeled.tolist() == [[3, 0, 3, 3, 2], [3, 3, 3, 1, 3]]
+    assert there.image.tolist() == [0, 0, 1] and first[0].tolist() == [1, 4, 3]
+    assert first[1].tolist() == [[3, 0, 3, 3, 2], [3, 3, 3, 1, 3]]
+    assert second[0].tolist() == [0, 4, 3]
+    assert second[1].tolist() == [[0, 3, 3, 3, 2], [3, 3, 3, 1, 3]]
 
 
 def test_class_probability_decides_between_equal_masks() -> None:
     labels = torch.zeros(1, 8, 8, dtype=torch.long)
-    present, truth = class_masks(labels, 2)
+    there = class_masks(labels, 2)
     classes = torch.zeros(1, 3, 3)
     classes[0, 2, 0] = 4.0
-    _, query, _ = match(torch.ones(1, 3, 8, 8), classes, present, truth, MaskLosses(num_points=50))
+    predictions = [(torch.ones(1, 3, 8, 8), classes)]
+    ((query, _),) = match(predictions, there, [1], [[torch.rand(1, 50, 2)]], MaskLosses())
     assert query.tolist() == [2]
 
 

@@ -6,6 +6,7 @@ import torch
 from golden import close, golden
 
 from mfuser_plugins.decoders._mask_losses import (
+    ClassMasks,
     MaskLosses,
     class_masks,
     dice_loss,
@@ -18,9 +19,10 @@ from mfuser_plugins.decoders._mask_losses import (
 
 def test_equals_the_released_losses() -> None:
     file = golden("losses")
-    present, truth = class_masks(file["gt_semantic_seg"].long(), 19)
-    assert torch.equal(truth[:, 0], torch.cat([file["gt_masks0"], file["gt_masks1"]]).float())
-    assert torch.equal(present, file["mask_weights"] > 0)
+    there = class_masks(file["gt_semantic_seg"].long(), 19)
+    masks = torch.cat([file["gt_masks0"], file["gt_masks1"]]).float()
+    assert torch.equal(there.truth[:, 0], masks)
+    assert torch.equal(there.present, file["mask_weights"] > 0)
     gradients = {
         ("loss_cls",): ("grad_cls_only", None),
         ("loss_mask",): (None, "grad_mask_from_mask"),
@@ -30,7 +32,7 @@ def test_equals_the_released_losses() -> None:
     for names, (of_classes, of_masks) in gradients.items():
         classes = file["cls_logits"].clone().requires_grad_()
         masks = file["mask_logits"].clone().requires_grad_()
-        losses = MaskLosses()(masks, classes, present, truth, file["point_coords"])
+        losses = MaskLosses()(masks, classes, there, file["point_coords"])
         for name in names:
             assert close(losses[name], file[name].squeeze())
         torch.stack([losses[name] for name in names]).sum().backward()
@@ -53,9 +55,10 @@ def test_equals_the_released_sampler() -> None:
 
 def test_class_masks() -> None:
     labels = torch.tensor([[[2, 2, 255]], [[0, 2, 1]]])
-    present, masks = class_masks(labels, 4)
+    present, masks, image, class_id = class_masks(labels, 4)
     assert present.tolist() == [[False, False, True, False], [True, True, True, False]]
     assert masks[:, 0, 0].tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0]]
+    assert image.tolist() == [0, 1, 1, 1] and class_id.tolist() == [2, 0, 1, 2]
 
 
 def test_sample_by_hand() -> None:
@@ -92,7 +95,9 @@ def test_losses_by_hand() -> None:
     masks = torch.tensor([[[[1.0, -2.0], [0.5, 3.0]], [[9.0, 9.0], [9.0, 9.0]]]]).double()
     truth = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
     points = torch.tensor([[[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]]).double()
-    losses = MaskLosses(cls_weight=3, mask_weight=7)(masks, classes[:1], present[:1], truth, points)
+    first_one = torch.zeros(1, dtype=torch.long)
+    there = ClassMasks(present[:1], truth, first_one, first_one)
+    losses = MaskLosses(cls_weight=3, mask_weight=7)(masks, classes[:1], there, points)
     by_hand = -sum(math.log(sigmoid(x)) for x in (1.0, 2.0, 0.5, -3.0)) / 4
     assert math.isclose(losses["loss_mask"].item(), 7 * by_hand)
     want = (entropy([2, 0, 1], 0) + 0.1 * entropy([0, 1, 3], 2)) / 1.1
@@ -116,8 +121,8 @@ def test_points_gather_at_the_border() -> None:
 
 def test_nothing_present() -> None:
     masks = torch.randn(1, 3, 4, 4, requires_grad=True)
-    present, truth = class_masks(torch.full((1, 16, 16), 255), 3)
-    losses = MaskLosses(num_points=8)(masks, torch.zeros(1, 3, 4), present, truth)
+    there = class_masks(torch.full((1, 16, 16), 255), 3)
+    losses = MaskLosses(num_points=8)(masks, torch.zeros(1, 3, 4), there)
     torch.stack(list(losses.values())).sum().backward()
     assert losses["loss_mask"] == losses["loss_dice"] == 0
     assert masks.grad is not None and not masks.grad.any()
