@@ -61,6 +61,16 @@ class ElsewhereError(MFuserError):
     """The failure of another process of this command, which reports it itself."""
 
 
+class OutOfMemoryError(MFuserError):
+    """Memory ran out; says what took it and what to lower first."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Python's, or torch's, whose CPU allocator raises a plain RuntimeError."""
+    known = ("OutOfMemoryError", "MemoryError")
+    return type(error).__name__ in known or "allocate memory" in str(error)
+
+
 class MissingExtraError(MFuserError):
     """An optional dependency that is not installed."""
 

@@ -14,10 +14,20 @@ from typing import Any, TextIO
 
 import click
 
-from mfuser.errors import ElsewhereError, MFuserError, PluginError, PluginWarning, suggest
+from mfuser.engine.signals import INTERRUPTED as INTERRUPTED
+from mfuser.engine.signals import REQUEUE, Ended, ending, named
+from mfuser.errors import (
+    ElsewhereError,
+    MFuserError,
+    PluginError,
+    PluginWarning,
+    out_of_memory,
+    suggest,
+)
 from mfuser.version import __version__
 
-INTERRUPTED = 130
+GOES_ON = ("train", "evaluate", "ablate")
+"""Commands that a scheduler starts, and starts again: its signals end them with REQUEUE."""
 
 
 class Group(click.Group):
@@ -128,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace")
     with _results_alone(arguments), warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        _run(arguments)
+        with ending() if arguments[0] in GOES_ON else contextlib.nullcontext():
+            _run(arguments)
 
 
 def _run(arguments: list[str]) -> None:
@@ -137,7 +148,11 @@ def _run(arguments: list[str]) -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as stop:
+        end = stop if isinstance(stop, Ended) else stop.__cause__  # click makes an Abort of both
+        if isinstance(end, Ended):
+            print(f"mfuser: ended by {named(end.number)}; start it again to go on", file=sys.stderr)
+            sys.exit(REQUEUE)
         print("mfuser: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except click.NoSuchOption as error:
@@ -162,15 +177,9 @@ def _run(arguments: list[str]) -> None:
             raise
         _fail(str(error), arguments)
     except (MemoryError, RuntimeError) as error:
-        if os.environ.get("MFUSER_DEBUG") or not _out_of_memory(error):
+        if os.environ.get("MFUSER_DEBUG") or not out_of_memory(error):
             raise
         _fail("out of memory; lower batch_size or image_size, or use a smaller model", arguments)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Python's and torch's (whose CPU allocator raises a plain RuntimeError)."""
-    known = ("OutOfMemoryError", "MemoryError")
-    return type(error).__name__ in known or "allocate memory" in str(error)
 
 
 def _fail(message: str, arguments: list[str], code: int = 2) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mfuser.cli import INTERRUPTED, cli, emit
+from mfuser.cli import cli, emit
 from mfuser.cli.options import (
     Common,
     common_options,
@@ -22,6 +22,7 @@ from mfuser.cli.options import (
     source_option,
     targets_option,
 )
+from mfuser.engine.signals import exit_code
 
 if TYPE_CHECKING:
     from mfuser.engine.console import Console
@@ -241,7 +242,7 @@ def _run(
             f"{stop}. What is finished stays; the same command goes on from here:\n"
             f"  mfuser {shlex.join(sys.argv[1:])}"
         )
-        raise click.exceptions.Exit(INTERRUPTED) from stop
+        raise click.exceptions.Exit(exit_code(stop.signal)) from stop
     results = plan.results()
     without_plot = save(results, plan.folder)
     if without_plot:

@@ -22,6 +22,18 @@ Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
 
+class Resumable(click.Command):
+    """A command with --resume: what follows it is its value only if that is "auto"."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        after = [*args[1:], ""]
+        given = [
+            "--resume=yes" if arg == "--resume" and after[k] != "auto" else arg
+            for k, arg in enumerate(args)
+        ]
+        return super().parse_args(ctx, given)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 data_options = click.option(
     "--data-root",
@@ -119,6 +131,15 @@ set_option = click.option(
     multiple=True,
     metavar="KEY=VALUE",
     help="Change an option of the pairing, e.g. fusion.state_size=8.",
+)
+resume_option = click.option(
+    "--resume",
+    type=click.Choice(["yes", "auto"]),
+    is_flag=False,
+    flag_value="yes",
+    metavar="[auto]",
+    default=None,
+    help="Continue the run in --out; auto: if there is one, else begin it.",
 )
 stride_option = click.option(
     "--stride",

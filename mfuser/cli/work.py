@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mfuser.cli import INTERRUPTED, cli, emit
+from mfuser.cli import cli, emit
 from mfuser.cli.options import (
     Common,
+    Resumable,
     common_options,
     inference_options,
     out_option,
     recipe_option,
+    resume_option,
     scale_option,
     set_option,
     set_recipe_option,
@@ -25,13 +28,17 @@ from mfuser.cli.options import (
     targets_option,
     weights_option,
 )
+from mfuser.engine import signals
 
 if TYPE_CHECKING:
     from mfuser.config.registry import Registry
+    from mfuser.engine.folder import Resume
     from mfuser.reporting.report import Report
 
+RESUME: dict[str | None, Resume] = {None: False, "yes": True, "auto": "auto"}
 
-@cli.command()
+
+@cli.command(cls=Resumable)
 @click.argument("pairing")
 @recipe_option(
     "Recipe to train with. Default: the one named like the pairing, or like one that it extends, "
@@ -44,7 +51,10 @@ if TYPE_CHECKING:
 @out_option("Run folder. Default: runs/PAIRING.")
 @click.option("--steps", type=int, default=None, help="Same as --set-recipe steps=N.")
 @click.option("--seed", type=int, default=None, help="Same as --set-recipe seed=N.")
-@click.option("--resume", is_flag=True, help="Continue the run in --out.")
+@resume_option
+@click.option(
+    "--requeue", is_flag=True, help="Ended by a scheduler's signal, put the SLURM job in the queue."
+)
 @click.option(
     "--replay", is_flag=True, help="Repeat the step at which the run in --out lost its loss."
 )
@@ -60,7 +70,8 @@ def train(
     out: Path | None,
     steps: int | None,
     seed: int | None,
-    resume: bool,
+    resume: str | None,
+    requeue: bool,
     replay: bool,
     settings: tuple[str, ...],
     recipe_settings: tuple[str, ...],
@@ -69,8 +80,8 @@ def train(
 ) -> None:
     """Train PAIRING on a source, then evaluate it on the targets: report and pictures in --out.
 
-    Ctrl-C saves and says how to resume. On several GPUs: torchrun --nproc_per_node N -m mfuser
-    train …
+    Ctrl-C saves and says how to resume; so does a scheduler's SIGTERM or SIGUSR1 (exit code 75).
+    On several GPUs: torchrun --nproc_per_node N -m mfuser train …
     """
     registry = common.registry()
     folder = out or Path("runs") / pairing
@@ -92,15 +103,24 @@ def train(
     device = common.check_device()
     try:
         done = train_run(
-            run, folder, registry=registry, resume=resume, evaluate=not no_evaluate, device=device
+            run,
+            folder,
+            registry=registry,
+            resume=RESUME[resume],
+            evaluate=not no_evaluate,
+            device=device,
         )
     except Interrupted as stop:
         arguments = sys.argv[1:] if resume else [*sys.argv[1:], "--resume"]
+        by = "" if stop.signal == signal.SIGINT else f" by {signals.named(stop.signal)}"
         console.say(
-            f"interrupted after step {stop.step}; all is saved in {folder}. To go on:\n"
+            f"interrupted{by} after step {stop.step}; all is saved in {folder}. To go on:\n"
             f"  {_program()} {shlex.join(arguments)}"
         )
-        raise click.exceptions.Exit(INTERRUPTED) from stop
+        code = signals.exit_code(stop.signal)
+        if requeue and code == signals.REQUEUE and first():
+            console.say(signals.requeue())
+        raise click.exceptions.Exit(code) from stop
     if done.report is not None:
         _show(done.report, folder, common.as_json, done.pictures)
     elif first():

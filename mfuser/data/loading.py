@@ -30,6 +30,8 @@ from mfuser.interfaces import IGNORE, Dataset
 Crop = tuple[Tensor, Tensor, list[str], str]
 """Image (3, H, W) uint8, label (H, W) int64, names of unreadable images before it."""
 
+HANGING = 60
+"""Seconds that a loader worker goes on for after SIGTERM, of which it may need some to end."""
 TRIES = 20
 """Unreadable images in a row after which a source is given up."""
 
@@ -275,6 +277,11 @@ def _collate(items: list[Crop | MFuserError]) -> Batch | MFuserError:
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole group; the first process finishes its step and ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches the whole group, a scheduler's signal the whole job; the first process finishes
+    # its step and ends the others.
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # SIGTERM may also be from the first process, where this one hangs
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(HANGING))
     torch.set_num_threads(1)

@@ -20,6 +20,7 @@ from mfuser.data.loading import ClassMap
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console, Task
 from mfuser.engine.decision import decide
+from mfuser.engine.exhaustion import explained
 from mfuser.engine.gallery import Gallery, Shown, panel, save_pictures
 from mfuser.engine.inference import Asked, asked, split
 from mfuser.engine.metrics import Calibration, Confusion, scores
@@ -33,6 +34,8 @@ from mfuser.model.dgss import DGSSModel
 from mfuser.reporting import draw
 from mfuser.reporting.report import CalibrationResult, DomainResult, Report
 
+SMALLER = "test_size of the dataset in the registry; --device cpu where there is more memory"
+"""What helps where memory runs out."""
 TOGETHER = 4
 """Images of one size that are segmented in one pass."""
 PICTURES = 3
@@ -287,9 +290,11 @@ class _Share:
                     f"{s.image.shape[1]}x{s.image.shape[0]} (width x height): not equal"
                 )
         images = [test_scale(s.image, self.dataset.test_size) for _, s in batch]
-        stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
+        size = images[0].shape[:2]
         try:
-            return self.model.segment_by(inference, stack, text=self.text)
+            with explained(inference, size, len(self.model.classes), SMALLER):
+                stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
+                return self.model.segment_by(inference, stack, text=self.text)
         except MFuserError as error:
             raise placed(error, f"{self.label}, {batch[0][1].name}") from error
 

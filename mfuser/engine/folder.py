@@ -14,6 +14,7 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from mfuser.config.pairing import PairingSpec
 from mfuser.config.recipe import RecipeSpec
@@ -31,8 +32,16 @@ DATABASE = "mlflow.db"
 TRACKED = ("tensorboard", "wandb", "mlflow")
 """Folders of trackers."""
 LOCK = ".lock"
-FREE = ("on_bad_image", "workers", "save_every", "tracker", "tensorboard")
+FREE = ("on_bad_image", "workers", "save_every", "checkpointing", "tracker", "tensorboard")
 """Keys of a recipe that may change when a run goes on: its weights do not depend on them."""
+
+Resume = bool | Literal["auto"]
+"""Whether to go on in a folder; "auto": if it holds a run."""
+
+
+def resumes(folder: Path, asked: Resume) -> bool:
+    """Whether a run goes on, now that its folder can be looked at."""
+    return (folder / RUN).is_file() if asked == "auto" else bool(asked)
 
 
 def check_folder(registry: Registry, folder: Path, run: RunSpec, resume: bool) -> RunSpec:

@@ -100,6 +100,10 @@ class Losses:
         self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]
         return True
 
+    def forget(self) -> None:
+        """The step at hand, which did not come to its end."""
+        self._steps.pop()
+
     @property
     def own(self) -> dict[str, float]:
         """Of the step at hand in this process; {} as long as they are on the device."""

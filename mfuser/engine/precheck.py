@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mfuser.engine.watch import Call, components, tensors, watched
-from mfuser.errors import MFuserError, PluginError
+from mfuser.errors import MFuserError, PluginError, out_of_memory
 from mfuser.model.dgss import DGSSModel
 from mfuser.plugins.blame import raised_in
 from mfuser.plugins.contracts import named
@@ -76,11 +76,11 @@ def _blamed(stack: list[Call]) -> Iterator[None]:
     """Reports an exception of a component in a sentence that names it and its own line."""
     try:
         yield
-    except (MFuserError, torch.OutOfMemoryError, MemoryError):
+    except MFuserError:
         raise
     except Exception as error:
         inside = [call for call in stack if call.whole]
-        if not inside or "allocate memory" in str(error):
+        if not inside or out_of_memory(error):
             raise
         part = inside[-1].part
         line = raised_in(error, type(part).__module__.split(".")[0])

@@ -17,6 +17,7 @@ from mfuser.engine import photographs
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console
 from mfuser.engine.decision import probabilities
+from mfuser.engine.exhaustion import explained
 from mfuser.engine.inference import asked, of_record, split
 from mfuser.engine.inputs import LEGEND, VIDEOS, file_names
 from mfuser.engine.photographs import Scale, located, read
@@ -29,6 +30,8 @@ from mfuser.model.dgss import DGSSModel
 from mfuser.model.network import TrainedNetwork
 from mfuser.reporting import draw
 
+SMALLER = "--scale 0.5; --device cpu where there is more memory than on the GPU"
+"""What helps where memory runs out."""
 ScoreFile = Literal["npz", "png"]
 
 
@@ -217,9 +220,10 @@ class _Work:
         height, width = image.shape[:2]
         window = self.model.spec.image_size
         pixels = photographs.pixels(image, self.scale, window, self.where)
-        with located(path):
+        size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+        with located(path), explained(self.inference, size, len(self.model.classes), SMALLER):
             scores = self.model.segment_by(self.inference, pixels)
-        return probabilities(scores[0], (height, width), self.chosen, self.model.decoder.scores)
+            return probabilities(scores[0], (height, width), self.chosen, self.model.decoder.scores)
 
 
 def _is_video(path: Path) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -51,6 +52,8 @@ class Processes:
         self.rank: int = accelerator.process_index
         self.main = self.rank == 0
         self._notes = _notes() if self.count > 1 else None
+        if self._notes is not None:
+            self._notes.set(f"name/{self.rank}", f"{socket.gethostname()}, {os.getpid()}")
 
     def together(self, work: Callable[[], Result]) -> Result:
         """The result of `work`, which each process does for itself.
@@ -111,19 +114,34 @@ class Processes:
                 self._notes.set(str(self.rank), _told(error))
 
     def why(self) -> str:
-        """Why another process ended, if it said so."""
+        """Why another process ended, if it said so; else which one it was."""
         until = time.monotonic() + PATIENCE
-        while self._notes is not None and time.monotonic() < until:
-            for rank in set(range(self.count)) - {self.rank}:
-                with contextlib.suppress(RuntimeError):
+        left = set(range(self.count)) - {self.rank}
+        try:
+            if self._notes is not None:
+                self._notes.set(f"alive/{self.rank}", "")
+            while self._notes is not None and left and time.monotonic() < until:
+                for rank in sorted(left):
                     if self._notes.check([str(rank)]):
                         reason = self._notes.get(str(rank)).decode("utf-8", "replace")
                         return f"process {rank} of {self.count} ended: {reason}"
-            time.sleep(0.1)
+                    if self._notes.check([f"alive/{rank}"]):
+                        left.remove(rank)
+                time.sleep(0.1)
+            gone = [self._named(rank) for rank in sorted(left)]
+        except RuntimeError:  # what they leave their notes with has gone, too
+            gone = [f"process 0 at {os.environ.get('MASTER_ADDR')} (or its machine)"]
+        who = ", ".join(gone) if self._notes is not None and gone else "another"
         return (
-            f"another of the {self.count} processes ended without saying why, as one does that the "
+            f"{who} of the {self.count} processes ended without saying why, as one does that the "
             "system kills when memory runs out"
         )
+
+    def _named(self, rank: int) -> str:
+        """ "process 1 (HOST, 4711)": its name, machine and number there."""
+        name = f"name/{rank}"
+        known = self._notes is not None and self._notes.check([name])
+        return f"process {rank}" + (f" ({self._notes.get(name).decode()})" if known else "")
 
 
 @contextlib.contextmanager

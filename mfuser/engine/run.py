@@ -13,6 +13,7 @@ from mfuser.engine import evaluate as evaluation
 from mfuser.engine import gallery
 from mfuser.engine import train as training
 from mfuser.engine.console import Console
+from mfuser.engine.folder import Resume
 from mfuser.engine.processes import Processes, processes
 from mfuser.files import clear_leftovers
 from mfuser.model.dgss import DGSSModel
@@ -52,7 +53,7 @@ def train(
     targets: Sequence[str] = (),
     settings: Sequence[str] = (),
     recipe_settings: Sequence[str] = (),
-    resume: bool = False,
+    resume: Resume = False,
     evaluate: bool = True,
     device: str | None = None,
     quiet: bool = False,
@@ -68,7 +69,8 @@ def train(
         default the recipe's. source may be several, with equal shares of the crops,
         "gta,synthia", or their own, "gta=0.7,synthia=0.3".
     settings, recipe_settings: changes such as "fusion.state_size=8" and "steps=400".
-    folder: see `mfuser.engine.folder`. resume: go on in it from the last checkpoint.
+    folder: see `mfuser.engine.folder`. resume: go on in it from the last checkpoint
+    ("auto": if it holds a run, else begin).
     evaluate: False stops after training. device: "cpu" or "cuda"; by default a GPU if there is one.
     quiet: say nothing on standard error.
 
@@ -76,8 +78,8 @@ def train(
 
     Raises MFuserError: RegistryError for names and options, DataError for datasets and images,
     WeightsError for encoders' weights, CheckpointError for the folder (InUse where another process
-    trains in it), Diverged where the loss is no longer a number. Raises Interrupted after Ctrl-C or
-    SIGTERM, when the step at hand is saved.
+    trains in it), Diverged where the loss is no longer a number. Raises Interrupted after Ctrl-C,
+    SIGTERM or SIGUSR1, when the step at hand is saved.
     """
     registry, folder, console = registry or load_registry(), Path(folder), Console(quiet)
     if isinstance(pairing, RunSpec):

@@ -1,8 +1,18 @@
-"""Checkpoints that a training saves on its way and at its end, and resuming from them."""
+"""Checkpoints that a training saves on its way and at its end, and resuming from them.
+
+A training waits for a copy of what is saved, in the memory of its machine; a thread writes it. The
+next save waits until that is done, so that there is one copy at a time (two where a step's best
+weights are saved as well), and so does the end.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,16 +24,31 @@ from mfuser.config.pairing import PairingSpec
 from mfuser.config.run import RunSpec
 from mfuser.engine import checkpoints
 from mfuser.engine.averaging import Averages
+from mfuser.engine.background import Background
 from mfuser.engine.checkpoints import Checkpoint
 from mfuser.engine.console import Console
 from mfuser.engine.diagnose import Diverged
 from mfuser.engine.processes import Processes
-from mfuser.errors import CheckpointError, MFuserError
+from mfuser.errors import CheckpointError, MFuserError, brief
 from mfuser.model.dgss import DGSSModel
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """What is written after a step: the run's state as it was then."""
+
+    state: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    averaged: dict[str, Tensor]
+    meta: dict[str, Any]
+    scaler: dict[str, Any] | None
+
+
 class Saver:
-    """A training's state and its files in the run's folder."""
+    """A training's state and its files in the run's folder.
+
+    Within `with`, files are written in the background; afterwards they are there.
+    """
 
     def __init__(
         self,
@@ -40,6 +65,25 @@ class Saver:
         self.averages, self.run, self.folder, self.console = averages, run, folder, console
         self.accelerator: Accelerator = group.accelerator
         self.frozen = checkpoints.frozen_fingerprint(model)
+        self.background = Background()
+        self._best = -1  # the step whose best weights were given to the background last
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.wait()
+            return
+        try:  # not together with the others, which may be gone
+            self.background.wait()
+        except Exception as lost:  # the reason to end is another one
+            self.console.say(brief(lost))
 
     def resume(self) -> int:
         """Continue from the last whole checkpoint; returns its step (0 if there is none)."""
@@ -85,13 +129,35 @@ class Saver:
             return False
 
     def save(self, step: int) -> None:
-        """By the first process; the others wait, and fail if it cannot."""
-        self.group.from_main(lambda: self._write(step))
+        """By the first process, in the background; the others wait for its copy, and all fail if
+        what was saved before could not be written."""
+        self.group.from_main(lambda: self._begin(step))
 
     def save_best(self, step: int, tensors: dict[str, Tensor], weights: dict[str, Any]) -> None:
         """Of a step; weights: what `Checkpoint.meta` says of them. By the first process."""
-        meta = self.meta(step) | {"weights": weights}
-        checkpoints.write(self.folder / checkpoints.BEST, Checkpoint(tensors, {}, meta))
+        self.background.wait()
+        best = Checkpoint(copied(tensors), {}, self.meta(step) | {"weights": weights})
+        self.background.put(partial(checkpoints.write, self.folder / checkpoints.BEST, best))
+        self._best = step
+
+    def save_now(self, step: int) -> bool:
+        """By this process alone and without a copy, where memory has run out; whether it could."""
+        try:
+            self.background.wait()
+            self._write(self._take(step))
+        except (MFuserError, MemoryError, RuntimeError) as error:
+            self.console.say(f"step {step} could not be saved: {brief(error)}")
+            return False
+        return True
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process could not write, which the next save raises."""
+        return self.background.failed
+
+    def wait(self) -> None:
+        """Until all that was saved is on the disk, in all processes. Raises what went wrong."""
+        self.group.from_main(self.background.wait)
 
     def complete(self) -> None:
         """Write the finished model where a file of it is missing or damaged."""
@@ -103,10 +169,12 @@ class Saver:
                 return
         except CheckpointError as error:
             self.console.say(f"{error}; it is written again")
-        self._write(self.run.recipe.steps)
+        self._write(self._take(self.run.recipe.steps))
 
     def kept(self) -> str:
         """The part of an error that says from where the run can go on."""
+        with contextlib.suppress(Exception):
+            self.background.wait()  # it may be on its way
         if not (self.folder / checkpoints.LAST).is_file():
             return ""
         return f" (the last checkpoint in {self.folder} is from before)"
@@ -119,26 +187,48 @@ class Saver:
             "frozen": self.frozen,
         }
 
-    def _write(self, step: int) -> None:
-        meta, state = self.meta(step), checkpoints.trained_state(self.model)
+    def _begin(self, step: int) -> None:
+        if self._best != step:
+            self.background.wait()
+        taken = self._take(step)
+        state, optimizer, averaged = map(copied, (taken.state, taken.optimizer, taken.averaged))
+        taken = _Taken(state, optimizer, averaged, taken.meta, taken.scaler)
+        self.background.put(partial(self._write, taken))
+
+    def _take(self, step: int) -> _Taken:
+        """The state after a step, not copied. Raises Diverged where it is not finite."""
+        state = checkpoints.trained_state(self.model)
         broken = [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
         if broken:  # a finite loss may have an infinite gradient
             raise Diverged(
                 f"{broken[0]} is no longer finite after step {step}; lower lr = "
                 f"{self.run.recipe.lr:g} or set clip_grad{self.kept()}"
             )
-        optimizer = to_optimizer_state(self.optimizer, self.names)
-        averaged = self.averages.values if self.averages is not None else {}
         scaler = self.accelerator.scaler  # None but in float16
-        last = meta if scaler is None else meta | {"scaler": scaler.state_dict()}
-        checkpoints.write_last(self.folder, Checkpoint(state, optimizer, last, averaged))
-        if step == self.run.recipe.steps:
-            if averaged:  # first: without them, the last weights would be taken for the result
-                other = meta | {"weights": {"kind": "averaged"}}
-                checkpoints.write(
-                    self.folder / checkpoints.AVERAGED, Checkpoint(averaged, {}, other)
-                )
-            checkpoints.write(self.folder / checkpoints.FINAL, Checkpoint(state, {}, meta))
+        return _Taken(
+            state,
+            to_optimizer_state(self.optimizer, self.names),
+            self.averages.values if self.averages is not None else {},
+            self.meta(step),
+            None if scaler is None else dict(scaler.state_dict()),
+        )
+
+    def _write(self, taken: _Taken) -> None:
+        meta = taken.meta
+        last = meta if taken.scaler is None else meta | {"scaler": taken.scaler}
+        checkpoints.write_last(
+            self.folder, Checkpoint(taken.state, taken.optimizer, last, taken.averaged)
+        )
+        if meta["step"] == self.run.recipe.steps:
+            if taken.averaged:  # first: without them, the last weights would pass for the result
+                other = Checkpoint(taken.averaged, {}, meta | {"weights": {"kind": "averaged"}})
+                checkpoints.write(self.folder / checkpoints.AVERAGED, other)
+            checkpoints.write(self.folder / checkpoints.FINAL, Checkpoint(taken.state, {}, meta))
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In the memory of the machine; what happens to them afterwards does not reach the copies."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def to_optimizer_state(

@@ -24,11 +24,19 @@ from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
 from mfuser.data.loading import Batch, TrainingStream, training_stream
 from mfuser.data.transforms import Augmentation
-from mfuser.engine import checkpoints, diagnose, precheck, trackers
+from mfuser.engine import checkpoints, diagnose, exhaustion, precheck, trackers
 from mfuser.engine.averaging import Averages, take
 from mfuser.engine.console import Console
 from mfuser.engine.diagnose import Diverged as Diverged
-from mfuser.engine.folder import RUN, check_folder, check_unlocked, clear_folder, open_folder
+from mfuser.engine.folder import (
+    RUN,
+    Resume,
+    check_folder,
+    check_unlocked,
+    clear_folder,
+    open_folder,
+    resumes,
+)
 from mfuser.engine.live import Live
 from mfuser.engine.log import EVERY, Log, Watcher
 from mfuser.engine.optimizer import parameter_groups, set_rates
@@ -45,17 +53,18 @@ from mfuser.engine.source import (
     described,
 )
 from mfuser.engine.validate import Kept, Validator, keep_back
-from mfuser.errors import MFuserError, placed
+from mfuser.errors import MFuserError, OutOfMemoryError, out_of_memory, placed
 from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
 
 
 class Interrupted(Exception):
-    """Ctrl-C, after the step was finished and saved."""
+    """Ctrl-C or a scheduler's signal, after the step was finished and saved. signal: its number; 0
+    where another process got it."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, signal: int = 0) -> None:
         super().__init__(step)
-        self.step = step
+        self.step, self.signal = step, signal
 
 
 @dataclass(frozen=True)
@@ -74,15 +83,16 @@ def train(
     run: RunSpec,
     folder: Path,
     *,
-    resume: bool = False,
+    resume: Resume = False,
     device: str | None = None,
     console: Console | None = None,
     joined: Processes | None = None,
 ) -> Finished:
     """Train what `run` describes into `folder`; nothing is evaluated.
 
-    joined: the processes of the surrounding command. Raises Interrupted after Ctrl-C (all is
-    saved), Diverged, DataError, CheckpointError, …
+    resume: "auto" goes on where the folder holds a run, and else begins one. joined: the
+    processes of the surrounding command. Raises Interrupted after Ctrl-C (all is saved), Diverged,
+    DataError, CheckpointError, OutOfMemoryError, …
     """
     recipe = run.recipe
     console = console or Console()
@@ -92,6 +102,7 @@ def train(
         run = run.model_copy(update={"world": group.count})
         opened = False
         try:
+            resume = group.from_main(lambda: resumes(folder, resume))
             # Everything that can be wrong with what was given is found before the folder is made.
             parts = group.together(lambda: _parts(registry, run, folder, resume, group.main))
             statistics = group.from_main(lambda: count_classes(parts.sources, run, console))
@@ -219,18 +230,21 @@ class Trainer:
         batches = iter(stream)
         with (
             interruptible() as asked,
+            self.saver,
             self.console.task("training", recipe.steps, start) as task,
             self._log(start) as log,
         ):
             note = ""
             for step in range(start, recipe.steps):
                 self.losses.clock()
-                self._step(step, self._fetch(step, start, batches))
+                fetched = self._fetch(step, start, batches)
+                with self._fitting(step, start):
+                    self._step(step, fetched)
                 done = step + 1
                 logs = step % EVERY == 0 or done == recipe.steps
                 measures = self.validator is not None and self.validator.due(done)
                 saves = done == recipe.steps or done % recipe.save_every == 0
-                stop = asked()
+                stop = asked() or self.saver.failed
                 if self.losses.due(logs or measures or saves, stop):
                     # Every process must leave in the same step.
                     last, stop, seconds = self._look(stop)
@@ -251,7 +265,8 @@ class Trainer:
                     self.saver.save(done)
                     log.saved()
                 if stop and done < recipe.steps:
-                    raise Interrupted(done)
+                    self.saver.wait()
+                    raise Interrupted(done, max(group.gathered([asked.number])))
             if start == recipe.steps:  # it may have been stopped between the last two files
                 self.group.from_main(self.saver.complete)
 
@@ -291,9 +306,29 @@ class Trainer:
             if self.losses.waiting:
                 self._look(False)
             self.saver.save(step)
+            self.saver.wait()
             if isinstance(error, MFuserError):
                 error.args = (f"{error} ({step} steps are saved; fix it and --resume)",)
             raise
+
+    @contextlib.contextmanager
+    def _fitting(self, step: int, start: int) -> Iterator[None]:
+        """Memory that runs out costs none of the steps before this one, where they can be saved."""
+        with exhaustion.undone(self.model, self.optimizer) as undo:
+            try:
+                yield
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                device = self.accelerator.device
+                said = exhaustion.of_training(self.model, self.recipe, step, device)
+                whole = undo(error) and step > start and self.group.main
+                self.losses.forget()
+                if self.losses.waiting and self.group.count == 1:
+                    self._look(False)
+                if whole and not self.losses.waiting and self.saver.save_now(step):
+                    said += f" ({step} steps are saved; --resume goes on)"
+                raise OutOfMemoryError(said) from error
 
     def _log(self, start: int) -> Log:
         run, folder, names = self.run, self.folder, self.recipe.trackers

@@ -43,7 +43,11 @@ LOOK = 2.0
 
 
 class StudyInterrupted(Exception):
-    """Ctrl-C: the current run has saved."""
+    """Ctrl-C or a scheduler's signal (its number): the current run has saved."""
+
+    def __init__(self, message: str, signal: int = 0) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,8 @@ def work_through(
             try:
                 time.sleep(LOOK)
             except KeyboardInterrupt as stop:
-                raise StudyInterrupted(f"{later[0][0].label}: waited for") from stop
+                number = getattr(stop, "number", 0)
+                raise StudyInterrupted(f"{later[0][0].label}: waited for", number) from stop
         left = later
     return troubles
 
@@ -257,7 +262,7 @@ def _done(
         return True
     status, message = job.state()
     if stopped:
-        raise StudyInterrupted(f"{job.label}: {status} {message}".rstrip())
+        raise StudyInterrupted(f"{job.label}: {status} {message}".rstrip(), stopped)
     if status == "finished":
         return True
     if status in ("open", "begun"):
@@ -288,16 +293,16 @@ def settled(
     return status in ("finished", "diverged")
 
 
-def _run(job: Job) -> tuple[int, bool]:
-    """The job in its own process -> its exit code, and whether Ctrl-C or SIGTERM was passed on."""
+def _run(job: Job) -> tuple[int, int]:
+    """The job in its own process -> its exit code, and the signal that was passed on, or 0."""
     return in_process(job.order(), sys.stderr.fileno() if _has_descriptor(sys.stderr) else None)
 
 
 def in_process(
     order: dict[str, Any], stdout: int | None = None, started: Callable[[Any], None] | None = None
-) -> tuple[int, bool]:
-    """A job's order carried out by a process of its own -> its exit code, and whether Ctrl-C or
-    SIGTERM was passed on to it.
+) -> tuple[int, int]:
+    """A job's order carried out by a process of its own -> its exit code, and the signal (Ctrl-C's
+    or a scheduler's) that was passed on to it, or 0.
 
     That process holds the job's lock, which lasts as long as it, even if this one is killed.
     started: is given the process.
@@ -321,7 +326,7 @@ def in_process(
         started(process)
     with handling(pass_on):
         process.communicate(json.dumps(order))
-    return process.returncode, bool(asked)
+    return process.returncode, asked[0] if asked else 0
 
 
 def _read_report(text: str) -> None:

@@ -75,7 +75,7 @@ def spread(
             time.sleep(EVERY)
     if asked:
         _cancel(runs, console)
-        raise StudyInterrupted(f"{len(runs)} runs were ended")
+        raise StudyInterrupted(f"{len(runs)} runs were ended", asked[0])
     return troubles
 
 

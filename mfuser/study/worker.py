@@ -17,13 +17,12 @@ from mfuser.config.registry import Registry, load_registry
 from mfuser.config.run import RunSpec
 from mfuser.engine.folder import RUN
 from mfuser.engine.lock import InUse, locked
+from mfuser.engine.signals import INTERRUPTED, ending
 from mfuser.errors import MFuserError
 from mfuser.files import write_json
 from mfuser.study import reuse
 from mfuser.study.adapters import work as measure_adapter
 from mfuser.study.runs import BUSY
-
-INTERRUPTED = 130
 
 
 def train(job: dict[str, Any], registry: Registry) -> None:
@@ -37,7 +36,8 @@ def train(job: dict[str, Any], registry: Registry) -> None:
 
 
 def main() -> int:
-    return carry_out(json.load(sys.stdin))
+    with ending():
+        return carry_out(json.load(sys.stdin))
 
 
 def carry_out(job: dict[str, Any]) -> int:

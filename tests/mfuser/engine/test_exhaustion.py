@@ -1,0 +1,101 @@
+"""Memory that runs out: one sentence on what to lower first, and no step is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mfuser import Registry
+from mfuser.engine import checkpoints
+from mfuser.engine.train import train
+from mfuser.errors import OutOfMemoryError
+from mfuser.model.dgss import DGSSModel
+
+IMPOSSIBLE = 2**58
+
+
+def exhausted(*_: object, **__: object) -> None:
+    torch.empty(IMPOSSIBLE)  # the allocator's own error
+
+
+def test_in_a_step(
+    tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin("plain", "save_every=100", "batch_size=4", "accumulate=2")
+    train(tiny, run, tmp_path / "whole")
+    losses, calls = DGSSModel.losses, []
+
+    def full(self: DGSSModel, *arguments: Any) -> Any:
+        calls.append(1)
+        found = losses(self, *arguments)  # running statistics are other ones now
+        return exhausted() if len(calls) == 6 else found
+
+    with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError) as caught:
+        patch.setattr(DGSSModel, "losses", full)
+        train(tiny, run, tmp_path / "r")
+    said = str(caught.value)
+    assert said.startswith("out of memory in step 3 on the CPU, 4 crops of 96x64 at a time: at the")
+    order = [
+        "checkpointing=true",
+        "batch_size=2 --set-recipe accumulate=4",
+        "precision=bf16",
+        "--set image_size=",
+        "(2 steps are saved; --resume goes on)",
+    ]
+    places = [said.index(words) for words in order]
+    assert places == sorted(places) and caught.value.exit_code == 2
+    assert checkpoints.read(tmp_path / "r" / checkpoints.LAST).step == 2
+    train(tiny, begin("plain", "save_every=100", "batch_size=4", "accumulate=2",
+                      "checkpointing=true"), tmp_path / "r", resume=True)  # fmt: skip
+    one, other = (checkpoints.read(tmp_path / n / checkpoints.FINAL).model for n in ("whole", "r"))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_while_the_weights_change(
+    tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are neither the old nor the new ones, so they are not saved."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def half(self: torch.optim.AdamW, *_: Any) -> None:
+        calls.append(1)
+        exhausted() if len(calls) == 3 else step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", half)
+    with pytest.raises(OutOfMemoryError, match="(?!.*are saved)"):
+        train(tiny, begin("plain", "save_every=1"), tmp_path / "r")
+    assert checkpoints.read(tmp_path / "r" / checkpoints.LAST).step == 2
+
+
+def test_in_a_prediction(
+    mfuser: Any,
+    trained: Path,
+    write_registry: Any,
+    inside: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_registry()
+    for name in ("a", "b"):
+        Image.new("RGB", (96, 64)).save(f"{name}.png")
+    segment, calls = DGSSModel.segment_by, []
+
+    def full(self: DGSSModel, *arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return exhausted() if len(calls) == 1 else segment(self, *arguments, **options)
+
+    monkeypatch.setattr(DGSSModel, "segment_by", full)
+    command = ["predict", trained, "a.png", "b.png", "--set", "inference.window_batch=4"]
+    done = mfuser(*command, "--skip-bad")
+    said = " ".join(done.err.split())
+    assert done.code == 0 and "skipped: a.png: out of memory: an image of 96x64" in said
+    assert said.index("inference.window_batch=1 (now 4)") < said.index("--scale 0.5")
+    calls.clear()
+    done = mfuser(*command, "--out", "other")
+    assert done.code == 2 and "mfuser: a.png: out of memory" in done.err
+    calls.clear()
+    done = mfuser("evaluate", trained, "--limit", 1, "--targets", "toy", "--out", "e")
+    assert done.code == 2 and "out of memory: an image of 96x64" in done.err
