@@ -48,7 +48,8 @@ class Proposal:
 
     options: of the component, without its name. classes: names in the order of their ids.
     found: sentences on what is there, for people; odd: those that need a decision.
-    score: 0 to 1, how surely the folder is of this component's kind.
+    score: 0 to 1, how surely the folder is of this component's kind. size: (width, height) of most
+    images, where they were looked at.
     """
 
     options: dict[str, Any]
@@ -56,3 +57,4 @@ class Proposal:
     found: tuple[str, ...] = ()
     odd: tuple[str, ...] = ()
     score: float = 0.5
+    size: tuple[int, int] | None = None

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 STEPS = 300
 """Of the recipe that `data new` writes: minutes on two cores with small towers."""
 
+VALIDATIONS = 3
+"""Times that such a run is measured on the way, and on how many images: seconds each."""
+VALIDATED = 4
+
+ACROSS = 4
+"""Windows that fit across the shorter side of a photograph; larger ones are trained and tested at a
+smaller size, where a window of the small pairing shows more than a corner of a leaf."""
+LEAST = 0.1
+"""The smallest factor that augmentation takes."""
+
 SLOTS = 16
 """Tokens of a class name, start and end included: small vocabularies spell names out."""
 
@@ -87,6 +97,12 @@ def new(
         return
     for sentence in proposal.found:
         click.echo(sentence)
+    if size := tables[f"dataset.{name}"].get("test_size"):
+        factor = size[0] / proposal.size[0] if proposal.size else 1.0
+        click.echo(
+            f"large for this pairing's window: trained and tested at {size[0]}x{size[1]} "
+            f"(test_size, augmentation.scale); new photographs: mfuser predict --scale {factor:.2g}"
+        )
     for sentence in proposal.odd:
         click.secho(f"odd: {sentence}", fg="yellow")
     click.echo(f"\n{text}\n")
@@ -163,19 +179,37 @@ def _tables(
             f"{legible(where)} is not UTF-8, and a registry file holds nothing else: rename the "
             "folder, or give it another name by a symbolic link"
         )
+    options, begun = dict(proposal.options), registry.recipe(recipe)
+    own: dict[str, Any] = {"steps": STEPS, "warmup": min(STEPS // 10, begun.warmup)}
+    if any(key in options for key in ("val_share", "lists")) or "{split}" in options.get(
+        "images", ""
+    ):
+        own |= {"validate_every": STEPS // VALIDATIONS, "validate_images": VALIDATED}
+    factor = _factor(proposal, registry.pairing(pairing).image_size)
+    if factor < 1 and proposal.size is not None:
+        options["test_size"] = [round(side * factor) for side in proposal.size]
+        scale = [max(LEAST, round(factor * side, 3)) for side in begun.augmentation.scale]
+        own["augmentation"] = {"scale": scale}
     return {
         "data": {name: where},
-        f"dataset.{name}": {"name": component, **proposal.options},
+        f"dataset.{name}": {"name": component, **options},
         f"pairing.{name}": {"extends": pairing, "classes": classes, "prompt": {"slots": SLOTS}},
         f"recipe.{name}": {
             "extends": recipe,
             "source": name,
             "targets": [name],
-            "steps": STEPS,
-            "warmup": min(STEPS // 10, registry.recipe(recipe).warmup),
+            **own,
             "note": "",  # what the extended recipe says is of other data
         },
     }
+
+
+def _factor(proposal: Proposal, window: tuple[int, int]) -> float:
+    """By which photographs are resized: 1 but for large ones."""
+    if proposal.size is None:
+        return 1.0
+    factor = ACROSS * min(window) / min(proposal.size)
+    return max(LEAST, factor) if factor < 0.75 else 1.0
 
 
 @data.command("check")

@@ -118,10 +118,11 @@ def resolve(
     *,
     console: Console | None = None,
 ) -> RunSpec:
-    """The run that names and settings stand for; fewer steps shorten the recipe's warm-up, which
-    `console` says. Raises MFuserError for what is not known or refused."""
+    """The run that names and settings stand for; fewer steps shorten the recipe's warm-up (which
+    `console` says) and the steps to a measurement. Raises MFuserError for what is not known or
+    refused."""
     name = recipe or registry.recipe_of(pairing)
-    recipe_settings = _warmed_up(registry, name, recipe_settings, console or Console())
+    recipe_settings = _shortened(registry, name, recipe_settings, console or Console())
     return RunSpec.of(
         registry,
         pairing,
@@ -133,24 +134,27 @@ def resolve(
     )
 
 
-def _warmed_up(
+def _shortened(
     registry: Registry, name: str, changes: Sequence[str], console: Console
 ) -> Sequence[str]:
     """`changes`, and where they leave fewer steps than the recipe warms up for, a warm-up of the
-    same share of the steps as before."""
+    same share of the steps as before; where fewer than to a measurement, one at the end."""
     given = {key.strip(): value for key, _, value in (c.partition("=") for c in changes)}
-    if "warmup" in given or not given.get("steps", "").strip().isdecimal():
+    if not given.get("steps", "").strip().isdecimal():
         return changes
     others = [c for c in changes if c.partition("=")[0].strip() != "steps"]
     before, steps = registry.recipe(name, others), int(given["steps"])
-    if not 1 < steps <= before.warmup:
-        return changes
-    warmup = before.warmup * steps // before.steps
-    console.say(
-        f"recipe '{name}' warms up for {before.warmup} of {before.steps} steps; with {steps} steps "
-        f"it warms up for {warmup}"
-    )
-    return [*changes, f"warmup={warmup}"]
+    more = []
+    if "validate_every" not in given and 0 < steps < (before.validate_every or 0):
+        more.append(f"validate_every={steps}")
+    if "warmup" not in given and 1 < steps <= before.warmup:
+        warmup = before.warmup * steps // before.steps
+        console.say(
+            f"recipe '{name}' warms up for {before.warmup} of {before.steps} steps; with {steps} "
+            f"steps it warms up for {warmup}"
+        )
+        more.append(f"warmup={warmup}")
+    return [*changes, *more]
 
 
 def evaluate(

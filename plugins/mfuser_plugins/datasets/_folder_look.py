@@ -73,7 +73,10 @@ def propose(folder: Path) -> Proposal | None:
     unpaired = sum(map(len, match.images.keys.values())) - len(match.pairs)
     if unpaired > 0 and match.images is not match.masks and lists is None:
         odd.append(f"{unpaired} images have no mask of the same stem")
-    found.append(f"{len(match.pairs)} pairs: {_sizes(folder, [i for i, _ in match.pairs])}")
+    sizes = _sizes(folder, [image for image, _ in match.pairs])
+    more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
+    shown = ", ".join(f"{w}x{h}" for w, h in list(sizes)[:3])
+    found.append(f"{len(match.pairs)} pairs: {shown}{more}")
     masks = sorted({folder / m for _, m in match.pairs})
     seen = _Seen.of(masks)
     odd += seen.odd
@@ -83,7 +86,8 @@ def propose(folder: Path) -> Proposal | None:
     options |= classes.options
     found += classes.found
     odd += classes.odd
-    return Proposal(options, classes.names, tuple(found), tuple(odd), 0.5)
+    size = next(iter(sizes), None)
+    return Proposal(options, classes.names, tuple(found), tuple(odd), 0.5, size)
 
 
 def _best(folder: Path, listed: list[str]) -> Match | None:
@@ -238,16 +242,15 @@ def _likeness(folder: Path, names: list[str]) -> float:
     return (sum(scores) / len(scores) if scores else 0.0) + 0.5 * named
 
 
-def _sizes(folder: Path, images: list[str]) -> str:
+def _sizes(folder: Path, images: list[str]) -> dict[tuple[int, int], int]:
+    """(width, height) of a sample, and of how many, the most frequent first."""
     sizes: Counter[tuple[int, int]] = Counter()
     for name in images[:: max(1, len(images) // SAMPLE)]:
         try:
             sizes[image_size(folder / name)] += 1
         except UnreadableImage:
             continue
-    shown = [f"{w}x{h}" for (w, h), _ in sizes.most_common(3)]
-    more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
-    return ", ".join(shown) + more
+    return dict(sizes.most_common())
 
 
 @dataclass
