@@ -48,6 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
     whatever wrote it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # not emptied: it may be a second name of a file in use
     try:
         with open(temporary, "wb") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777
@@ -56,9 +57,9 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.chmod(temporary, mode)
         os.replace(temporary, path)
-    except BaseException:
+    finally:
+        # Also where all went well: of two names of one file, replacing removes none.
         temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

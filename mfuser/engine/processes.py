@@ -140,8 +140,9 @@ class Processes:
     def _named(self, rank: int) -> str:
         """ "process 1 (HOST, 4711)": its name, machine and number there."""
         name = f"name/{rank}"
-        known = self._notes is not None and self._notes.check([name])
-        return f"process {rank}" + (f" ({self._notes.get(name).decode()})" if known else "")
+        if self._notes is None or not self._notes.check([name]):
+            return f"process {rank}"
+        return f"process {rank} ({self._notes.get(name).decode()})"
 
 
 @contextlib.contextmanager

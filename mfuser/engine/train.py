@@ -100,21 +100,21 @@ def train(
         console.quiet = console.quiet or not group.main
         precheck.check_precision(recipe.precision, group.accelerator.device)
         run = run.model_copy(update={"world": group.count})
-        opened = False
+        opened = going_on = False
         try:
-            resume = group.from_main(lambda: resumes(folder, resume))
+            going_on = group.from_main(lambda: resumes(folder, resume))
             # Everything that can be wrong with what was given is found before the folder is made.
-            parts = group.together(lambda: _parts(registry, run, folder, resume, group.main))
+            parts = group.together(lambda: _parts(registry, run, folder, going_on, group.main))
             statistics = group.from_main(lambda: count_classes(parts.sources, run, console))
             # As JSON, since a class of a plugin's file does not travel between processes.
             table = group.from_main(
-                lambda: open_folder(registry, folder, run, resume, held).model_dump(mode="json")
+                lambda: open_folder(registry, folder, run, going_on, held).model_dump(mode="json")
             )
             opened = group.main
             run = RunSpec.read(registry, table, str(folder / RUN))
             run = described(run, parts.sources, statistics)
             trainer = Trainer(group, parts.model, recipe, run, folder, console, parts.kept)
-            start = trainer.resume() if resume else 0
+            start = trainer.resume() if going_on else 0
             stream = training_stream(
                 crop_sources(parts.sources, run, statistics),
                 Augmentation(recipe.augmentation, parts.model.spec.image_size),
@@ -134,7 +134,7 @@ def train(
         except Exception as error:
             explained = isinstance(error, Diverged)  # by the run's record and log, which stay
             saved = (folder / checkpoints.LAST).is_file()
-            if opened and not (resume or saved or explained):
+            if opened and not (going_on or saved or explained):
                 clear_folder(folder)
             raise
 

@@ -21,7 +21,7 @@ FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 TUTORIAL = ROOT / "examples" / "mfuser-bottleneck" / "mfuser_bottleneck.py"
 RUN_WHOLLY = {"README.md", "guide.md", "plugins.md", "scan.md"}
 """Documents without a block that needs a run or a file of the reader's."""
-TOOLS = {"accelerate", "cd", "git", "make", "mkdir", "pip", "pytest", "python", "torchrun"}
+TOOLS = {"accelerate", "cd", "git", "make", "mkdir", "pip", "pytest", "python", "srun", "torchrun"}
 
 
 def blocks(path: Path, language: str) -> list[str]:

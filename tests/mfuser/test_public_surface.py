@@ -53,8 +53,8 @@ COMMANDS = {
     "push": f"RUN REPO --dry-run --full --license --public --set --weights {SHARED}",
     "serve": "RUN --device --inference --longest-side --open --plugin --port --registry --set "
     "--stride --weights",
-    "train": "PAIRING --no-evaluate --out --recipe --replay --resume --seed --set --set-recipe "
-    f"--source --steps --targets {WORK}",
+    "train": "PAIRING --no-evaluate --out --recipe --replay --requeue --resume --seed --set "
+    f"--set-recipe --source --steps --targets {WORK}",
     "visualize compare": "GIVEN --count --dataset --out --recursive --scale --split --stride "
     f"--width {WORK}",
     "visualize pca": "MODEL IMAGES --device --out --recursive --scale --set --stride --width "

@@ -109,6 +109,19 @@ def test_a_crash_while_writing_leaves_the_old_file_whole(
     assert checkpoints.read(path).step == 4
 
 
+def test_killed_between_the_two_names_of_a_file(model: DGSSModel, tmp_path: Path) -> None:
+    """Renaming one name of a file to its other one removes neither; emptied by the next save, what
+    was left would take the previous checkpoint, and a resumed optimizer's memory, with it."""
+    last, previous = tmp_path / checkpoints.LAST, tmp_path / checkpoints.PREVIOUS
+    state = checkpoints.trained_state(model)
+    checkpoints.write_last(tmp_path, Checkpoint(state, {}, meta(model) | {"step": 1}))
+    os.link(last, previous)
+    for step in (2, 3):
+        checkpoints.write_last(tmp_path, Checkpoint(state, {}, meta(model) | {"step": step}))
+        assert {p.name for p in tmp_path.iterdir()} == {last.name, previous.name}
+        assert (checkpoints.read(previous).step, checkpoints.read(last).step) == (step - 1, step)
+
+
 def test_a_full_disk_leaves_the_old_file_and_no_other(
     model: DGSSModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
