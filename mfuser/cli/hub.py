@@ -18,7 +18,7 @@ from mfuser.cli.options import (
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.argument("repo", metavar="OWNER/NAME")
+@click.argument("repo", metavar="OWNER/NAME|FOLDER")
 @click.option("--full", is_flag=True, help="All weights, also those of frozen encoders.")
 @click.option("--public", is_flag=True, help="Make the repository public; it is private else.")
 @click.option("--license", default=None, metavar="ID",
@@ -38,12 +38,14 @@ def push(
     settings: tuple[str, ...],
     common: Common,
 ) -> None:
-    """Publish the model of RUN as the repository OWNER/NAME of the Hugging Face hub.
+    """Publish the model of RUN as the repository OWNER/NAME of the Hugging Face hub, or in a FOLDER
+    such as ./garden.
 
     Uploaded are the trained weights, the configuration and a model card made from the report.
     A new repository is private. Needs a login: hf auth login, or HF_TOKEN.
     """
     registry = common.registry()
+    from mfuser.engine.hub import in_folder
     from mfuser.engine.hub import push as push_run
 
     done = push_run(
@@ -61,8 +63,12 @@ def push(
         emit(done.as_dict())
         return
     kind = "private" if done.private else "public"
-    what = "would be uploaded to" if done.url is None else "uploaded to"
-    click.echo(f"{what} {repo} ({kind})" + (f": {done.url}" if done.url else ":"))
+    if in_folder(repo) is not None:
+        what, where = ("would be written to" if dry_run else "written to"), f"{repo}:"
+    else:
+        what = "would be uploaded to" if done.url is None else "uploaded to"
+        where = f"{repo} ({kind}): {done.url or ''}".rstrip()
+    click.echo(f"{what} {where}")
     for name, size in done.files.items():
         click.echo(f"  {name:<18} {size / 1e6:>10,.3f} MB")
     for note in done.notes:
@@ -70,12 +76,13 @@ def push(
 
 
 @cli.command()
-@click.argument("repo", metavar="OWNER/NAME")
+@click.argument("repo", metavar="OWNER/NAME|FOLDER")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--revision", default=None, help="Branch, tag or commit.")
 @json_option
 def pull(repo: str, folder: Path, revision: str | None, as_json: bool) -> None:
-    """Fetch the repository OWNER/NAME of the Hugging Face hub into FOLDER.
+    """Fetch the repository OWNER/NAME of the Hugging Face hub, or what was pushed into a folder
+    such as ./garden, into FOLDER.
 
     Commands take FOLDER as a run: mfuser predict FOLDER photos/
     """

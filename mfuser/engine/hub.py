@@ -57,7 +57,8 @@ def push(
     weights: str | None = None,
     dry_run: bool = False,
 ) -> Pushed:
-    """Publish a run as one commit of the repository "owner/name", which is made if need be.
+    """Publish a run as one commit of the repository "owner/name", which is made if need be, or in
+    a folder ("./garden"), which is made, too.
 
     A new repository is private unless `public`. full: all weights, the encoders' too. license: of
     the trained weights, for the card. weights: which of the run's, as for `load_model`. dry_run:
@@ -66,7 +67,11 @@ def push(
     Raises CheckpointError for the run, HubError for what the hub refuses; a repository that is
     public already is one, unless `public`.
     """
-    check_name(repo)
+    target = in_folder(repo)
+    if target is None:
+        check_name(repo)
+    else:
+        _check_free(target)
     if run.is_dir():
         check_unlocked(run)
     with tempfile.TemporaryDirectory() as temporary:
@@ -75,6 +80,9 @@ def push(
         files = {name: (folder / name).stat().st_size for name in pretrained.FILES}
         if dry_run:
             return Pushed(repo, files, not public, None, notes)
+        if target is not None:
+            _copy(folder, target)
+            return Pushed(repo, files, True, target.resolve().as_uri(), notes)
         with asking(repo):
             api = _api(None)
             private = _made(api, repo, public)
@@ -87,21 +95,38 @@ def push(
 
 
 def pull(repo: str, folder: Path, *, revision: str | None = None) -> checkpoints.Checkpoint:
-    """Bring a repository into a folder, which commands take as a run; returns its checkpoint.
+    """Bring a repository (or a folder such as "./garden") into a folder, which commands take as a
+    run; returns its checkpoint.
 
     Raises HubError, and CheckpointError for a folder that is not empty or not a model.
     """
+    _check_free(folder)
+    held = in_folder(repo) or download(repo, revision=revision)
+    checkpoint = checkpoints.read(held / FINAL)
+    pretrained.check_config(held, checkpoint)
+    _copy(held, folder)
+    return checkpoint
+
+
+def in_folder(repo: str) -> Path | None:
+    """What looks like a folder, as no repository does: ./garden, ../garden, ~/garden, /data/garden,
+    garden/."""
+    if repo.startswith((".", "/", "~")) or repo.endswith("/"):
+        return Path(repo).expanduser()
+    return None
+
+
+def _check_free(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is there and not empty; choose another folder")
     check_writable(folder)
-    held = download(repo, revision=revision)
-    checkpoint = checkpoints.read(held / FINAL)
-    pretrained.check_config(held, checkpoint)
+
+
+def _copy(held: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in pretrained.FILES:
         if (held / name).is_file():
             shutil.copyfile(held / name, folder / name)
-    return checkpoint
 
 
 def download(repo: str, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -161,10 +186,10 @@ def _write(
         checkpoint,
         spec,
         folder,
-        name=repo.split("/")[1],
+        name=Path(repo).name,
         report=report,
         license=license,
-        repo=repo,
+        repo=repo if in_folder(repo) is None else None,
     )
     return tuple(notes)
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mfuser import load_registry
+from mfuser.engine.run import resolve
 
 
 def garden(root: Path, count: int = 10, top: int = 2) -> Path:
@@ -53,6 +54,28 @@ def test_what_new_writes_trains_with_any_names(mfuser: Any, inside: Path) -> Non
                     "--set", "image_size=[32, 48]", "--set-recipe", "batch_size=1",
                     "--set-recipe", "augmentation.min_pixels=0")  # fmt: skip
     assert result.code == 0, result.err
+
+
+def test_new_fits_large_photographs_to_the_window(mfuser: Any, inside: Path) -> None:
+    """Small ones as they are; with a look at the held-out ones on the way, also in a short run."""
+    for name, size in (("small", (480, 360)), ("large", (2400, 1600))):
+        for part in ("images", "masks"):
+            Path(name, part).mkdir(parents=True)
+        for k in range(5):
+            Image.new("RGB", size, (40 * k, 90, 50)).save(f"{name}/images/{k}.jpg")
+            mask = Image.new("L", size, 1)
+            mask.paste(0, (0, 0, size[0] // 2, size[1]))
+            mask.save(f"{name}/masks/{k}.png")
+        done = mfuser("data", "new", name, "--classes", "sky,grass")
+        assert done.code == 0 and ("mfuser predict --scale 0.24" in done.out) == (name == "large")
+    registry = load_registry()
+    assert registry.dataset("small").test_size is None
+    assert registry.recipe("small").augmentation.scale == (1.0, 1.5)
+    assert registry.dataset("large").test_size == (576, 384)
+    assert registry.recipe("large").augmentation.scale == (0.24, 0.36)
+    assert registry.recipe("large").augmentation.min_pixels == 0  # the demo's
+    assert registry.recipe("large").validate_every == 100
+    assert resolve(registry, "large", recipe_settings=["steps=7"]).recipe.validate_every == 7
 
 
 def test_new_changes_nothing_where_it_cannot(mfuser: Any, inside: Path) -> None:

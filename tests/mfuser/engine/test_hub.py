@@ -86,6 +86,22 @@ def test_a_dry_run_asks_nobody(
     assert hub.asked == []
 
 
+def test_a_folder_in_place_of_the_hub(
+    hub: fakehub.FakeHub, run: Path, tmp_path: Path, mfuser: Callable[..., Any]
+) -> None:
+    pushed = mfuser("push", run, f"{tmp_path}/garden")
+    assert pushed.code == 0 and f"written to {tmp_path}/garden:" in pushed.out, pushed.err
+    assert {p.name for p in (tmp_path / "garden").iterdir()} == {*FILES}
+    card = (tmp_path / "garden" / "README.md").read_text("utf-8")
+    assert card.count("# garden") == 1 and "mfuser pull" not in card
+    again = mfuser("push", run, f"{tmp_path}/garden")
+    assert again.code == 2 and "garden is there and not empty" in again.err
+    pulled = mfuser("pull", f"{tmp_path}/garden", tmp_path / "here")
+    assert pulled.code == 0 and hub.asked == []
+    expected = from_pretrained(run).segment(IMAGES)
+    assert torch.equal(from_pretrained(tmp_path / "here").segment(IMAGES), expected)
+
+
 def test_what_the_hub_refuses(
     hub: fakehub.FakeHub,
     run: Path,
