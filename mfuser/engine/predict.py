@@ -78,6 +78,8 @@ def predict(
     model.to(where)
     work = _Work(model, chosen, where, scale, asked_for.build(), scores, out)
     unusable = work.look(images, skip_unreadable)  # before anything is written
+    if scale == 1.0 and (said := _too_large(checkpoint.meta["run"], list(work.sizes.values()))):
+        console.say(said)
     out.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out)
     written: list[dict[str, Any]] = []
@@ -121,6 +123,23 @@ def _chosen(
     return with_classes(model, tuple(classes)), None
 
 
+def _too_large(run: Any, sizes: Sequence[tuple[int, int]]) -> str | None:
+    """A sentence where images are much larger than what the run was tested at, by its record."""
+    targets = run.get("targets") or () if isinstance(run, dict) else ()
+    tested = [t["spec"]["test_size"] for t in targets if (t.get("spec") or {}).get("test_size")]
+    if not tested or not sizes:
+        return None
+    width, height = tested[0]
+    factors = [min(width, height) / min(size) for size in sizes]
+    large = [factor for factor in factors if factor < 0.67]
+    if len(large) * 2 < len(sizes):
+        return None
+    return (
+        f"{len(large)} of {len(sizes)} images are larger than those that the run was tested on "
+        f"(resized to {width}x{height}): --scale {np.median(large):.2g} shows them as large"
+    )
+
+
 @dataclass
 class _Work:
     """The work on each image. chosen: ids to choose among; None: all."""
@@ -135,6 +154,7 @@ class _Work:
 
     def __post_init__(self) -> None:
         self.table = draw.palette(self.model.classes)
+        self.sizes: dict[Path, tuple[int, int]] = {}  # (height, width) of what can be used
 
     def look(self, images: Sequence[Path], skip: bool) -> dict[Path, str]:
         """Read every image to its end: why some cannot be used. The first raises unless skip."""
@@ -144,6 +164,7 @@ class _Work:
             try:
                 with located(path):
                     size = VideoReader(path).size if _is_video(path) else read(path).shape[:2]
+                    self.sizes[path] = size
                     window = self.model.spec.image_size
                     self.inference.check(network, photographs.scaled(size, self.scale, window))
                     if _is_video(path) and self.scores is not None:

@@ -21,7 +21,7 @@ from mfuser.config.classes import CITYSCAPES
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.inputs import file_names, find
 from mfuser.engine.photographs import scaled
-from mfuser.engine.predict import predict
+from mfuser.engine.predict import _too_large, predict
 from mfuser.engine.video import VideoReader, VideoWriter
 from mfuser.errors import DataError, MFuserError
 from mfuser.files import utf8_name
@@ -239,3 +239,13 @@ def test_real_photographs(tiny: Registry, trained: Path, tmp_path: Path, real: A
     for path, entry in zip(paths, written, strict=True):
         with Image.open(path) as image, Image.open(entry["mask"]) as mask:
             assert image.size == mask.size
+
+
+def test_photographs_larger_than_what_was_tested() -> None:
+    """Most of them: then a factor that makes them as large is named."""
+    tested = {"targets": [{"spec": {}}, {"spec": {"test_size": [576, 384]}}]}
+    assert "2 of 3 images are larger" in str(_too_large(tested, [(1600, 2400)] * 2 + [(384, 576)]))
+    assert "--scale 0.24 shows" in str(_too_large(tested, [(1600, 2400), (2400, 1600)]))
+    assert _too_large(tested, [(1600, 2400)] + [(384, 576)] * 2) is None
+    for record in ({}, None, {"targets": [{"spec": None}, {"spec": {"test_size": None}}]}):
+        assert _too_large(record, [(1600, 2400)]) is None
