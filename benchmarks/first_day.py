@@ -106,11 +106,11 @@ def commands(camvid: Path | None, out: Path, steps: int | None) -> None:
     shutil.rmtree(out, ignore_errors=True)
     if camvid is None:
         gardens(out / "photos", out / "new")
-        classes = ",".join(GARDEN)
+        classes, scale = ",".join(GARDEN), "0.4"  # as data new says
     else:
         photographs(camvid, out / "photos")
         (out / "new").symlink_to("photos/images")
-        classes = CLASSES
+        classes, scale = CLASSES, "1"
     few = ["--steps", str(steps)] if steps else []
     done = [
         timed(arguments, out)
@@ -118,7 +118,7 @@ def commands(camvid: Path | None, out: Path, steps: int | None) -> None:
             ["data", "new", "photos", "--name", "street", "--classes", classes],
             ["data", "check", "street"],
             ["train", "street", *few],
-            ["predict", "runs/street", "new", "--out", "masks"],
+            ["predict", "runs/street", "new", "--out", "masks", "--scale", scale],
             ["visualize", "pca", "runs/street", "new"],
             ["export", "runs/street"],
         )
