@@ -46,7 +46,6 @@ def test_the_next_steps_do_not_wait_and_the_next_save_does(
     tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = begin("plain", "steps=6", "save_every=2", "ema={}")
-    train(tiny, run, tmp_path / "before")
     kept: dict[int, dict[str, torch.Tensor]] = {}
     take = saving.Saver._take
 
@@ -76,8 +75,6 @@ def test_the_next_steps_do_not_wait_and_the_next_save_does(
     previous = checkpoints.read(tmp_path / "r" / checkpoints.PREVIOUS)
     assert previous.step == 4  # as it was then, though step 5 had changed the weights meanwhile
     assert all(torch.equal(previous.model[k], kept[4][k]) for k in kept[4])
-    one, other = (checkpoints.read(tmp_path / n / FINAL).model for n in ("before", "r"))
-    assert all(torch.equal(one[k], other[k]) for k in one)
 
 
 @pytest.mark.parametrize("when", [2, 6])

@@ -25,23 +25,24 @@ def exhausted(*_: object, **__: object) -> None:
 def test_in_a_step(
     tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = begin("plain", "save_every=100", "batch_size=4", "accumulate=2")
+    recipe = ("steps=3", "save_every=100", "batch_size=2")
+    run = begin("plain", *recipe)
     train(tiny, run, tmp_path / "whole")
     losses, calls = DGSSModel.losses, []
 
     def full(self: DGSSModel, *arguments: Any) -> Any:
         calls.append(1)
         found = losses(self, *arguments)  # running statistics are other ones now
-        return exhausted() if len(calls) == 6 else found
+        return exhausted() if len(calls) == 3 else found
 
     with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError) as caught:
         patch.setattr(DGSSModel, "losses", full)
         train(tiny, run, tmp_path / "r")
     said = str(caught.value)
-    assert said.startswith("out of memory in step 3 on the CPU, 4 crops of 96x64 at a time: at the")
+    assert said.startswith("out of memory in step 3 on the CPU, 2 crops of 96x64 at a time: at the")
     order = [
         "checkpointing=true",
-        "batch_size=2 --set-recipe accumulate=4",
+        "batch_size=1 --set-recipe accumulate=2",
         "precision=bf16",
         "--set image_size=",
         "(2 steps are saved; --resume goes on)",
@@ -49,8 +50,8 @@ def test_in_a_step(
     places = [said.index(words) for words in order]
     assert places == sorted(places) and caught.value.exit_code == 2
     assert checkpoints.read(tmp_path / "r" / checkpoints.LAST).step == 2
-    train(tiny, begin("plain", "save_every=100", "batch_size=4", "accumulate=2",
-                      "checkpointing=true"), tmp_path / "r", resume=True)  # fmt: skip
+    again = begin("plain", *recipe, "checkpointing=true")
+    train(tiny, again, tmp_path / "r", resume=True)
     one, other = (checkpoints.read(tmp_path / n / checkpoints.FINAL).model for n in ("whole", "r"))
     assert all(torch.equal(one[k], other[k]) for k in one)
 

@@ -37,31 +37,28 @@ def scontrol(inside: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return inside / "asked"
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_the_same_command_begins_goes_on_and_ends(
     mfuser: Any,
     write_registry: Any,
     inside: Path,
     scontrol: Path,
     monkeypatch: pytest.MonkeyPatch,
-    number: signal.Signals,
 ) -> None:
     command = ["train", "plain", "--recipe", "tiny", "--registry", write_registry(), "--device",
                "cpu", "--no-evaluate", "--set-recipe", "save_every=100"]  # fmt: skip
     assert mfuser(*command, "--out", "whole").code == 0
     command += ["--out", "run", "--resume", "auto", "--requeue"]
     with monkeypatch.context() as patch:
-        stop_after(patch, 2, send(number))
+        stop_after(patch, 2, send(signal.SIGUSR1))
         ended = mfuser(*command)
     assert ended.code == REQUEUE == 75, ended.err
     said = " ".join(ended.err.split())
-    assert f"interrupted by {number.name} after step 2; all is saved in run" in said
+    assert "interrupted by SIGUSR1 after step 2; all is saved in run" in said
     assert "job 4711 is back in the queue" in said
     assert scontrol.read_text() == "requeue 4711\n"
     assert mfuser(*command).code == 0
     one, other = (checkpoints.read(Path(n) / checkpoints.FINAL).model for n in ("whole", "run"))
     assert all(torch.equal(one[k], other[k]) for k in one)
-    assert mfuser(*command).code == 0  # nothing is left to do
 
 
 def test_resume_and_what_follows_it(mfuser: Any, write_registry: Any, inside: Path) -> None:
