@@ -303,4 +303,4 @@ def _show(report: Report, folder: Path, as_json: bool, pictures: Sequence[str]) 
     from mfuser.reporting.tables import show
 
     drawn = f", pictures: {folder / 'pictures'}" if pictures else ""
-    show(report.table(), *report.summary(), f"report: {folder / 'report.md'}{drawn}")
+    show(report.table(), *report.summary(), f"report: {folder / 'report.html'}{drawn}")

@@ -29,6 +29,7 @@ from mfuser.engine.averaging import Averages, take
 from mfuser.engine.console import Console
 from mfuser.engine.diagnose import Diverged as Diverged
 from mfuser.engine.folder import (
+    PAGE,
     RUN,
     Resume,
     check_folder,
@@ -129,6 +130,7 @@ def train(
                 skip_unreadable=recipe.on_bad_image == "skip",
             )
             group.from_main(lambda: check_crops(stream, start, run))
+            console.say(f"progress: {folder / PAGE}")
             trainer.fit(stream, start)
             return trainer.finished()
         except Exception as error:
