@@ -255,8 +255,8 @@ def from_optimizer_state(
                 f"the checkpoint's optimizer knows a tensor {name} that the model lacks"
             )
         parameter = by_name[name]
-        # AdamW keeps its step count on the CPU, unless it is fused. A copy: what was read is the file
-        # itself, mapped.
+        # AdamW keeps its step count on the CPU, unless it is fused. A copy: what was read is the
+        # file itself, mapped.
         on_cpu = slot == "step" and not fused
         device = value.device if on_cpu else parameter.device
         optimizer.state[parameter][slot] = value.to(device, copy=True)
