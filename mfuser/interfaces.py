@@ -348,7 +348,10 @@ class Dataset(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
-        """Raises DataError naming the file if an image or its label cannot be used."""
+        """Raises DataError naming the file if an image or its label cannot be used.
+
+        Called from several processes in training, from several threads in evaluation.
+        """
 
     def name(self, index: int) -> str:
         """The sample's name, without reading it."""

@@ -157,9 +157,37 @@ set_recipe_option = click.option(
 )
 
 
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=None,
+    metavar="N",
+    help="Threads that read ahead while the device computes. Default: 1 on two cores, at most 4.",
+)
+
+
+def _window_batch(context: click.Context, option: click.Parameter, text: str | None) -> Any:
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or not int(text):
+        raise click.UsageError(f"--window-batch takes a positive integer or auto, not {text}")
+    return int(text)
+
+
+window_batch_option = click.option(
+    "--window-batch",
+    default=None,
+    metavar="N|auto",
+    callback=_window_batch,
+    help="Windows that go through the model at once; auto: as many as a GPU has memory for, one "
+    "on a CPU. Default: the recipe's, or auto.",
+)
+
+
 def inference_options(command: Command) -> Command:
-    """--inference and --stride."""
+    """--inference, --stride and --window-batch."""
     for option in (
+        window_batch_option,
         stride_option,
         click.option(
             "--inference",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import webbrowser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from mfuser.cli.options import (
     set_option,
     weights_option,
 )
+
+if TYPE_CHECKING:
+    from mfuser.model.window_batch import WindowBatch
 
 
 @cli.command()
@@ -36,6 +40,7 @@ def serve(
     longest_side: int | None,
     inference: str | None,
     stride: tuple[int, int] | None,
+    window_batch: WindowBatch | None,
     weights: str | None,
     settings: tuple[str, ...],
     common: Common,
@@ -58,7 +63,15 @@ def serve(
     own, others = split(settings)
     model, checkpoint = load_model(run, registry, others, weights)
     recipes = of_record(registry, checkpoint.meta["run"], str(run))
-    asked_for = asked(registry, recipes, None, name=inference, settings=own, stride=stride)
+    asked_for = asked(
+        registry,
+        recipes,
+        None,
+        name=inference,
+        settings=own,
+        stride=stride,
+        window_batch=window_batch,
+    )
     name = str(checkpoint.meta["run"].get("pairing_name") or run.resolve().name)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     viewer = Viewer(model, name, where, asked_for.build(), longest_side or LONGEST)

@@ -27,12 +27,14 @@ from mfuser.cli.options import (
     source_option,
     targets_option,
     weights_option,
+    workers_option,
 )
 from mfuser.engine import signals
 
 if TYPE_CHECKING:
     from mfuser.config.registry import Registry
     from mfuser.engine.folder import Resume
+    from mfuser.model.window_batch import WindowBatch
     from mfuser.reporting.report import Report
 
 RESUME: dict[str | None, Resume] = {None: False, "yes": True, "auto": "auto"}
@@ -152,6 +154,7 @@ def _replay(registry: Registry, folder: Path, settings: tuple[str, ...], common:
 @click.option("--baselines", is_flag=True, help="Also score the untrained model.")
 @weights_option
 @inference_options
+@workers_option
 @set_option
 @common_options(data=True, device=True)
 def evaluate(
@@ -163,6 +166,8 @@ def evaluate(
     weights: str | None,
     inference: str | None,
     stride: tuple[int, int] | None,
+    window_batch: WindowBatch | None,
+    workers: int | None,
     settings: tuple[str, ...],
     common: Common,
 ) -> None:
@@ -183,6 +188,8 @@ def evaluate(
         device=device,
         inference=inference,
         stride=stride,
+        window_batch=window_batch,
+        workers=workers,
         limit=limit,
         baselines=baselines,
         weights=weights,
@@ -217,6 +224,7 @@ def evaluate(
 @click.option("--skip-bad", is_flag=True, help="Skip images that cannot be used.")
 @weights_option
 @inference_options
+@workers_option
 @set_option
 @common_options(device=True)
 def predict(
@@ -231,6 +239,8 @@ def predict(
     weights: str | None,
     inference: str | None,
     stride: tuple[int, int] | None,
+    window_batch: WindowBatch | None,
+    workers: int | None,
     settings: tuple[str, ...],
     common: Common,
 ) -> None:
@@ -258,6 +268,8 @@ def predict(
         scale=scale,  # type: ignore[arg-type]
         inference=inference,
         stride=stride,
+        window_batch=window_batch,
+        workers=workers,
         skip_unreadable=skip_bad,
         scores=scores,  # type: ignore[arg-type]
         weights=weights,

@@ -30,7 +30,7 @@ def decide(
     """Scores (K, H, W) -> class ids, the best among `scored`, and their confidence in [0, 1]; both
     of `size`, int64 and float32. kind: what the scores are (`Decoder.scores`)."""
     resized = _resized(class_scores, size, scored)
-    ids, best = resized.argmax(0), resized.amax(0)
+    best, ids = resized.max(0)
     if kind == "shares":
         confidence = best / resized.sum(0).clamp_min(1e-12)
     else:

@@ -11,6 +11,7 @@ from mfuser.config.tables import merge, parse_settings
 from mfuser.errors import MFuserError
 from mfuser.inference import Inference
 from mfuser.model.sliding_window import Sliding, default_stride
+from mfuser.model.window_batch import WindowBatch
 from mfuser.plugins.contracts import built
 from mfuser.specs import InferenceSpec, Size
 
@@ -20,23 +21,28 @@ KEY = "inference"
 @dataclass(frozen=True)
 class Asked:
     """How a model is asked. spec: None: the sliding window with `stride`, whichever plugins are
-    installed. stride: None: two thirds of the window."""
+    installed. stride: None: two thirds of the window. window_batch: of that window."""
 
     spec: InferenceSpec | None = None
     stride: Size | None = None
+    window_batch: WindowBatch = "auto"
 
     def build(self) -> Inference:
         """Raises MFuserError where the component refuses its options."""
         spec = self.spec
         if spec is None:
-            return Sliding(self.stride)
+            return Sliding(self.stride, self.window_batch)
         return built(spec, Inference, spec.build)
 
     def record(self, window: Size) -> dict[str, Any]:
         """The component's name and all options, for a report."""
         if self.spec is None:
             stride = self.stride or default_stride(window)
-            return {"name": "sliding", "stride": list(stride), "window_batch": 1}
+            return {
+                "name": "sliding",
+                "stride": list(stride),
+                "window_batch": self.window_batch,
+            }
         return self.spec.resolved(window).model_dump(mode="json")
 
 
@@ -54,14 +60,15 @@ def asked(
     name: str | None = None,
     settings: Sequence[str] = (),
     stride: Size | None = None,
+    window_batch: WindowBatch | None = None,
 ) -> Asked:
     """The recipe's inference, changed by what a command was given.
 
     name: --inference; another component, at its defaults. settings: the --set options that
-    `split` found to be its own. stride: --stride.
+    `split` found to be its own. stride, window_batch: --stride, --window-batch.
 
-    Raises MFuserError for a name or an option that is not known, and for a stride where there is
-    none to set.
+    Raises MFuserError for a name or an option that is not known, and for a stride or a window_batch
+    where there is none to set.
     """
     spec = recipe
     if name is not None or settings:
@@ -74,25 +81,28 @@ def asked(
         found = registry.component(KEY, table, "--set inference" if settings else "--inference")
         assert isinstance(found, InferenceSpec)
         spec = found
-    if stride is None:
-        return Asked(spec, recipe_stride)
-    return Asked(None if spec is None else _strided(spec, stride), stride)
+    if spec is not None:
+        given = {"stride": stride, "window_batch": window_batch}
+        for option, value in given.items():
+            spec = spec if value is None else _windowed(spec, option, value)
+    return Asked(spec, stride or recipe_stride, window_batch or "auto")
 
 
-def _strided(spec: InferenceSpec, stride: Size) -> InferenceSpec:
+def _windowed(spec: InferenceSpec, option: str, value: Any) -> InferenceSpec:
+    """The sliding window `spec` with an option of it changed."""
     fields = type(spec).model_fields
-    if "stride" not in fields:
+    if option not in fields:
         wrapped = [
-            f"--set inference.{field}.stride=…"
+            f"--set inference.{field}.{option}=…"
             for field in fields
             if isinstance(inner := getattr(spec, field), InferenceSpec)
-            and "stride" in type(inner).model_fields
+            and option in type(inner).model_fields
         ]
         raise MFuserError(
-            f"--stride is of a sliding window, and inference '{spec.component()}' has none of its "
-            f"own; {' or '.join([*wrapped, 'leave it out'])}"
+            f"--{option.replace('_', '-')} is of a sliding window, and inference "
+            f"'{spec.component()}' has none of its own; {' or '.join([*wrapped, 'leave it out'])}"
         )
-    return spec.model_copy(update={"stride": stride})
+    return spec.model_copy(update={option: value})
 
 
 def of_record(registry: Registry, run: Any, place: str) -> InferenceSpec | None:

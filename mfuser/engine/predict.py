@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -14,12 +16,14 @@ from torch import Tensor
 
 from mfuser.config.registry import Registry
 from mfuser.engine import photographs
+from mfuser.engine.ahead import ahead, workers_of
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console
 from mfuser.engine.decision import probabilities
 from mfuser.engine.exhaustion import explained
 from mfuser.engine.inference import asked, of_record, split
 from mfuser.engine.inputs import LEGEND, VIDEOS, file_names
+from mfuser.engine.measure import text_of
 from mfuser.engine.photographs import Scale, located, read
 from mfuser.engine.video import VideoReader, VideoWriter
 from mfuser.errors import DataError, MFuserError, unknown
@@ -28,11 +32,19 @@ from mfuser.inference import Inference
 from mfuser.model.assembly import with_classes
 from mfuser.model.dgss import DGSSModel
 from mfuser.model.network import TrainedNetwork
+from mfuser.model.window_batch import WindowBatch
 from mfuser.reporting import draw
 
 SMALLER = "--scale 0.5; --device cpu where there is more memory than on the GPU"
 """What helps where memory runs out."""
 ScoreFile = Literal["npz", "png"]
+Entry = dict[str, Any]
+"""Of one image: its files and classes, or why it was skipped."""
+Finishing = Callable[[], Entry]
+"""Writes the files of one image that is segmented, or raises why there are none."""
+
+KEPT = 256 * 2**20
+"""Bytes of the photographs that are kept from the check to their turn."""
 
 
 def predict(
@@ -46,24 +58,29 @@ def predict(
     scale: Scale = 1.0,
     inference: str | None = None,
     stride: tuple[int, int] | None = None,
+    window_batch: WindowBatch | None = None,
     skip_unreadable: bool = False,
     scores: ScoreFile | None = None,
     classes: Sequence[str] | None = None,
     weights: str | None = None,
+    workers: int | None = None,
     console: Console | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Entry]:
     """Writes NAME.mask.png (palette, index = class id) and NAME.overlay.png for every image; for a
     video NAME.mask.mkv (lossless, gray level = class id) and NAME.overlay.mp4.
 
     Photographs are turned as viewers show them (EXIF), and masks lie on them so. scale: resize by
-    this factor first; "auto": enlarge what is smaller than the window. inference, stride: in place
-    of the recipe's inference, whose options may be among the settings ("inference.flip=false").
+    this factor first; "auto": enlarge what is smaller than the window. inference, stride,
+    window_batch: in place of the recipe's inference, whose options may be among the settings
+    ("inference.flip=false").
     scores: also write class probabilities, NAME.scores.npz (float16, (K, H, W)), or
     NAME.confidence.png (8 bits). classes: only these are predicted; names that the model was not
     trained on where its decoder reads any text. weights: which of the run's (see `load_model`).
-    skip_unreadable: leave out whatever cannot be used, and say so.
+    skip_unreadable: leave out whatever cannot be used, and say so. workers: threads that read
+    ahead while the device computes, beside one that writes; 0: neither; None: see `workers_of`.
 
-    Returns, per image, its files and the share of pixels of each class, or why it was skipped.
+    Every photograph is read to its end before anything is written. Returns, per image, its files
+    and the share of pixels of each class, or why it was skipped.
     """
     console = console or Console()
     photographs.check_scale(scale)
@@ -72,24 +89,36 @@ def predict(
     own, others = split(settings)
     model, checkpoint = load_model(run, registry, others, weights)
     recipes = of_record(registry, checkpoint.meta["run"], str(run))
-    asked_for = asked(registry, recipes, None, name=inference, settings=own, stride=stride)
+    asked_for = asked(
+        registry,
+        recipes,
+        None,
+        name=inference,
+        settings=own,
+        stride=stride,
+        window_batch=window_batch,
+    )
     model, chosen = _chosen(model, classes)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(where)
-    work = _Work(model, chosen, where, scale, asked_for.build(), scores, out)
-    unusable = work.look(images, skip_unreadable)  # before anything is written
+    threads = workers_of(workers)
+    work = _Work(model, chosen, where, scale, asked_for.build(), scores, out, threads)
+    work.look(images, skip_unreadable)  # before anything is written
     if scale == 1.0 and (said := _too_large(checkpoint.meta["run"], list(work.sizes.values()))):
         console.say(said)
+    work.text = text_of(model)
     out.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out)
-    written: list[dict[str, Any]] = []
-    with console.task("segmenting", len(images)) as task:
-        for path, name in zip(images, file_names(images), strict=True):
+    written: list[Entry] = []
+    with (
+        console.task("segmenting", len(images)) as task,
+        ahead(images, work.read, threads) as readings,
+        ahead(work.finishing(images, readings, skip_unreadable), _call, min(1, threads)) as files,
+    ):
+        for path, finished in zip(images, files, strict=True):
             try:
-                if path in unusable:
-                    raise DataError(unusable[path])
-                written.append(work.do(path, name))
-            except (DataError, MFuserError) as error:
+                written.append(finished())
+            except MFuserError as error:
                 if not skip_unreadable:
                     raise
                 console.say(f"skipped: {error}")
@@ -140,9 +169,18 @@ def _too_large(run: Any, sizes: Sequence[tuple[int, int]]) -> str | None:
     )
 
 
+def _call(finishing: Finishing) -> Entry:
+    return finishing()
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
 @dataclass
 class _Work:
-    """The work on each image. chosen: ids to choose among; None: all."""
+    """The work on each image. chosen: ids to choose among; None: all. workers: threads that
+    read. kept: photographs that were read for the check, until their turn. text: `text_of`."""
 
     model: DGSSModel
     chosen: tuple[int, ...] | None
@@ -151,78 +189,146 @@ class _Work:
     inference: Inference
     scores: ScoreFile | None
     out: Path
+    workers: int
+    text: Tensor | None = None
+    kept: dict[Path, np.ndarray] = field(default_factory=dict)
+    unusable: dict[Path, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.table = draw.palette(self.model.classes)
         self.sizes: dict[Path, tuple[int, int]] = {}  # (height, width) of what can be used
 
-    def look(self, images: Sequence[Path], skip: bool) -> dict[Path, str]:
-        """Read every image to its end: why some cannot be used. The first raises unless skip."""
-        unusable = {}
-        network = TrainedNetwork(self.model)
-        for path in images:
+    def look(self, images: Sequence[Path], skip: bool) -> None:
+        """Read every image to its end: why some cannot be used. The first raises unless skip.
+
+        As many as fit are kept, so that they are read once.
+        """
+        network, room = TrainedNetwork(self.model), KEPT
+        # The device waits for this, so its core reads, too.
+        with ahead(images, _seen, self.workers and self.workers + 1) as seen:
+            for path, sight in zip(images, seen, strict=True):
+                try:
+                    with located(path):
+                        image, size = sight()
+                        self.sizes[path] = size
+                        window = self.model.spec.image_size
+                        self.inference.check(network, photographs.scaled(size, self.scale, window))
+                        if image is None and self.scores is not None:
+                            raise MFuserError(
+                                "--scores is for photographs; leave it out for videos"
+                            )
+                except MFuserError as error:
+                    if not skip:
+                        raise
+                    self.unusable[path] = str(error)
+                    continue
+                if image is not None and image.nbytes <= room:
+                    self.kept[path] = image
+                    room -= image.nbytes
+
+    def read(self, path: Path) -> np.ndarray | None:
+        """The photograph; None for a video. Raises DataError as `look` found."""
+        if path in self.unusable:
+            raise DataError(self.unusable[path])
+        if _is_video(path):
+            return None
+        kept = self.kept.pop(path, None)
+        return read(path) if kept is None else kept
+
+    def finishing(
+        self,
+        images: Sequence[Path],
+        readings: Iterable[Callable[[], np.ndarray | None]],
+        skip: bool,
+    ) -> Iterator[Finishing]:
+        """Segments image by image. Without skip the first that fails is the last."""
+        for path, name, reading in zip(images, file_names(images), readings, strict=True):
+            failed: Exception | None = None
             try:
-                with located(path):
-                    size = VideoReader(path).size if _is_video(path) else read(path).shape[:2]
-                    self.sizes[path] = size
-                    window = self.model.spec.image_size
-                    self.inference.check(network, photographs.scaled(size, self.scale, window))
-                    if _is_video(path) and self.scores is not None:
-                        raise MFuserError("--scores is for photographs; leave it out for videos")
-            except MFuserError as error:
-                if not skip:
-                    raise
-                unusable[path] = str(error)
-        return unusable
+                image = reading()
+                if image is None:
+                    finishing = self._video(path, name)
+                else:
+                    finishing = self._photograph(path, name, image)
+            except (MFuserError, OSError) as error:
+                failed, finishing = error, partial(_raise, error)
+            yield finishing
+            if failed is not None and not (skip and isinstance(failed, MFuserError)):
+                return
 
-    def do(self, path: Path, name: str) -> dict[str, Any]:
-        return self._video(path, name) if _is_video(path) else self._photograph(path, name)
-
-    def _photograph(self, path: Path, name: str) -> dict[str, Any]:
-        image = read(path)
+    def _photograph(self, path: Path, name: str, image: np.ndarray) -> Finishing:
         shares = self._segment(path, image)  # (K, H, W)
         label = self._ids(shares)
+        beside = None
+        if self.scores == "png":
+            beside = (shares.amax(0) * 255).round().to(torch.uint8).cpu().numpy()
+        elif self.scores == "npz":
+            beside = shares.half().cpu().numpy()
+        return partial(self._write, path, name, image, label, beside)
+
+    def _write(
+        self, path: Path, name: str, image: np.ndarray, label: np.ndarray, beside: np.ndarray | None
+    ) -> Entry:
+        """beside: the confidence (H, W) or the scores (K, H, W), as they are asked for."""
         mask, over = self.out / f"{name}.mask.png", self.out / f"{name}.overlay.png"
         entry = {"image": str(path), "mask": str(mask), "overlay": str(over)}
         # First the rest: a mask never stands without its overlay.
         with replacing(mask) as unnamed:
             draw.indexed(label, self.table).save(unnamed, "PNG")
             draw.save(Image.fromarray(draw.overlay(image, label, self.table)), over)
-            if self.scores == "png":
+            if self.scores == "png" and beside is not None:
                 file = self.out / f"{name}.confidence.png"
-                confidence = (shares.amax(0) * 255).round().to(torch.uint8).cpu().numpy()
-                draw.save(Image.fromarray(confidence), file)
+                draw.save(Image.fromarray(beside), file)
                 entry["confidence"] = str(file)
-            elif self.scores == "npz":
+            elif self.scores == "npz" and beside is not None:
                 file = self.out / f"{name}.scores.npz"
                 names = [self.model.classes[k] for k in self._among()]
                 with replacing(file) as part, part.open("wb") as stream:
-                    np.savez_compressed(
-                        stream, scores=shares.half().cpu().numpy(), classes=np.array(names)
-                    )
+                    np.savez_compressed(stream, scores=beside, classes=np.array(names))
                 entry["scores"] = str(file)
         counts = np.bincount(label.ravel(), minlength=len(self.model.classes))
         return {**entry, "classes": self._named(counts)}
 
-    def _video(self, path: Path, name: str) -> dict[str, Any]:
+    def _video(self, path: Path, name: str) -> Finishing:
+        """Segmented and written frame by frame, whatever else still waits to be written."""
         reader = VideoReader(path)
         mask, over = self.out / f"{name}.mask.mkv", self.out / f"{name}.overlay.mp4"
         counts, frames = np.zeros(len(self.model.classes), np.int64), 0
+        thread = min(1, self.workers)  # a film is read and written in order
         with replacing(mask) as mask_part, replacing(over) as over_part:
             ids = VideoWriter(mask_part, reader.rate, reader.size, ids=True)
             shown = VideoWriter(over_part, reader.rate, reader.size, ids=False)
+
+            def write(done: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+                frame, label = done
+                ids.write(label.astype(np.uint8))
+                shown.write(draw.overlay(frame, label, self.table))
+                return np.bincount(label.ravel(), minlength=len(counts))
+
             try:
-                for frame in reader:
-                    label = self._ids(self._segment(path, frame))
-                    ids.write(label.astype(np.uint8))
-                    shown.write(draw.overlay(frame, label, self.table))
-                    counts += np.bincount(label.ravel(), minlength=len(counts))
-                    frames += 1
+                with (
+                    ahead(repeat(iter(reader)), _next, thread) as read_frames,
+                    ahead(self._labeled(path, read_frames), write, thread) as written,
+                ):
+                    for found in written:
+                        counts += found()
+                        frames += 1
             finally:
                 ids.close()
                 shown.close()
         files = {"image": str(path), "mask": str(mask), "overlay": str(over)}
-        return {**files, "frames": frames, "classes": self._named(counts)}
+        entry = {**files, "frames": frames, "classes": self._named(counts)}
+        return lambda: entry
+
+    def _labeled(
+        self, path: Path, frames: Iterable[Callable[[], np.ndarray | None]]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Frames and their class ids, to the end of the film."""
+        for read_frame in frames:
+            frame = read_frame()
+            if frame is None:
+                return
+            yield frame, self._ids(self._segment(path, frame))
 
     def _among(self) -> Sequence[int]:
         return self.chosen if self.chosen is not None else range(len(self.model.classes))
@@ -241,11 +347,22 @@ class _Work:
         height, width = image.shape[:2]
         window = self.model.spec.image_size
         pixels = photographs.pixels(image, self.scale, window, self.where)
-        size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-        with located(path), explained(self.inference, size, len(self.model.classes), SMALLER):
-            scores = self.model.segment_by(self.inference, pixels)
-            return probabilities(scores[0], (height, width), self.chosen, self.model.decoder.scores)
+        with located(path):
+            scores = self.model.segment_by(self.inference, pixels, text=self.text)
+        return probabilities(scores[0], (height, width), self.chosen, self.model.decoder.scores)
 
 
 def _is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEOS
+
+
+def _seen(path: Path) -> tuple[np.ndarray | None, tuple[int, int]]:
+    """A photograph with its (height, width); of a video the size alone."""
+    if _is_video(path):
+        return None, VideoReader(path).size
+    image = read(path)
+    return image, (image.shape[0], image.shape[1])
+
+
+def _next(frames: Iterator[np.ndarray]) -> np.ndarray | None:
+    return next(frames, None)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mfuser.config.registry import Registry, load_registry
 from mfuser.config.run import Domain, RunSpec, domains
@@ -167,9 +168,11 @@ def evaluate(
     device: str | None = None,
     inference: str | None = None,
     stride: tuple[int, int] | None = None,
+    window_batch: int | Literal["auto"] | None = None,
     limit: int | None = None,
     baselines: bool = False,
     weights: str | None = None,
+    workers: int | None = None,
     quiet: bool = False,
 ) -> EvaluatedRun:
     """Score a run on several domains: a report and pictures are saved in `out`.
@@ -182,9 +185,12 @@ def evaluate(
     folder. device: "cpu" or "cuda"; by default a GPU if there is one. inference: the component that
     segments images of any size, e.g. "multi_scale_flip"; by default the recipe's. stride: (height,
     width) of the sliding window's steps in pixels; by default the recipe's, else two thirds of the
-    window.
+    window. window_batch: windows that go through the model at once; "auto": as many as a GPU has
+    memory for; by default the recipe's, else "auto".
     limit: only the first so many images of each domain. baselines: also score the untrained model.
     weights: "last", "averaged" or "best"; by default averaged ones where the run made some (ema).
+    workers: threads that read images ahead while the device computes; 0: none; by default one on
+    two cores, at most four. They change no figure.
     quiet: say nothing on standard error.
 
     Called by each of several processes (torchrun), they share the images and all return the same
@@ -206,10 +212,12 @@ def evaluate(
             settings=settings,
             inference=inference,
             stride=stride,
+            window_batch=window_batch,
             limit=limit,
             baselines=baselines,
             pictures=folder / PICTURES,
             weights=weights,
+            workers=workers,
             console=Console(quiet),
             joined=group,
         )

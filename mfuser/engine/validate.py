@@ -20,14 +20,9 @@ from mfuser.data.parts import divided, thinned
 from mfuser.engine import checkpoints
 from mfuser.engine.averaging import Averages, as_saved
 from mfuser.engine.console import Console
-from mfuser.engine.evaluate import (
-    Measured,
-    Protocol,
-    measure,
-    scored_classes,
-    test_scale,
-)
+from mfuser.engine.evaluate import scored_classes
 from mfuser.engine.inference import Asked
+from mfuser.engine.measure import Measured, Protocol, measure, test_scale
 from mfuser.engine.metrics import scores
 from mfuser.engine.processes import Processes
 from mfuser.errors import CheckpointError, DataError, MFuserError, NoSplitError, placed

@@ -18,8 +18,8 @@ from mfuser.data.loading import ClassMap
 from mfuser.engine import photographs
 from mfuser.engine.console import Console
 from mfuser.engine.decision import predict_ids
-from mfuser.engine.evaluate import test_scale
 from mfuser.engine.inputs import file_names
+from mfuser.engine.measure import test_scale
 from mfuser.engine.photographs import Scale, located
 from mfuser.engine.similarity import check_texts, similarity
 from mfuser.errors import MFuserError

@@ -23,6 +23,7 @@ from mfuser.model.encoder import PairEncoder
 from mfuser.model.joining import JoinedBlocks
 from mfuser.model.network import TrainedNetwork
 from mfuser.model.sliding_window import Sliding
+from mfuser.model.window_batch import WindowBatch
 from mfuser.plugins.contracts import expect, scalars
 
 Segmenting = Callable[[Network, Tensor], Tensor]
@@ -185,7 +186,7 @@ class DGSSModel(nn.Module):
         images: Tensor,
         *,
         stride: int | tuple[int, int] | None = None,
-        window_batch: int = 1,
+        window_batch: WindowBatch = 1,
         text: Tensor | None = None,
     ) -> Tensor:
         """Class scores (B, K, H, W) of images of any size from the image size up.
@@ -196,7 +197,8 @@ class DGSSModel(nn.Module):
 
         stride: of the window in pixels, one number or (height, width); None: two thirds of the
             window, as released.
-        window_batch: windows that go through the model at once.
+        window_batch: windows that go through the model at once; "auto": as many as a GPU has memory
+            for, one elsewhere.
         text: what `text()` returned, for calls in a row between which nothing changes it.
 
         Raises MFuserError for smaller images and for a stride or window_batch that makes no sense.

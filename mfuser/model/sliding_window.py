@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mfuser.errors import MFuserError
 from mfuser.inference import Inference, Network
+from mfuser.model.window_batch import WindowBatch, Windows, integer
 
 
 def default_stride(window: tuple[int, int]) -> tuple[int, int]:
@@ -49,7 +48,7 @@ def checked_stride(
     if stride is None:
         return default_stride(window)
     pair = tuple(stride) if isinstance(stride, (tuple, list)) else (stride, stride)
-    steps = [_integer(step) for step in pair]
+    steps = [integer(step) for step in pair]
     if len(steps) != 2 or any(step is None or step < 1 for step in steps):
         raise MFuserError(
             f"stride = {stride!r}: give one positive integer or (height, width), in pixels"
@@ -63,34 +62,24 @@ def checked_stride(
     return height, width
 
 
-def _integer(value: Any) -> int | None:
-    """NumPy's integers count, True and 2.0 do not."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
-
-
 def sliding_window(
     scores: Callable[[Tensor], Tensor],
     images: Tensor,
     window: tuple[int, int],
     stride: int | tuple[int, int] | None = None,
-    window_batch: int = 1,
+    window_batch: WindowBatch | Windows = 1,
 ) -> Tensor:
     """Average `scores` (B, K, *window) of overlapping windows of images (B, 3, H, W).
 
     Sums are float32 where scores are of half precision. window_batch: how many windows go through
-    the model at once.
+    the model at once, as `Windows` takes it.
 
     Raises MFuserError for images smaller than the window, and as `checked_stride` does.
     """
     height, width = images.shape[-2:]
     check_window((height, width), window)
     step = checked_stride(stride, window)
-    at_once = _integer(window_batch)
-    if at_once is None or at_once < 1:
-        raise MFuserError(f"window_batch = {window_batch!r}: give a positive integer")
+    windows = window_batch if isinstance(window_batch, Windows) else Windows(window_batch)
     if (height, width) == tuple(window):
         return at_least_float32(scores(images))
     origins = [
@@ -100,15 +89,12 @@ def sliding_window(
     ]
     total: Tensor | None = None
     count = images.new_zeros(1, 1, height, width, dtype=torch.float32)
-    for start in range(0, len(origins), at_once):
-        batch = origins[start : start + at_once]
-        crops = [images[..., y : y + window[0], x : x + window[1]] for y, x in batch]
-        parts = at_least_float32(scores(torch.cat(crops))).unflatten(0, (len(batch), len(images)))
-        for (y, x), part in zip(batch, parts, strict=True):
-            if total is None:
-                total = part.new_zeros(len(images), part.shape[1], height, width)
-            total[..., y : y + window[0], x : x + window[1]] += part
-            count[..., y : y + window[0], x : x + window[1]] += 1
+    for (y, x), found in windows.scored(scores, images, window, origins):
+        part = at_least_float32(found)
+        if total is None:
+            total = part.new_zeros(len(images), part.shape[1], height, width)
+        total[..., y : y + window[0], x : x + window[1]] += part
+        count[..., y : y + window[0], x : x + window[1]] += 1
     assert total is not None
     return total.div_(count)
 
@@ -146,13 +132,18 @@ def at_least_float32(scores: Tensor) -> Tensor:
 class Sliding(Inference):
     """The sliding window as an inference. stride, window_batch: as `sliding_window` takes them."""
 
-    def __init__(self, stride: int | tuple[int, int] | None = None, window_batch: int = 1) -> None:
-        self.stride, self.window_batch = stride, window_batch
+    def __init__(
+        self, stride: int | tuple[int, int] | None = None, window_batch: WindowBatch = 1
+    ) -> None:
+        self.stride, self.windows = stride, Windows(window_batch)
+
+    @property
+    def window_batch(self) -> int:
+        """Windows at once, as far as is known."""
+        return self.windows.number()
 
     def __call__(self, network: Network, images: Tensor) -> Tensor:
-        return sliding_window(
-            network.scores, images, network.window, self.stride, self.window_batch
-        )
+        return sliding_window(network.scores, images, network.window, self.stride, self.windows)
 
     def check(self, network: Network, size: tuple[int, int]) -> None:
         check_window(size, network.window)

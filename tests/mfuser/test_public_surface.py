@@ -42,17 +42,17 @@ COMMANDS = {
     "doctor": "--json",
     "export": f"RUN --format --out --set --weights {SHARED}",
     "evaluate": "RUN --baselines --inference --limit --out --set --stride --targets --weights "
-    f"{WORK}",
+    f"--window-batch --workers {WORK}",
     "list": f"KIND PATTERN --all {SHARED}",
     "plugin bench": "MODULE --component --dry-run --json --out --seeds --set --steps",
     "plugin check": "MODULE --data-root --json --pairings",
     "plugin new": "NAME --json --kind --out",
     "predict": "RUN IMAGES --classes --device --inference --out --recursive --scale --scores --set "
-    f"--skip-bad --stride --weights {SHARED}",
+    f"--skip-bad --stride --weights --window-batch --workers {SHARED}",
     "pull": "REPO FOLDER --json --revision",
     "push": f"RUN REPO --dry-run --full --license --public --set --weights {SHARED}",
     "serve": "RUN --device --inference --longest-side --open --plugin --port --registry --set "
-    "--stride --weights",
+    "--stride --weights --window-batch",
     "train": "PAIRING --no-evaluate --out --recipe --replay --requeue --resume --seed --set "
     f"--set-recipe --source --steps --targets {WORK}",
     "visualize compare": "GIVEN --count --dataset --out --recursive --scale --split --stride "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import PositiveInt
 
 from mfuser import InferenceSpec, hookimpl
@@ -16,11 +18,12 @@ class SlidingSpec(InferenceSpec, name="sliding"):
 
     stride: of the window in pixels, one number or [height, width]; None: two thirds of the window,
         as released.
-    window_batch: windows that go through the model at once.
+    window_batch: windows that go through the model at once; "auto": as many as a GPU has memory for
+        once the first is measured, one elsewhere.
     """
 
     stride: ImageSize | None = None
-    window_batch: PositiveInt = 1
+    window_batch: PositiveInt | Literal["auto"] = "auto"
 
     def build(self) -> Sliding:
         return Sliding(self.stride, self.window_batch)

@@ -22,8 +22,9 @@ from mfuser import Registry
 from mfuser.config.run import Domain, RunSpec, domains
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.decision import decide, predict_ids
-from mfuser.engine.evaluate import evaluate, test_scale
+from mfuser.engine.evaluate import evaluate
 from mfuser.engine.gallery import picture
+from mfuser.engine.measure import test_scale
 from mfuser.engine.metrics import Calibration, Confusion, scores
 from mfuser.engine.train import train
 from mfuser.errors import DataError, MFuserError

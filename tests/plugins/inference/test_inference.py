@@ -268,14 +268,14 @@ def test_evaluate_by_another_inference(
     assert done.code == 0, done.err
     told = (
         "window 64x96; inference multi_scale_flip (scales 1/1.5, flip no, inner sliding (stride "
-        "43x64, window_batch 1))"
+        "43x64, window_batch auto))"
     )
     assert told in done.out and told in (tmp_path / "a/report.md").read_text("utf-8")
     assert protocol(tmp_path / "a")["inference"] == {
         "name": "multi_scale_flip",
         "scales": [1.0, 1.5],
         "flip": False,
-        "inner": {"name": "sliding", "stride": [43, 64], "window_batch": 1},
+        "inner": {"name": "sliding", "stride": [43, 64], "window_batch": "auto"},
     }
     batched = ("--set", "inference.window_batch=2")
     done = mfuser(*run, "--out", tmp_path / "b", "--stride", 30, *batched)
