@@ -12,6 +12,8 @@ from torch import Tensor
 
 ScoreKind = Literal["logits", "shares"]
 """`Decoder.scores`."""
+STRIP = 2**19
+"""Scores that are decided at once on a CPU."""
 
 
 def predict_ids(
@@ -30,14 +32,21 @@ def decide(
     """Scores (K, H, W) -> class ids, the best among `scored`, and their confidence in [0, 1]; both
     of `size`, int64 and float32. kind: what the scores are (`Decoder.scores`)."""
     resized = _resized(class_scores, size, scored)
-    best, ids = resized.max(0)
-    if kind == "shares":
-        confidence = best / resized.sum(0).clamp_min(1e-12)
-    else:
-        confidence = (best - resized.logsumexp(0)).exp()
+    rows = resized.shape[1]
+    if resized.device.type == "cpu":  # what fits into its cache takes half the time
+        rows = max(1, STRIP // (len(resized) * resized.shape[2]))
+    strips = [_decided(strip, kind) for strip in resized.split(rows, dim=1)]
+    ids, confidence = (torch.cat(parts) for parts in zip(*strips, strict=True))
     if len(resized) != len(class_scores):
         ids = torch.as_tensor(scored, device=ids.device)[ids]
     return ids.cpu().numpy(), confidence.float().cpu().numpy()
+
+
+def _decided(scores: Tensor, kind: ScoreKind) -> tuple[Tensor, Tensor]:
+    best, ids = scores.max(0)  # argmax alone takes four times as long on a CPU
+    if kind == "shares":
+        return ids, best / scores.sum(0).clamp_min(1e-12)
+    return ids, (best - scores.logsumexp(0)).exp()
 
 
 def probabilities(

@@ -334,7 +334,7 @@ class _Work:
         return self.chosen if self.chosen is not None else range(len(self.model.classes))
 
     def _ids(self, shares: Tensor) -> np.ndarray:
-        best = shares.argmax(0).cpu().numpy()
+        best = shares.max(0).indices.cpu().numpy()  # `argmax` takes four times as long
         return best if self.chosen is None else np.asarray(self.chosen)[best]
 
     def _named(self, counts: np.ndarray) -> dict[str, float]:
