@@ -347,9 +347,10 @@ class _Work:
         height, width = image.shape[:2]
         window = self.model.spec.image_size
         pixels = photographs.pixels(image, self.scale, window, self.where)
-        with located(path):
+        size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+        with located(path), explained(self.inference, size, len(self.model.classes), SMALLER):
             scores = self.model.segment_by(self.inference, pixels, text=self.text)
-        return probabilities(scores[0], (height, width), self.chosen, self.model.decoder.scores)
+            return probabilities(scores[0], (height, width), self.chosen, self.model.decoder.scores)
 
 
 def _is_video(path: Path) -> bool:
