@@ -169,6 +169,25 @@ def write_registry(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def load_plugin(tmp_path: Path) -> Iterator[Callable[[str, str], Any]]:
+    """`tiny_toml` as a registry, with the plugin file NAME.py of the text given, imported anew."""
+    from mfuser import load_registry
+
+    loaded: set[str] = set()
+
+    def load(name: str, text: str) -> Any:
+        (tmp_path / "r.toml").write_text(TINY, "utf-8")
+        (tmp_path / f"{name}.py").write_text(text, "utf-8")
+        loaded.add(f"mfuser_plugin_{name}")
+        sys.modules.pop(f"mfuser_plugin_{name}", None)
+        return load_registry(tmp_path / "r.toml", plugins=[str(tmp_path / f"{name}.py")])
+
+    yield load
+    for name in loaded:
+        sys.modules.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignore[no-untyped-def]
     """The folder of a finished run of `plain`; copy it before writing into it."""

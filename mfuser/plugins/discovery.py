@@ -109,6 +109,7 @@ def load_components(requested: Sequence[str] = (), prefer: str | None = None) ->
     if entries or requested:
         # Every plugin needs it: the seconds that torch takes are not to be counted as theirs.
         importlib.import_module("mfuser.interfaces")
+    allowed = functools.cache(_allowed)  # all plugins of a distribution have its requirements
     for entry in entries:
         label = f"{entry.name} ({entry.value})"
         # Two distributions may give one name to different modules: both are loaded.
@@ -116,7 +117,7 @@ def load_components(requested: Sequence[str] = (), prefer: str | None = None) ->
         loader.add(
             label if twice else entry.name,
             label,
-            functools.partial(_load, entry),
+            functools.partial(_load, entry, allowed),
             entry.value.split(".")[0],
             entry.value if twice else entry.name,
         )
@@ -151,10 +152,20 @@ def _narrowed(entries: list[metadata.EntryPoint]) -> list[metadata.EntryPoint]:
     ]
 
 
-def _load(entry: metadata.EntryPoint) -> Any:
+def _load(
+    entry: metadata.EntryPoint, allowed: Callable[[metadata.Distribution], list[SpecifierSet]]
+) -> Any:
     """An installed plugin, imported if its distribution allows this version of mfuser."""
-    package = entry.dist
-    for text in (package.requires if package else None) or ():
+    if entry.dist is not None:
+        for versions in allowed(entry.dist):
+            _check_version(versions, f"its package {entry.dist.name}")
+    return entry.load()
+
+
+def _allowed(package: metadata.Distribution) -> list[SpecifierSet]:
+    """The versions of mfuser that a distribution requires."""
+    found = []
+    for text in package.requires or ():
         try:
             needed = Requirement(text)
         except InvalidRequirement:
@@ -162,8 +173,8 @@ def _load(entry: metadata.EntryPoint) -> Any:
         if needed.name.lower() == "mfuser" and (
             needed.marker is None or needed.marker.evaluate({"extra": ""})
         ):
-            _check_version(needed.specifier, f"its package {package and package.name}")
-    return entry.load()
+            found.append(needed.specifier)
+    return found
 
 
 def _check_version(allowed: SpecifierSet, who: str) -> None:

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from mfuser_plugins.backbones.open_clip import OpenClipSpec
+
+
+def clip(width: int = 48) -> dict[str, Any]:
+    """A vision-language model with random weights. width: of its image tower."""
+    options = OpenClipSpec.tiny["options"]
+    vision = {**options["vision_cfg"], "width": width}
+    return {
+        **{"name": "open_clip", **OpenClipSpec.tiny},
+        "options": {**options, "vision_cfg": vision},
+    }
+
+
 MASK_DECODER: dict[str, Any] = {
     "width": 16,
     "heads": 2,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import clip
 
 from mfuser import PairingSpec, build_model, load_registry
 from mfuser.config.registry import Registry
@@ -16,16 +17,7 @@ from mfuser.engine.optimizer import parameter_groups
 from mfuser.model.assembly import sketch
 
 TOWER = {"options": {"embed_dim": 32, "depth": 2, "num_heads": 2}, "weights": "random"}
-CLIP = {
-    "name": "open_clip",
-    "model": "ViT-B-16",
-    "weights": "random",
-    "options": {
-        "embed_dim": 24,
-        "vision_cfg": {"layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"layers": 1, "width": 32, "heads": 2},
-    },
-}
+CLIP = clip(32)
 DECODER = {
     "width": 32,
     "pixel_layers": 1,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mfuser import EnhancerSpec, TextEnhancer
@@ -107,3 +107,15 @@ class ReadingSpec(EnhancerSpec):
     layers: PositiveInt = 1
     dropout: float = Field(default=0.1, ge=0, lt=1)
     gamma_init: Literal["normal"] | NonNegativeFloat = "normal"
+
+
+class AttentionSpec(ReadingSpec):
+    """Those of an enhancer with attention."""
+
+    heads: PositiveInt = 4
+
+    @model_validator(mode="after")
+    def _divides(self) -> AttentionSpec:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        return self

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mfuser import EnhancerSpec, hookimpl
-from mfuser_plugins.enhancers._reading import MLP, Attention, ReadingEnhancer, ReadingSpec
+from mfuser_plugins.enhancers._reading import MLP, Attention, AttentionSpec, ReadingEnhancer
 
 
 class CrossAttentionLayer(nn.Module):
@@ -41,7 +40,7 @@ class CrossAttentionEnhancer(ReadingEnhancer):
         super().__init__(spec, text_dim, lambda: CrossAttentionLayer(spec))
 
 
-class CrossAttentionEnhancerSpec(ReadingSpec, name="cross_attention"):
+class CrossAttentionEnhancerSpec(AttentionSpec, name="cross_attention"):
     """Class embeddings conditioned on the image by cross-attention (paper, table 6).
 
     width: of the enhancer, between projections from and to the joint text-image width.
@@ -49,14 +48,6 @@ class CrossAttentionEnhancerSpec(ReadingSpec, name="cross_attention"):
     layers: of the enhancer, one after the other. dropout: within them, while training.
     gamma_init: as for mtenhancer.
     """
-
-    heads: PositiveInt = 4
-
-    @model_validator(mode="after")
-    def _divides(self) -> CrossAttentionEnhancerSpec:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
-        return self
 
     def build(self, text_dim: int, num_classes: int) -> CrossAttentionEnhancer:
         return CrossAttentionEnhancer(self, text_dim)

@@ -12,8 +12,8 @@ from mfuser import EnhancerSpec, hookimpl
 from mfuser_plugins.enhancers._reading import (
     MLP,
     Attention,
+    AttentionSpec,
     ReadingEnhancer,
-    ReadingSpec,
     read_image,
 )
 from mfuser_plugins.fusion.mvfuser import MVFuser, MVFuserSpec
@@ -54,7 +54,7 @@ class MTEnhancer(ReadingEnhancer):
         super().__init__(spec, text_dim, lambda: Layer(spec))
 
 
-class MTEnhancerSpec(ReadingSpec, name="mtenhancer"):
+class MTEnhancerSpec(AttentionSpec, name="mtenhancer"):
     """MTEnhancer: class embeddings conditioned on the image by attention and a selective scan.
 
     width: of the enhancer, between projections from and to the joint text-image width.
@@ -67,15 +67,12 @@ class MTEnhancerSpec(ReadingSpec, name="mtenhancer"):
 
     tiny: ClassVar[Mapping[str, Any]] = {"width": 32, "state_size": 2}
 
-    heads: PositiveInt = 4
     state_size: PositiveInt = 16
 
     @model_validator(mode="after")
-    def _divides(self) -> MTEnhancerSpec:
-        if self.width % self.heads or self.width % 2:
-            raise ValueError(
-                f"width {self.width} must be even and a multiple of heads {self.heads}"
-            )
+    def _even(self) -> MTEnhancerSpec:
+        if self.width % 2:
+            raise ValueError(f"width {self.width} must be even, e.g. {self.width + 1}")
         return self
 
     def build(self, text_dim: int, num_classes: int) -> MTEnhancer:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from untraced import without_tracing
 
 from mfuser import DGSSModel, MFuserError, build_model
 from mfuser.engine.export import Window, export
@@ -23,8 +24,9 @@ def model(tiny: Any) -> DGSSModel:
 
 @pytest.fixture(scope="module", autouse=True)
 def traced_once() -> Iterator[None]:
-    """Both formats are written of one traced program."""
-    trace, traced = torch.export.export, {}
+    """Both formats are written of one traced program; what the model runs there is measured
+    elsewhere."""
+    trace, traced = without_tracing(torch.export.export), {}
 
     def once(window: Window, *arguments: Any, **options: Any) -> Any:
         if window.model not in traced:
@@ -33,6 +35,7 @@ def traced_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.export, "export", once)
+        patch.setattr(torch.onnx, "export", without_tracing(torch.onnx.export))
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from mean_plugin import mean_plugin
 from torch import Tensor
 
-from mfuser import MFuserError, Registry, build_model, load_registry
+from mfuser import MFuserError, Registry, build_model
 from mfuser.config.run import RunSpec
 from mfuser.engine import checkpoints
 from mfuser.engine.diagnose import DIVERGED, Diverged, replay
@@ -61,16 +61,11 @@ def mfuser_components():
 
 
 @pytest.fixture
-def load(tmp_path: Path, tiny_toml: str) -> Iterator[Callable[..., Registry]]:
+def load(load_plugin: Callable[[str, str], Registry]) -> Callable[..., Registry]:
     def load(text: str, fault: str = "pass", classes: str = "") -> Registry:
-        text = text.replace("FAULT", fault).replace(" CLASSES", classes)
-        (tmp_path / "r.toml").write_text(tiny_toml, "utf-8")
-        (tmp_path / "odd.py").write_text(text, "utf-8")
-        sys.modules.pop("mfuser_plugin_odd", None)
-        return load_registry(tmp_path / "r.toml", plugins=[str(tmp_path / "odd.py")])
+        return load_plugin("odd", text.replace("FAULT", fault).replace(" CLASSES", classes))
 
-    yield load
-    sys.modules.pop("mfuser_plugin_odd", None)
+    return load
 
 
 def run_of(registry: Registry, setting: str, *recipe: str) -> RunSpec:

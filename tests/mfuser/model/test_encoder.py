@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from small import clip
 from torch import Tensor, nn
 
 from mfuser import FusionAdapter, Registry, Stream, VisionBackbone, VisionLanguageBackbone
@@ -262,16 +263,7 @@ def test_checkpointing_changes_no_value_and_no_gradient() -> None:
     assert torch.equal(found[0][1], found[1][1])
 
 
-VLM = {
-    "name": "open_clip",
-    "model": "ViT-B-16",
-    "weights": "random",
-    "options": {
-        "embed_dim": 24,
-        "vision_cfg": {"layers": 2, "width": 48, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"layers": 1, "width": 32, "heads": 2},
-    },
-}
+VLM = clip()
 
 
 @pytest.mark.parametrize(

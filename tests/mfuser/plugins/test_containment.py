@@ -6,7 +6,7 @@ import json
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from forked import forked
 from mean_plugin import mean_plugin
 
-from mfuser import MFuserError, Registry, build_model, load_registry
+from mfuser import MFuserError, Registry, build_model
 from mfuser.errors import PluginWarning
 from mfuser.plugins.containment import contained
 from mfuser.plugins.discovery import load_components
@@ -63,15 +63,8 @@ def plugin(head: str = "", **lines: str) -> str:
 
 
 @pytest.fixture
-def load(tmp_path: Path, tiny_toml: str) -> Iterator[Callable[[str], Registry]]:
-    def load(text: str) -> Registry:
-        (tmp_path / "r.toml").write_text(tiny_toml, "utf-8")
-        (tmp_path / "stranger.py").write_text(text, "utf-8")
-        sys.modules.pop("mfuser_plugin_stranger", None)
-        return load_registry(tmp_path / "r.toml", plugins=[str(tmp_path / "stranger.py")])
-
-    yield load
-    sys.modules.pop("mfuser_plugin_stranger", None)
+def load(load_plugin: Callable[[str, str], Registry]) -> Callable[[str], Registry]:
+    return lambda text: load_plugin("stranger", text)
 
 
 def said(caught: Any) -> list[str]:

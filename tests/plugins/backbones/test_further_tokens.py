@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from small import clip
 
 from mfuser import load_registry
 from mfuser.testing.bench import BackboneBench
@@ -26,16 +27,7 @@ def of_transformers(kind: str, **options: Any) -> dict[str, Any]:
     return {"name": "transformers", "model": "random", "config": config}
 
 
-CLIP = {
-    "name": "open_clip",
-    "model": "ViT-B-16",
-    "weights": "random",
-    "options": {
-        "embed_dim": 24,
-        "vision_cfg": {"layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"layers": 1, "width": 32, "heads": 2},
-    },
-}
+CLIP = clip(32)
 
 
 @pytest.mark.parametrize(
