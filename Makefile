@@ -19,7 +19,7 @@ demo-scratch: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 
-# Those that wait for schedulers, clusters and random kills: not part of `make test`.
+# The few that wait for schedulers and clusters, over a minute: not part of `make test`.
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long
 

@@ -144,7 +144,7 @@ class Engine:
     settings: tuple[str, ...] = ()
 
     def run(self, jobs: list[Job], plan: Plan, console: Console) -> list[Trouble]:
-        """Those that did not finish. Raises StudyInterrupted after Ctrl-C."""
+        """Run the jobs; returns those that did not finish. Raises StudyInterrupted after Ctrl-C."""
         from mfuser.study.runs import work_through
 
         if self.name == "local":

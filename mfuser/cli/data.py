@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mfuser.specs import Proposal
 
 STEPS = 300
-"""Of the recipe that `data new` writes: minutes on two cores with small towers."""
+"""Steps of the recipe that `data new` writes: minutes on two cores with small towers."""
 
 VALIDATIONS = 3
 """Times that such a run is measured on the way, and on how many images: seconds each."""

@@ -89,7 +89,7 @@ def list_(
 
 
 def _plugins(components: Components, everything: bool) -> list[dict[str, Any]]:
-    """Those that failed, took long to load or changed what is not theirs; or every one."""
+    """Plugins that failed, loaded slowly or changed state of the process; or every one."""
     entries: list[dict[str, Any]] = [
         {"name": p.plugin, "seconds": round(p.seconds, 3), "changed": list(p.changed)}
         for p in components.loaded

@@ -130,7 +130,7 @@ def train(
 
 
 def _replay(registry: Registry, folder: Path, settings: tuple[str, ...], common: Common) -> None:
-    """Ends as the run did, or shows that what was changed since has helped."""
+    """Repeat the failed step: it fails as the run did, or shows that a change has helped."""
     from mfuser.engine.diagnose import replay
 
     losses = replay(registry, folder, settings=settings, device=common.check_device())
@@ -292,7 +292,7 @@ def first() -> bool:
 
 
 def _program() -> str:
-    """How this command was started, but for its arguments."""
+    """The beginning of this command line, without its arguments."""
     world = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return "mfuser" if world == "1" else f"torchrun --nproc_per_node {world} -m mfuser"
 

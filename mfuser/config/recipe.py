@@ -117,7 +117,7 @@ def check_sources(sources: Sequence[SourceSpec]) -> None:
 
 
 ROUNDING = 0.0015
-"""How far weights may sum to more or less than 1: three thirds written as 0.333 do."""
+"""Tolerated distance of the sum of weights from 1: three thirds written as 0.333 are accepted."""
 
 
 def _sources(value: object) -> object:

@@ -23,7 +23,7 @@ from mfuser.errors import MFuserError, MissingExtraError
 
 HOST = "127.0.0.1"
 LARGEST = "500mb"
-"""Of an upload."""
+"""Maximum size of an upload."""
 QUIET = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_SHARE": "False",

@@ -97,7 +97,7 @@ def _of(call: Call, model: DGSSModel) -> str:
 
 
 def _largest(given: list[Tensor]) -> float:
-    """Of the numbers among them, infinity included."""
+    """The largest absolute value, infinity included and NaN ignored."""
     sizes = [
         t.detach().abs().nan_to_num(0, posinf=math.inf).max().item() for t in given if t.numel()
     ]

@@ -90,7 +90,7 @@ def _shared(one: str, other: str) -> str:
 
 
 def _nearness(name: str, path: str) -> tuple[int, int]:
-    """Of a tower's blocks to a parameter: the modules that both are in, then how near these are
-    to the blocks."""
+    """Proximity of a tower's blocks to a parameter: the number of modules that contain both, then
+    how close these are to the blocks."""
     shared = len(_shared(name, path).split(".")) if _shared(name, path) else 0
     return shared, shared - len(path.split("."))

@@ -49,11 +49,11 @@ def scores(counts: np.ndarray, scored: tuple[int, ...]) -> Scores:
 
 
 BINS = 15
-"""Of the reliability diagram, as in Guo et al. (ICML 2017) and torchmetrics' default."""
+"""Bins of the reliability diagram, as in Guo et al. (ICML 2017) and by torchmetrics' default."""
 
 
 class Calibration:
-    """How far confidence is from accuracy: pixels, their confidence and their hits in equal bins.
+    """Calibration error: pixels, their confidence and their hits in bins of equal width.
 
     Expected calibration error (Naeini et al., AAAI 2015; scored by BRAVO): the mean over pixels of
     |accuracy - confidence| of their bin.

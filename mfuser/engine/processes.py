@@ -91,7 +91,7 @@ class Processes:
         return cast(list[Result], gather_object(items)) if self.count > 1 else items
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """Of each value over the processes; all have the same keys."""
+        """The mean of each value over the processes, which all have the same keys."""
         if self.count == 1:
             return values
         own = torch.tensor(list(values.values()), device=self.accelerator.device)
@@ -198,7 +198,7 @@ def _accelerator(precision: str, device: str | None) -> Accelerator:
 
 
 def launched() -> int:
-    """How many processes a launcher has started for this command."""
+    """The number of processes that a launcher has started for this command."""
     if "RANK" not in os.environ and "LOCAL_RANK" not in os.environ:
         return 1
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -278,7 +278,7 @@ def _notes() -> Any:
 
 
 def _record(error: Exception) -> None:
-    """For torchrun's summary, which otherwise names an exit code alone."""
+    """Report the error to torchrun, whose summary otherwise shows only an exit code."""
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

@@ -129,19 +129,20 @@ class Saver:
             return False
 
     def save(self, step: int) -> None:
-        """By the first process, in the background; the others wait for its copy, and all fail if
-        what was saved before could not be written."""
+        """Save in the first process, in the background. The others wait for its copy; all fail if
+        an earlier save could not be written."""
         self.group.from_main(lambda: self._begin(step))
 
     def save_best(self, step: int, tensors: dict[str, Tensor], weights: dict[str, Any]) -> None:
-        """Of a step; weights: what `Checkpoint.meta` says of them. By the first process."""
+        """Save the weights of a step, in the first process. weights: their record in
+        `Checkpoint.meta`."""
         self.background.wait()
         best = Checkpoint(copied(tensors), {}, self.meta(step) | {"weights": weights})
         self.background.put(partial(checkpoints.write, self.folder / checkpoints.BEST, best))
         self._best = step
 
     def save_now(self, step: int) -> bool:
-        """By this process alone and without a copy, where memory has run out; whether it could."""
+        """Save in this process alone and without a copy, when memory has run out; whether it could."""
         try:
             self.background.wait()
             self._write(self._take(step))
@@ -156,7 +157,7 @@ class Saver:
         return self.background.failed
 
     def wait(self) -> None:
-        """Until all that was saved is on the disk, in all processes. Raises what went wrong."""
+        """Wait in all processes until everything saved is on the disk. Raises what went wrong."""
         self.group.from_main(self.background.wait)
 
     def complete(self) -> None:

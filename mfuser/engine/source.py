@@ -127,7 +127,7 @@ def _tell_misspelt(built: Built, run: RunSpec, console: Console) -> None:
 
 
 def _cache(console: Console) -> Path | None:
-    """Where class counts are kept; None, and a warning, where nothing can be."""
+    """The folder of cached class counts; None, with a warning, if nothing can be written."""
     folder = cache_folder()
     reason = "this user has no home folder" if folder is None else unwritable(folder)
     if reason is None:

@@ -126,7 +126,7 @@ class Tracker:
         return tracker
 
     def _known(self, new: Callable[[], str]) -> str:
-        """By which name it knows the run, so that a resumed run goes on in the same curves."""
+        """The tracker's id of the run, so that a resumed run continues the same curves."""
         known = self._read()
         if self.name not in known:
             known[self.name] = new()

@@ -234,7 +234,7 @@ class Validator:
         )
 
     def _name(self, kept: Kept, index: int) -> str:
-        """Of an image; those of several sources may be called alike."""
+        """The name of an image, with its source where there are several."""
         name = kept.dataset.name(index)
         return f"{kept.name}: {name}" if len(self.kept) > 1 else name
 

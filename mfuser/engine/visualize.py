@@ -33,7 +33,7 @@ from mfuser.reporting import draw
 from mfuser.reporting.pca import Components
 
 PATCHES = 1000
-"""Of each image, evenly spaced, that the common components are computed from."""
+"""Evenly spaced patches of each image, from which the common components are computed."""
 KEPT = 1024
 """Width in which the maps of an image wait for their common scale; finer than any patch grid."""
 ROWS = 40
@@ -42,7 +42,7 @@ ROWS = 40
 
 @dataclass
 class Canvas:
-    """Where pictures go, and how photographs are read. width: of a panel on the sheets."""
+    """The folder of the pictures, and how images are read. width: of a panel on the sheets."""
 
     out: Path
     scale: Scale = "auto"

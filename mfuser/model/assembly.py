@@ -315,7 +315,7 @@ def _adapters(
 
 
 def _projections(spec: PairingSpec, backbones: Mapping[str, VisionBackbone]) -> nn.Module | None:
-    """Of the VFM, or of several by role; None where nothing is mapped."""
+    """The VFM's projection, or several by role; None where nothing is mapped."""
     if "vlm" not in backbones:
         return None
     made = {

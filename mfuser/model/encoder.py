@@ -141,7 +141,7 @@ class PairEncoder(nn.Module):
 
     @property
     def vfms(self) -> dict[str, VisionBackbone]:
-        """Those of them that are VFMs: one, several or none."""
+        """The VFMs among the encoders: one, several or none."""
         return {role: backbone for role, backbone in self.backbones.items() if role != "vlm"}
 
     def _finest(self) -> tuple[int, int]:

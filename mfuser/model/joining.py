@@ -39,7 +39,7 @@ def check_joins(decoder: DecoderSpec, role: str, backbone: VisionBackbone) -> No
 
 
 class JoinedBlocks(LastBlocks):
-    """Those of the encoder's first backbone, on the way of one batch of images."""
+    """The last blocks of the encoder's first backbone, for one batch of images."""
 
     def __init__(self, encoder: PairEncoder, images: Tensor, count: int) -> None:
         self.encoder = encoder
@@ -54,7 +54,7 @@ class JoinedBlocks(LastBlocks):
             self._follow(i)
 
     def _follow(self, i: int) -> None:
-        """Where block `i` ends a position, the others and the adapter."""
+        """If block `i` ends a position: run the other encoders and the adapter."""
         if i in self._ends:
             self.encoder.advance(self._way, self._ends[i], done=self.role)
 

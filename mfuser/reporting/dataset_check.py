@@ -59,7 +59,7 @@ class _Look:
 
 
 def to_open(dataset: Dataset, full: bool) -> int:
-    """How many images `check_dataset` opens."""
+    """The number of images that `check_dataset` opens."""
     return len(dataset) if full else min(len(dataset), SAMPLE)
 
 

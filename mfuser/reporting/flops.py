@@ -32,12 +32,12 @@ class Flops:
 
     @property
     def added(self) -> int:
-        """Those of operators that are not PyTorch's own."""
+        """FLOPs of operators that are not PyTorch's own."""
         of_all = self.counts.get("Global", {})
         return sum(n for op, n in of_all.items() if not str(op).startswith("aten."))
 
     def below(self, path: str) -> int:
-        """Those of a module, by its path from the class that was called ("DGSSModel.decoder").
+        """FLOPs of a module, by its path from the class that was called ("DGSSModel.decoder").
 
         Encoders are stepped block by block, so their blocks are counted, not they themselves.
         """

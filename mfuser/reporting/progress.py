@@ -12,7 +12,7 @@ from mfuser.reporting.draw import palette
 from mfuser.reporting.page import PLACE, embedded, framed
 
 POINTS = 400
-"""Of a curve, at most: beyond that, points are the means of several steps."""
+"""Most points of a curve; of longer ones, each point is the mean of several steps."""
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.S)
 
 

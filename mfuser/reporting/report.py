@@ -35,7 +35,7 @@ Score = Annotated[float, BeforeValidator(lambda value: math.nan if value is None
 
 
 class ImageScore(Options):
-    """Of one image, in [0, 1]: mIoU over the classes that it shows or is given."""
+    """The score of one image, in [0, 1]: mIoU over the classes in its target or prediction."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 

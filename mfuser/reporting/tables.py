@@ -29,7 +29,7 @@ class Table:
     strong: str | None = None
 
     def framed(self) -> RichTable:
-        """For a terminal; a rule above the strong row."""
+        """The table for a terminal, with a rule above the strong row."""
         from rich.table import Table as RichTable
 
         table = RichTable(title=self.title or None, title_justify="left")

@@ -55,7 +55,7 @@ class Standing(BaseModel):
 
 
 class Record(BaseModel):
-    """How a part did, in one file that a pull request can add to docs/leaderboard."""
+    """The result of a component, in one file that a pull request can add to docs/leaderboard."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -59,7 +59,7 @@ class Row(Options):
     taken: dict[int, str] = {}
 
     def state(self) -> str:
-        """How many seeds the figures are based on, and the state of the others."""
+        """The number of seeds behind the figures, and the state of the others."""
         done = sum(s == "finished" for s in self.states.values())
         rest = [s for s in self.states.values() if s != "finished"]
         counts = [f"{rest.count(s)} {s}" for s in dict.fromkeys(rest)]

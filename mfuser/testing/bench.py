@@ -174,7 +174,7 @@ class DecoderBench(Bench):
 
     spec: DecoderSpec
     SIZE = (37, 61)
-    """Of the scores asked for: odd, and no multiple of a level."""
+    """Size of the requested scores: odd, and not a multiple of a level's."""
 
     def cases(self) -> Iterator[Any]:
         if self.spec.joins():

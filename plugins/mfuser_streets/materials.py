@@ -19,7 +19,7 @@ SWATCHES = 8
 
 
 class Glow(IntEnum):
-    """How a material shines in the dark."""
+    """The glow of a material in the dark."""
 
     NONE = 0
     WINDOW = 1
@@ -40,7 +40,7 @@ class Material:
     texture: float
     """Contrast of the surface grain."""
     jitter: float
-    """How much an object's color may differ from its swatch."""
+    """The spread of objects' colors around their swatch."""
     glow: Glow
 
 

@@ -1,4 +1,4 @@
-"""Who is on the move: vehicles, persons, two-wheelers."""
+"""Road users: vehicles, persons, two-wheelers."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ class Handle(Protocol):
     name: str
 
     def ended(self) -> str | None:
-        """None while it waits or runs; afterwards what became of its process, in a few words."""
+        """None while it waits or runs; afterwards the fate of its process, in a few words."""
 
     def cancel(self) -> None:
         """Ask it to end; it saves first where it can."""

@@ -109,7 +109,7 @@ class LabelMap:
 
 
 TRAIN_IDS = LabelMap({**{i: i for i in range(19)}, IGNORE: IGNORE})
-"""For labels that already hold train ids."""
+"""The map of labels that already hold train ids."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class PairedDataset(Dataset):
         return read_label(self.pairs[index].label)
 
     def fingerprint(self) -> str:
-        """Of names, sizes and modification times of all files, and of the label maps."""
+        """A hash of names, sizes and modification times of all files, and of the label maps."""
         if self._fingerprint is None:
             digest = sha256()
             for pair in sorted(self.pairs, key=lambda pair: str(pair.image)):
@@ -215,7 +215,7 @@ class PairedSpec(DatasetSpec):
     """(A, B): where B is below the root and A is not, the dataset lies in B."""
 
     def pairs(self, root: Path, split: str) -> list[Pair]:
-        """Those of "train" or "val" in the existing folder `root`."""
+        """The pairs of the split "train" or "val" in the existing folder `root`."""
         raise NotImplementedError
 
     def class_ids(self) -> Iterable[int]:

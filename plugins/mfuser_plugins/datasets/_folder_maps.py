@@ -1,4 +1,4 @@
-"""From the masks that people have to class ids."""
+"""Decoding of common mask formats into class ids."""
 
 from __future__ import annotations
 

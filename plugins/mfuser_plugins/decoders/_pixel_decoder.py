@@ -34,7 +34,7 @@ class PixelSpec(DecoderSpec):
 
 
 LEVELS = 3
-"""Of the four pyramid levels, the coarser ones (strides 32, 16, 8) go through attention."""
+"""The coarser three of the four pyramid levels (strides 32, 16, 8) go through attention."""
 
 
 class ConvNorm(nn.Module):

@@ -191,7 +191,7 @@ class EomtOptions(MaskLossSpec):
         return self
 
     def spans(self) -> tuple[Span, ...]:
-        """Of each block: as given, else one share of blocks + 2 after the other, as published."""
+        """Each block's interval: as given, else consecutive shares of blocks + 2, as published."""
         if self.annealing is not None:
             return self.annealing
         parts = self.blocks + 2

@@ -18,7 +18,7 @@ from mfuser import DecoderOutput, DecoderSpec, hookimpl
 from mfuser_plugins.decoders._per_pixel import PerPixelDecoder, given, resized
 
 LEVEL = 2
-"""Of the pyramid, the level at the stride of the encoders' patches (16)."""
+"""The pyramid's level at the stride of the encoders' patches (16)."""
 
 
 class Segmenter(PerPixelDecoder):

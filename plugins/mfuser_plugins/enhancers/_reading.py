@@ -110,7 +110,7 @@ class ReadingSpec(EnhancerSpec):
 
 
 class AttentionSpec(ReadingSpec):
-    """Those of an enhancer with attention."""
+    """The options of enhancers with attention."""
 
     heads: PositiveInt = 4
 

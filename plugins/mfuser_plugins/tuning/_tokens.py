@@ -17,7 +17,7 @@ class LowRankTokens(nn.Module):
         self.B = nn.Parameter(torch.randn(depth, rank, width) * width**-0.5)
 
     def forward(self, i: int | None = None) -> Tensor:
-        """Those of block `i` (tokens, D), or of all blocks."""
+        """The tokens of block `i` (tokens, D), or of all blocks."""
         tokens: Tensor = self.A @ self.B if i is None else self.A[i] @ self.B[i]
         return tokens
 

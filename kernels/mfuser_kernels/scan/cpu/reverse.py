@@ -141,12 +141,12 @@ class Backward(Kernel):
             self.v.store(x, *self.step_field(name, t))
 
     def kept_decay(self, t: Value, n: int) -> tuple[Value, Value]:
-        """Where exp(delta_t A) is kept for one state of the group, 1 past the last step."""
+        """The address of exp(delta_t A) of one state of the group; 1 past the last step."""
         index = self.b.add(self.times(t, GROUP), const(n))
         return self.scratch, self.times(index, 2 * self.bytes)
 
     def start_state(self, t: Value, n: int) -> tuple[Value, Value]:
-        """Where h_{t-1} is kept, for t one past the last step too."""
+        """The address of h_{t-1}, also for t one past the last step."""
         base, offset = self.kept_decay(t, n)
         return base, self.b.add(offset, const(self.bytes))
 
