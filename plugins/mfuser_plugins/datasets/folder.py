@@ -76,7 +76,7 @@ class FolderSpec(DatasetSpec, name="folder"):
         ways = [bool(self.lists), self.val_share > 0, "{split}" in self.images]
         if sum(ways) > 1:
             raise ValueError(
-                "a split is told by 'lists', by 'val_share' or by '{split}' in 'images', not by "
+                "a split is given by 'lists', by 'val_share' or by '{split}' in 'images', not by "
                 "two of them"
             )
         if (self.encoding == "panoptic") != (self.annotations is not None):
