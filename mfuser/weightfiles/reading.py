@@ -67,7 +67,7 @@ def read_content(
 ) -> Content:
     """The contents of a .safetensors file, a torch.save file or a TorchScript archive.
 
-    The format is recognized by the content, not by the suffix. Raises `error` if the file is truncated,
+    The content decides the format, not the suffix. Raises `error` if the file is truncated,
     is in another format, or holds objects that code would have to run for; what: the wording for a
     file that is neither. mapped: tensors of a torch.save file may stay in the file, which then must
     not change while they are used.
