@@ -128,7 +128,10 @@ def _repeatable() -> Iterator[None]:
     """Every test starts from one seed, and no process group or precision outlives it."""
     import torch
 
-    torch.manual_seed(0)
+    # torch.manual_seed also formats a traceback for each kind of accelerator that is not here.
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
     yield
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
