@@ -6,10 +6,12 @@ import contextlib
 import gc
 import io
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -138,6 +140,24 @@ def _repeatable() -> Iterator[None]:
 
         # Private: Accelerate has no public way to put its state away.
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _parsed_once() -> Iterator[None]:
+    """The same TOML is parsed once in a process: the shipped registry comes with every load."""
+    from mfuser.config import tables
+
+    loads, kept = tables.tomllib.loads, {}
+
+    def remembered(text: str) -> Any:
+        if text not in kept:
+            kept[text] = pickle.dumps(loads(text))
+        return pickle.loads(kept[text])
+
+    stand_in = SimpleNamespace(**{**vars(tables.tomllib), "loads": remembered})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "tomllib", stand_in)
+        yield
 
 
 @pytest.fixture(scope="session")
