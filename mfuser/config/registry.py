@@ -29,7 +29,7 @@ from mfuser.config.study import AnyStudy
 from mfuser.config.tables import Keys, Table, merge, parse_settings
 from mfuser.errors import DataError, PluginError, RegistryError, placed, problem, suggest
 from mfuser.plugins.components import Components
-from mfuser.plugins.discovery import installed_components, load_components
+from mfuser.plugins.discovery import components_with, installed_components
 from mfuser.specs import DatasetSpec, Spec
 
 TABLES = ("pairing", "recipe", "dataset", "study")
@@ -109,7 +109,7 @@ class Registry:
         self._roots = DataRoots(data_roots, declared)
         try:
             self.components: Components = (
-                load_components(self.plugins) if self.plugins else installed_components()
+                components_with(self.plugins) if self.plugins else installed_components()
             )
         except PluginError as error:
             by = requested.get(error.plugin or "")

@@ -6,6 +6,7 @@ working.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -82,6 +83,13 @@ class _Loader:
                 stacklevel=2,
             )
 
+    def request(self, names: Sequence[str]) -> None:
+        """Add plugins that were asked for: modules or .py files."""
+        if names:
+            importlib.import_module("mfuser.interfaces")
+        for name in names:
+            self.add(name, name, functools.partial(_import, name), _package(name), None)
+
     def _components(self, plugin: Any, name: str) -> list[Component]:
         """Register a plugin, check its hooks, and call the one it has, once."""
         try:
@@ -104,9 +112,14 @@ def load_components(requested: Sequence[str] = (), prefer: str | None = None) ->
     asked for by name is an error. `MFUSER_PLUGINS` narrows what is installed. prefer: as in
     `Components`.
     """
-    loader = _Loader()
+    loader = _installed(_Loader())
+    loader.request(requested)
+    return Components(loader.found, loader.broken, loader.loaded, prefer)
+
+
+def _installed(loader: _Loader) -> _Loader:
     entries = _narrowed(sorted(set(metadata.entry_points(group=GROUP)), key=_order))
-    if entries or requested:
+    if entries:
         # Every plugin needs it: the seconds that torch takes are not to be counted as theirs.
         importlib.import_module("mfuser.interfaces")
     allowed = functools.cache(_allowed)  # all plugins of a distribution have its requirements
@@ -121,9 +134,7 @@ def load_components(requested: Sequence[str] = (), prefer: str | None = None) ->
             entry.value.split(".")[0],
             entry.value if twice else entry.name,
         )
-    for name in requested:
-        loader.add(name, name, functools.partial(_import, name), _package(name), None)
-    return Components(loader.found, loader.broken, loader.loaded, prefer)
+    return loader
 
 
 def _order(entry: metadata.EntryPoint) -> tuple[str, str]:
@@ -200,9 +211,28 @@ def _declared(plugin: Any) -> None:
 
 
 @functools.cache
+def _found_once(narrowed: str | None) -> _Loader:
+    return _installed(_Loader())
+
+
+@functools.cache
 def installed_components() -> Components:
     """The installed components, found once per process."""
-    return load_components()
+    return components_with(())
+
+
+def components_with(requested: Sequence[str]) -> Components:
+    """The installed components, and what `requested` offers beside them."""
+    installed = _found_once(os.environ.get(NARROW))
+    loader = copy.copy(installed)
+    loader.found, loader.loaded = [*installed.found], [*installed.loaded]
+    before = installed.manager.get_plugins()
+    try:
+        loader.request(requested)
+    finally:
+        for plugin in loader.manager.get_plugins() - before:
+            loader.manager.unregister(plugin)
+    return Components(loader.found, loader.broken, loader.loaded)
 
 
 offer_installed(installed_components)
