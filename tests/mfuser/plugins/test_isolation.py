@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mfuser import MFuserError
-from mfuser.plugins.discovery import load_components
+from mfuser.plugins.discovery import components_with, load_components
 
 GOOD = """
 from mfuser import FusionSpec, hookimpl
@@ -192,3 +192,19 @@ def test_asked_for_by_name_is_loaded_whatever_is_narrowed(
     sys.modules.pop("mfuser_plugin_mine", None)
     with pytest.raises(MFuserError, match="mine.py' cannot be used: RuntimeError: no"):
         load_components([str(file)])
+
+
+def test_asked_for_once_is_not_there_for_the_next(tmp_path: Path) -> None:
+    """What is installed is found once per process, and stays as it was."""
+    file = tmp_path / "once.py"
+    file.write_text(GOOD, "utf-8")
+    for _ in range(2):
+        asked = components_with([str(file)])
+        assert asked.kind("fusion")["good"].plugin == str(file)
+        assert {p.plugin for p in asked.loaded} > {p.plugin for p in components_with(()).loaded}
+        assert "good" not in components_with(()).kind("fusion")
+    file.write_text("raise RuntimeError('no')", "utf-8")
+    sys.modules.pop("mfuser_plugin_once", None)
+    with pytest.raises(MFuserError, match="once.py' cannot be used: RuntimeError: no"):
+        components_with([str(file)])
+    assert "none" in components_with(()).kind("fusion")
