@@ -42,7 +42,7 @@ class ClassBalanced(Loss):
 class ClassBalancedSpec(LossSpec, name="class_balanced"):
     """Cross-entropy weighted by the effective number of pixels of each class.
 
-    beta: 0 weighs all pixels alike; towards 1, a class by the inverse of its pixels in the batch.
+    beta: 0 weighs all pixels alike; toward 1, a class by the inverse of its pixels in the batch.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("log_probs",)
