@@ -142,7 +142,7 @@ class Saver:
         self._best = step
 
     def save_now(self, step: int) -> bool:
-        """Save in this process alone and without a copy, when memory has run out; whether it did."""
+        """Save in this process alone, without a copy, when memory has run out; whether it could."""
         try:
             self.background.wait()
             self._write(self._take(step))
