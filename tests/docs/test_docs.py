@@ -116,10 +116,16 @@ def test_toml_blocks_resolve(path: Path, tmp_path: Path) -> None:
 def test_shell_blocks_parse(path: Path) -> None:
     """Every command of ours has these options and arguments; every other is a known tool."""
     registry = load_registry(plugins=[str(TUTORIAL)])
+    variables: dict[str, str] = {}
     for line in commands(path):
+        for name, value in variables.items():
+            line = line.replace(f"${name}", value)
         words = shlex.split(line.replace(".venv/bin/", ""), comments=True)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-            words.pop(0)
+            name, _, value = words.pop(0).partition("=")
+            variables[name] = value
+        if not words:
+            continue
         if "-m" in words and "mfuser" in words:  # torchrun -m mfuser train …
             words = words[words.index("mfuser") :]
         if words[0] == "mfuser":
