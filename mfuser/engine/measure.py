@@ -35,8 +35,8 @@ SCORES = 64 * 2**20
 
 @dataclass
 class Measured:
-    """Of one domain. confusion: (K, K) counts. pictures: rows of image, truth and prediction, with
-    the image's index."""
+    """The result of one domain. confusion: (K, K) counts. pictures: rows of image, truth and
+    prediction, with the image's index."""
 
     confusion: Confusion
     scored: tuple[int, ...]
@@ -49,7 +49,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How every domain is measured. limit: only the first so many images. workers: threads that
+    """Settings of a measurement, for every domain. limit: only the first so many images. workers: threads that
     read ahead; None: as many as there is room for."""
 
     inference: Inference

@@ -31,8 +31,8 @@ TESTING = "Report Verdict check_component check_plugin conforms"
 SHARED = "--json --plugin --registry"
 WORK = f"--data-root --device {SHARED}"
 COMMANDS = {
-    "ablate": "STUDIES --axis --base --dry-run --index --launcher --launcher-set --of --out --recipe "
-    f"--seeds --set --set-recipe --source --targets {WORK}",
+    "ablate": "STUDIES --axis --base --dry-run --index --launcher --launcher-set --of --out "
+    f"--recipe --seeds --set --set-recipe --source --targets {WORK}",
     "bench": "PAIRING --frame --no-released --out --recipe --repeats --set --set-recipe --source "
     f"{WORK}",
     "convert": f"CHECKPOINT --out --pairing --set --source {SHARED}",
