@@ -49,8 +49,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Settings of a measurement, for every domain. limit: only the first so many images. workers: threads that
-    read ahead; None: as many as there is room for."""
+    """Settings of a measurement, for every domain. limit: only the first so many images. workers:
+    threads that read ahead; None: as many as there is room for."""
 
     inference: Inference
     limit: int | None
