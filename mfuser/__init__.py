@@ -43,6 +43,7 @@ _HOME = {
     "Loss": "losses",
     "LossInputs": "losses",
     "LossParts": "losses",
+    "whole_batch": "losses",
     "Network": "inference",
     "Inference": "inference",
     "Dataset": "interfaces",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from mfuser.losses import Loss as Loss
     from mfuser.losses import LossInputs as LossInputs
     from mfuser.losses import LossParts as LossParts
+    from mfuser.losses import whole_batch as whole_batch
     from mfuser.model.assembly import build_model as build_model
     from mfuser.model.dgss import DGSSModel as DGSSModel
     from mfuser.plugins.discovery import components as components

@@ -5,10 +5,13 @@ Letters in shapes as in `interfaces`.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from mfuser.interfaces import DecoderOutput
@@ -66,3 +69,59 @@ class Loss(nn.Module, ABC):
         """RGB in [0, 1] (B, 3, H, W) -> another view of the same crops, pixel on pixel; by torch's
         generator. For specs that need a "view"."""
         raise NotImplementedError
+
+
+class Exchange(Protocol):
+    """What the processes of a step can do with a tensor of each of them; they do it together."""
+
+    count: int
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over the processes, of the same shape."""
+
+    def concatenated(self, values: Tensor) -> Tensor:
+        """The values (n,) of all processes, one after the other; n may differ."""
+
+
+class WholeBatch:
+    """The batch of a training step over all its processes, for losses that divide by a count.
+
+    Gradients are averaged over the processes. A loss that is a mean over things that it counts
+    itself (masks, labeled pixels) is multiplied by `share(count)`: the gradient is then that of one
+    process which holds the whole batch. In one process, all of this changes nothing, to the bit.
+
+    Every process of a step makes the same calls in the same order, whatever its crops show: call
+    before returning early.
+    """
+
+    def __init__(self) -> None:
+        self._processes: Exchange | None = None
+
+    @contextlib.contextmanager
+    def over(self, processes: Exchange) -> Iterator[None]:
+        """Within, the batch of these processes; else, and if it is one, of this process alone."""
+        self._processes = processes if processes.count > 1 else None
+        try:
+            yield
+        finally:
+            self._processes = None
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over the processes of a tensor without gradient."""
+        return value if self._processes is None else self._processes.total(value)
+
+    def concatenated(self, values: Tensor) -> Tensor:
+        """The values (n,) of all processes, without gradient; n may differ."""
+        return values if self._processes is None else self._processes.concatenated(values)
+
+    def share(self, count: Tensor) -> Tensor | float:
+        """This process's counts over their means in all processes; 0 where nothing was counted."""
+        if self._processes is None:
+            return 1.0
+        own = count.detach().to(torch.promote_types(count.dtype, torch.float32))
+        total = self._processes.total(own).clamp_min(torch.finfo(own.dtype).tiny)
+        return own * self._processes.count / total
+
+
+whole_batch = WholeBatch()
+"""Of the step that runs now; the engine says which processes take part."""

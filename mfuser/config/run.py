@@ -159,6 +159,11 @@ class RunSpec(Options):
         }
 
     @property
+    def batch(self) -> int:
+        """Crops per optimizer step, of all processes together."""
+        return self.recipe.batch_size * self.recipe.accumulate * self.world
+
+    @property
     def source_names(self) -> str:
         """ "gta", or "gta 70 %, synthia 30 %"."""
         if len(self.sources) == 1:

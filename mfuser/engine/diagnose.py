@@ -17,6 +17,7 @@ from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
 from mfuser.data.loading import Batch
 from mfuser.engine import checkpoints
+from mfuser.engine.batch_norm import SharedBatchNorm
 from mfuser.engine.checkpoints import Checkpoint
 from mfuser.engine.console import Console
 from mfuser.engine.processes import processes
@@ -115,7 +116,7 @@ def explain(
 ) -> str:
     """The sentence about a step (from 0) that went wrong: loss, origin, images, remedy."""
     for module in model.modules():  # their statistics would wait for the other processes
-        if isinstance(module, nn.SyncBatchNorm):
+        if isinstance(module, nn.SyncBatchNorm | SharedBatchNorm):
             module.eval()
     seed_step(run.seed, step, rank)
     with accelerator.autocast():

@@ -34,6 +34,8 @@ TRACKED = ("tensorboard", "wandb", "mlflow")
 LOCK = ".lock"
 FREE = ("on_bad_image", "workers", "save_every", "checkpointing", "tracker", "tensorboard")
 """Keys of a recipe that may change when a run goes on: its weights do not depend on them."""
+BATCH = ("batch_size", "accumulate")
+"""Keys that may change together with the number of processes, where a step keeps its crops."""
 
 Resume = bool | Literal["auto"]
 """Whether to go on in a folder; "auto": if it holds a run."""
@@ -57,17 +59,23 @@ def check_folder(registry: Registry, folder: Path, run: RunSpec, resume: bool) -
                 f"{folder} already holds a run ('{begun.pairing_name}', recipe "
                 f"'{begun.recipe_name}'); continue it with --resume or choose another --out"
             )
-        free = {key: getattr(run.recipe, key) for key in FREE}
-        was = begun.model_copy(update={"recipe": begun.recipe.model_copy(update=free)})
+        free = {key: getattr(run.recipe, key) for key in (*FREE, *BATCH)}
+        changed = begun.recipe.model_copy(update=free)
+        was = begun.model_copy(update={"recipe": changed, "world": run.world})
         differing = [
             key
-            for key in ("pairing", "recipe", "sources", "seed", "world")
+            for key in ("pairing", "recipe", "sources", "seed")
             if getattr(was, key) != getattr(run, key)
         ]
         if differing:
             raise CheckpointError(
                 f"{folder} holds another run: its {_difference(was, run, differing[0])}; resume "
                 "with the same settings or choose another --out"
+            )
+        if begun.batch != run.batch:
+            raise CheckpointError(
+                f"{folder} was begun with {_crops(begun)}, and this run has {_crops(run)}: "
+                f"{_same_batch(begun.batch, run)}"
             )
         return begun
     if resume:
@@ -136,6 +144,26 @@ def read_run(registry: Registry, folder: Path) -> RunSpec:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     return RunSpec.read(registry, table, str(file))
+
+
+def _crops(run: RunSpec) -> str:
+    processes = f"{run.world} process{'es' if run.world > 1 else ''}"
+    return (
+        f"{run.batch} crops a step (batch_size {run.recipe.batch_size} x {processes} x accumulate "
+        f"{run.recipe.accumulate})"
+    )
+
+
+def _same_batch(wanted: int, run: RunSpec) -> str:
+    """How to go on with so many crops a step."""
+    recipe = run.recipe
+    for key, others in (
+        ("batch_size", run.world * recipe.accumulate),
+        ("accumulate", run.world * recipe.batch_size),
+    ):
+        if wanted % others == 0:
+            return f"resume with --set-recipe {key}={wanted // others}"
+    return f"resume with a number of processes that divides {wanted}"
 
 
 def _difference(begun: RunSpec, run: RunSpec, key: str) -> str:

@@ -76,12 +76,14 @@ def measure(
     """
     count = min(len(dataset), protocol.limit or len(dataset))
     drawn = set(np.linspace(0, count - 1, min(pictures, count), dtype=int).tolist())
-    mine = range(group.rank, count, group.count)
+    mine = _share_of(count, group.rank, group.count)
     with console.task(label, len(mine)) as task:
         share = _Share(model, dataset, scored, drawn, label, text)
         group.together(lambda: share.work(mine, protocol, group.accelerator.device, task))
     share.confusion.counts = np.sum(group.gathered([share.confusion.counts]), axis=0)
-    share.calibration.sums = np.sum(group.gathered([share.calibration.sums]), axis=0)
+    calibration = Calibration()
+    for _, sums in sorted(group.gathered(share.certainty), key=lambda entry: entry[0]):
+        calibration.sums += sums  # in the order of the images: rounded alike whoever had them
     share.gallery.extend(group.gathered(share.gallery.scores), group.gathered(share.gallery.shown))
     if not share.confusion.counts.any():
         raise DataError(f"{label}: no pixel of its {count} images carries a scored class")
@@ -94,9 +96,17 @@ def measure(
         count,
         list(skipped.values()),
         drawings,
-        share.calibration,
+        calibration,
         share.gallery,
     )
+
+
+def _share_of(count: int, rank: int, world: int) -> list[int]:
+    """The indices of a process's images: whole runs of TOGETHER, so that what goes through the
+    model at once, and with it the last bits of the scores, is the same for any number of processes.
+    """
+    firsts = range(rank * TOGETHER, count, world * TOGETHER)
+    return [i for first in firsts for i in range(first, min(first + TOGETHER, count))]
 
 
 def text_of(model: DGSSModel) -> Tensor | None:
@@ -150,7 +160,7 @@ class _Share:
         self.counting[list(scored)] = scored
         self.table = draw.palette(model.classes)
         self.confusion = Confusion(len(model.classes))
-        self.calibration = Calibration()
+        self.certainty: list[tuple[int, np.ndarray]] = []
         self.gallery = Gallery()
         self.skipped: list[tuple[int, str]] = []
         self.pictures: list[tuple[int, list[np.ndarray]]] = []
@@ -183,7 +193,7 @@ class _Share:
     def _batches(
         self, read: Iterable[tuple[int, Callable[[], _Read]]], skip: bool
     ) -> Iterator[list[_Read]]:
-        """Consecutive images of one size that are segmented together."""
+        """Consecutive images of one size, and of one run of TOGETHER, are segmented together."""
         batch: list[_Read] = []
         for index, result in read:
             try:
@@ -194,7 +204,11 @@ class _Share:
                 self.skipped.append((index, self.dataset.name(index)))
                 continue
             full = len(batch) >= self._together(one)
-            if batch and (full or batch[0].image.shape != one.image.shape):
+            if batch and (
+                full
+                or batch[0].index // TOGETHER != one.index // TOGETHER
+                or batch[0].image.shape != one.image.shape
+            ):
                 yield batch
                 batch = []
             batch.append(one)
@@ -227,10 +241,12 @@ class _Share:
             yield _Decided(read, prediction, confidence)
 
     def _count(self, one: _Decided) -> None:
-        """In the order of the images: what is summed as floats depends on it."""
+        """In the order of the images."""
         read, prediction = one.read, one.prediction
         self.confusion.add(read.truth, prediction)
-        self.calibration.add(read.truth, prediction, one.confidence)
+        calibration = Calibration()
+        calibration.add(read.truth, prediction, one.confidence)
+        self.certainty.append((read.index, calibration.sums))
         self.gallery.add(
             read.index,
             read.name,

@@ -25,7 +25,7 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from mfuser.errors import ElsewhereError, MFuserError, brief
 
@@ -96,6 +96,17 @@ class Processes:
             return values
         own = torch.tensor(list(values.values()), device=self.accelerator.device)
         return dict(zip(values, self.accelerator.reduce(own, "mean").tolist(), strict=True))
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over the processes of a tensor without gradient."""
+        return cast(Tensor, self.accelerator.reduce(value, "sum"))
+
+    def concatenated(self, values: Tensor) -> Tensor:
+        """The values (n,) of all processes, one after the other; n may differ."""
+        sizes = self.accelerator.gather(torch.tensor([len(values)], device=values.device)).tolist()
+        padded = torch.cat([values, values.new_zeros(max(sizes) - len(values))])
+        rows = cast(Tensor, self.accelerator.gather(padded)).view(self.count, -1)
+        return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
 
     def any(self, flag: bool) -> bool:
         """Whether it is set in one of them."""
@@ -192,8 +203,9 @@ def _accelerator(precision: str, device: str | None) -> Accelerator:
         cpu=device == "cpu" or (several and not torch.cuda.is_available()),
         # Given, so that no launcher's variable divides the loss: batches are accumulated here.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # Queries of classes that a crop lacks leave some parameters without a gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # Gradients live in what is sent, not beside it. Not static_graph: what it finds out, the
+        # buckets are arranged by after the first step anyway, and some decoders' graphs change.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
 

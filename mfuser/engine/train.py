@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfuser.config.recipe import RecipeSpec
 from mfuser.config.registry import Registry
@@ -54,7 +54,9 @@ from mfuser.engine.source import (
     described,
 )
 from mfuser.engine.validate import Kept, Validator, keep_back
+from mfuser.engine.wrapping import lay_out, wrap
 from mfuser.errors import MFuserError, OutOfMemoryError, out_of_memory, placed
+from mfuser.losses import whole_batch
 from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
 
@@ -187,25 +189,24 @@ class Trainer:
         kept: Sequence[Kept] = (),
     ) -> None:
         self.group = group
-        self.accelerator = accelerator = group.accelerator
+        self.accelerator = group.accelerator
         self.recipe = recipe
         self.run = run
         self.folder = folder
         self.console = console
         model.encoder.checkpointing = recipe.checkpointing
-        if group.count > 1 and accelerator.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        lay_out(group, model)
         self.model = model
         self.names: dict[Tensor, str] = {
             p: n for n, p in model.named_parameters() if p.requires_grad
         }
         groups = parameter_groups(model, recipe)
         deferred = deferrable(group, self.names)
-        fused = deferred or accelerator.device.type == "cuda"
+        fused = deferred or self.accelerator.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             groups, lr=recipe.lr, fused=fused or None, foreach=None if fused else True
         )
-        self.wrapped, self.prepared = accelerator.prepare(model, self.optimizer)
+        self.wrapped, self.prepared = wrap(group, model, self.optimizer, console)
         self.losses = Losses(group, self.optimizer, recipe.accumulate, deferred)
         # After preparing, which moves the weights to their device.
         self.averages = Averages(model, recipe.ema) if recipe.ema is not None else None
@@ -374,7 +375,10 @@ class Trainer:
             if batch.skipped:
                 self.console.say(f"skipped, unreadable: {', '.join(batch.skipped)}")
             last = micro + 1 == recipe.accumulate
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+            with (
+                contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped),
+                whole_batch.over(self.group),
+            ):
                 losses: dict[str, Tensor] = self.wrapped(*batch.to(accelerator.device))
                 total = torch.stack(list(losses.values())).sum()
                 accelerator.backward(total / recipe.accumulate)

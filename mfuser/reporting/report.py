@@ -134,7 +134,7 @@ class Report(Options):
         protocol = {
             "source": run.source_names,
             "steps": step,
-            "batch": recipe.batch_size * recipe.accumulate * run.world,
+            "batch": run.batch,
             "seed": run.seed,
             "window": list(model.spec.image_size),
             "inference": inference,

@@ -78,7 +78,7 @@ def differences(registry: Registry, run: RunSpec, wanted: dict[str, Any]) -> lis
     if wanted.get("weights", "") not in weights:
         found.append(f"vfm.weights is {weights!r}, the paper's are {wanted['weights']}'s")
     recipe = RecipeSpec.model_validate(protocol["recipe"]).model_dump(mode="json")
-    batch = run.recipe.batch_size * run.recipe.accumulate * run.world
+    batch = run.batch
     effective = {**ours["recipe"], "batch_size": batch, "accumulate": 1}
     for key in INCIDENTAL:
         effective.pop(key, None)

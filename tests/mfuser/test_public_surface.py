@@ -24,7 +24,7 @@ Loss LossInputs LossParts LossSpec MFuserError ManyFusionAdapter Need Network Op
 PairingSpec Registry Sample Stream TextEnhancer TokenRefiner TokenShape TuningSpec
 VisionBackbone VisionLanguageBackbone VisionLanguageSpec VisionSpec WeightsError __version__
 build_model component_of components evaluate from_pretrained hookimpl load_registry
-save_pretrained train"""
+save_pretrained train whole_batch"""
 KERNELS = "Backend ScanError backends selective_scan"
 TESTING = "Report Verdict check_component check_plugin conforms"
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from mfuser import DecoderSpec
+from mfuser import DecoderSpec, whole_batch
 
 
 class ClassMasks(NamedTuple):
@@ -95,6 +95,22 @@ class MaskLosses:
             "loss_mask": self.mask_weight * F.binary_cross_entropy_with_logits(logits, targets),
             "loss_dice": self.dice_weight * dice_loss(logits, targets),
         }
+
+    def in_whole_batch(
+        self, each: list[dict[str, Tensor]], there: ClassMasks, queries: int
+    ) -> list[dict[str, Tensor]]:
+        """The losses of the predictions, which are means over this process's masks, as means over
+        the masks of all processes (as released: num_masks is summed over them).
+
+        queries: Q. Every mask has one query that answers for it.
+        """
+        masks = there.present.sum()
+        weights = masks + (len(there.present) * queries - masks) * self.no_object
+        share = whole_batch.share(torch.stack([masks.to(weights.dtype), weights]))
+        if isinstance(share, float):  # of one process
+            return each
+        shares = {"loss_cls": share[1], "loss_mask": share[0], "loss_dice": share[0]}
+        return [{name: loss * shares[name] for name, loss in one.items()} for one in each]
 
     def draw(self, masks: Tensor, drawn: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Sampled points: masks (n, 1, h, w), logits -> (n, P, 2), from the global generator.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfuser import IGNORE, Decoder, DecoderOutput, MFuserError
+from mfuser import IGNORE, Decoder, DecoderOutput, MFuserError, whole_batch
 from mfuser.model.sliding_window import at_least_float32
 
 
@@ -16,9 +16,9 @@ class PerPixelDecoder(Decoder):
     def loss(self, output: DecoderOutput, labels: Tensor) -> dict[str, Tensor]:
         """Cross-entropy at the labels' resolution, mean over labeled pixels; 0 without any."""
         logits = self.semantic_logits(output, (labels.shape[-2], labels.shape[-1]))
-        valid = (labels != IGNORE).sum().clamp(min=1)
+        valid = (labels != IGNORE).sum()
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        return {"loss_ce": loss / valid}
+        return {"loss_ce": loss / valid.clamp(min=1) * whole_batch.share(valid)}
 
     def semantic_logits(self, output: DecoderOutput, size: tuple[int, int]) -> Tensor:
         masks = at_least_float32(output.masks[-1])

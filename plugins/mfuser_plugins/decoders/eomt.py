@@ -140,8 +140,10 @@ class EoMT(JoiningDecoder):
         there = class_masks(labels, self.num_classes)
         predictions = list(zip(output.masks, output.classes, strict=True))
         if self.from_text is None:
-            return deep_names(matched_losses(predictions, there, self.losses))
-        return deep_names([self.losses(masks, classes, there) for masks, classes in predictions])
+            each = matched_losses(predictions, there, self.losses)
+        else:
+            each = [self.losses(masks, classes, there) for masks, classes in predictions]
+        return deep_names(self.losses.in_whole_batch(each, there, output.classes[-1].shape[1]))
 
     def semantic_logits(self, output: DecoderOutput, size: Size) -> Tensor:
         """Sum over queries of class probability times mask probability, in [0, Q]."""

@@ -58,7 +58,8 @@ class Mask2Former(MaskDecoder):
         """Weighted losses: `loss_*` of the last prediction, `d<i>.loss_*` of the i-th."""
         there = class_masks(labels, self.num_classes)
         predictions = list(zip(output.masks, output.classes, strict=True))
-        return deep_names(matched_losses(predictions, there, self.losses))
+        each = matched_losses(predictions, there, self.losses)
+        return deep_names(self.losses.in_whole_batch(each, there, output.classes[-1].shape[1]))
 
 
 Prediction = tuple[Tensor, Tensor]

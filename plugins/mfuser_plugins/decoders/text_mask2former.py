@@ -38,12 +38,11 @@ class TextMask2Former(MaskDecoder):
         in the batch; None draws them.
         """
         there = class_masks(labels, self.num_classes)
-        return deep_names(
-            [
-                self.losses(masks, classes, there, points[i] if points else None)
-                for i, (masks, classes) in enumerate(zip(output.masks, output.classes, strict=True))
-            ]
-        )
+        each = [
+            self.losses(masks, classes, there, points[i] if points else None)
+            for i, (masks, classes) in enumerate(zip(output.masks, output.classes, strict=True))
+        ]
+        return deep_names(self.losses.in_whole_batch(each, there, output.classes[-1].shape[1]))
 
 
 class TextMask2FormerSpec(MaskDecoderSpec, name="text_mask2former"):

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mfuser import Loss, LossInputs, LossParts, LossSpec, Need, hookimpl
+from mfuser import Loss, LossInputs, LossParts, LossSpec, Need, hookimpl, whole_batch
 from mfuser_plugins.losses._per_pixel import cross_entropy
 
 
@@ -27,16 +27,21 @@ class ClassBalanced(Loss):
 
     def forward(self, given: LossInputs) -> dict[str, Tensor]:
         losses, labels = cross_entropy(given)
-        if not len(losses):
-            return {"ce": losses.sum()}
         counts = torch.zeros(self.classes, dtype=torch.float64, device=labels.device)
         counts = counts.index_add(0, labels, torch.ones_like(labels, dtype=torch.float64))
+        counts = whole_batch.total(counts)
         there = counts > 0
+        if not there.any():
+            return {"ce": losses.sum()}
         # In float64: 1 - beta^n of a beta close to one loses its digits in less.
         weights = ((1 - self.beta) / (1 - self.beta ** counts.clamp_min(1))).where(there, 0)
         weights = weights * there.sum() / weights.sum()
         of_pixels = weights.to(losses.dtype)[labels]
-        return {"ce": (of_pixels * losses).sum() / of_pixels.sum()}
+        all_pixels = of_pixels.sum()
+        share = whole_batch.share(all_pixels)
+        if not len(losses):  # others of the step's processes have some
+            return {"ce": losses.sum()}
+        return {"ce": (of_pixels * losses).sum() / all_pixels * share}
 
 
 class ClassBalancedSpec(LossSpec, name="class_balanced"):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from mfuser import Loss, LossInputs, LossParts, LossSpec, Need, hookimpl
+from mfuser import Loss, LossInputs, LossParts, LossSpec, Need, hookimpl, whole_batch
 from mfuser_plugins.losses._per_pixel import cross_entropy
 
 
@@ -26,13 +27,18 @@ class Ohem(Loss):
 
     def forward(self, given: LossInputs) -> dict[str, Tensor]:
         losses, _ = cross_entropy(given)
-        if not len(losses):
+        every = whole_batch.concatenated(losses.detach())
+        if not len(every):
             return {"ce": losses.sum()}
-        hardest = losses.detach().sort(descending=True).values
-        kept = max(1, math.ceil(self.least * len(losses)))
+        hardest = every.sort(descending=True).values
+        kept = max(1, math.ceil(self.least * len(every)))
         # Hard: a probability below the threshold, or among the hardest that are always kept.
         bound = hardest[kept - 1].clamp(max=-math.log(self.threshold))
-        return {"ce": losses[losses.detach() >= bound].mean()}
+        hard = losses[losses.detach() >= bound]
+        share = whole_batch.share(torch.tensor(len(hard), device=losses.device))
+        if not len(hard):  # others of the step's processes have some
+            return {"ce": losses.sum() * 0}
+        return {"ce": hard.mean() * share}
 
 
 class OhemSpec(LossSpec, name="ohem"):

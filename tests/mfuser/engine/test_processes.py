@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,22 @@ import pytest
 import torch
 from launching import Ended, launch
 
-from mfuser import Registry, cli
+from mfuser import Registry, build_model, cli, load_registry
 from mfuser.data.images import UnreadableImage
 from mfuser.engine import checkpoints, processes
 from mfuser.engine.lock import InUse, locked
 from mfuser.engine.run import evaluate, resolve, train
 from mfuser.engine.train import Trainer
+from mfuser.engine.wrapping import without_gradient
 from mfuser.errors import MFuserError
 
+COUNTING = """
+[pairing.counting]
+extends  = "tiny"
+losses   = ["ohem", "class_balanced"]
+enhancer = { name = "mtenhancer", width = 32, dropout = 0.0 }
+"""
+"""Every loss that counts, and no random numbers but the points that masks are compared at."""
 TINY = ("--recipe", "tiny", "--device", "cpu")
 
 
@@ -61,10 +71,11 @@ def log(folder: Path) -> list[dict[str, float]]:
 
 
 def test_training_with_two_is_one_run(tiny: Registry, two: Any, tmp_path: Path) -> None:
-    """Each takes a crop of the step, as one process that accumulates two: the same losses."""
+    """Each takes a crop of the step, as one process that accumulates two: the same losses, nearly,
+    since there each crop counts alike, however many pixels of it are labeled."""
     settings = ["accumulate=2", "augmentation.photometric=false", "seed=3"]
     run = resolve(tiny, "plain", "tiny", recipe_settings=settings)
-    one = train(run, tmp_path / "one", registry=tiny, evaluate=False, quiet=True)
+    train(run, tmp_path / "one", registry=tiny, evaluate=False, quiet=True)
     plain = ("--set-recipe", "augmentation.photometric=false", "--seed", 3)
     ended = two("train", "plain", *TINY, *plain, "--out", tmp_path / "two", "--json")
     assert [e.code for e in ended] == [0, 0], ended
@@ -81,28 +92,101 @@ def test_training_with_two_is_one_run(tiny: Registry, two: Any, tmp_path: Path) 
     }
     for mine, theirs in zip(log(folder), log(tmp_path / "one"), strict=True):
         assert mine["step"] == theirs["step"]
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-        assert mine["loss_align"] == pytest.approx(theirs["loss_align"], rel=1e-4)
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert mine["loss_align"] == pytest.approx(theirs["loss_align"], rel=1e-3)
     # What was evaluated is what was saved, in both: not the second one's running statistics.
     again = evaluate(folder, registry=tiny, device="cpu", out=tmp_path / "again", quiet=True)
     for name, domain in again.report.domains.items():
         assert domain.miou == pytest.approx(report["domains"][name]["miou"], abs=1e-6)
-    saved = checkpoints.read(folder / checkpoints.FINAL).model
-    for name, parameter in one.model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(saved[name], parameter.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_two_end_in_the_weights_of_one_with_the_whole_batch(
+    write_registry: Any, mfuser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each loss that divides by a count divides by that of both, whose crops show unequally much.
+
+    The points that masks are compared at come from each process's own generator: here they are
+    pinned. And Adam divides what is left of a zero gradient, rounding, by itself: here by more.
+    """
+
+    def pin(rank: int) -> None:
+        from mfuser_plugins.datasets.streets import Streets
+        from mfuser_plugins.decoders._mask_losses import MaskLosses
+
+        def points(self: MaskLosses, masks: torch.Tensor, *drawn: object) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(1)
+            return torch.rand(self.num_points, 2, generator=generator).expand(len(masks), -1, -1)
+
+        original = Streets.__getitem__
+
+        def unequal(self: Streets, index: int) -> Any:
+            sample = original(self, index)
+            label = sample.label.copy()
+            label[:, : 30 * (index % 3)] = 255
+            return replace(sample, label=label)
+
+        monkeypatch.setattr(MaskLosses, "draw", points)
+        monkeypatch.setattr(Streets, "__getitem__", unequal)
+        monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-2))
+
+    file = write_registry(COUNTING)
+    command = ("train", "counting", *TINY, "--no-evaluate", "--seed", 3, "--registry", file)
+    ended = launch([*command, "--out", tmp_path / "two"], tmp_path, prepare=pin)
+    assert [e.code for e in ended] == [0, 0], ended
+    assert "arning" not in ended[0].err + ended[1].err  # of torch, on gradients and their buckets
+    pin(0)
+    whole = (*command, "--set-recipe", "batch_size=2")
+    assert mfuser(*whole, "--out", tmp_path / "one").code == 0
+    one = checkpoints.read(tmp_path / "one" / checkpoints.FINAL).model
+
+    def differs(folder: str) -> float:
+        other = checkpoints.read(tmp_path / folder / checkpoints.FINAL).model
+        return max(float((other[name] - tensor).abs().max()) for name, tensor in one.items())
+
+    assert differs("two") < 1e-6
+    for mine, theirs in zip(log(tmp_path / "two"), log(tmp_path / "one"), strict=True):
+        del mine["seconds"], theirs["seconds"]
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+    # From the middle on with one process: the crops of a step are the same.
+    (tmp_path / "two" / checkpoints.FINAL).unlink()
+    previous = tmp_path / "two" / checkpoints.PREVIOUS
+    assert checkpoints.read(previous).step == 2
+    previous.rename(tmp_path / "two" / checkpoints.LAST)
+    refused = mfuser(*command, "--out", tmp_path / "two", "--resume")
+    assert refused.code == 2 and refused.err.strip().endswith(
+        "two was begun with 2 crops a step (batch_size 1 x 2 processes x accumulate 1), and this "
+        "run has 1 crops a step (batch_size 1 x 1 process x accumulate 1): resume with "
+        "--set-recipe batch_size=2"
+    )
+    assert mfuser(*whole, "--out", tmp_path / "two", "--resume").code == 0
+    assert differs("two") < 1e-6
+
+
+def test_parameters_that_a_step_may_leave_out(tiny: Registry) -> None:
+    """Found before the first step, and the model stays as it was."""
+    model = build_model(tiny.pairing("plain"))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with processes.processes(device="cpu") as group:
+        assert without_gradient(model, group.accelerator) == []
+        model.decoder.register_parameter("idle", torch.nn.Parameter(torch.zeros(1)))
+        assert without_gradient(model, group.accelerator) == ["decoder.idle"]
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
 
 
 def test_evaluating_with_two_is_one_report(
-    tiny: Registry, trained: Path, two: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, write_registry: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Images of both, pictures of both, and what was skipped by either."""
+    """Images of both, pictures of both, and what was skipped by either: the same to the last digit.
+    Of a domain with a single image, one process has nothing to do."""
 
     def bad(rank: int, index: int) -> None:
         if index in (1, 4):
             raise UnreadableImage("x")
 
-    options = ("--targets", "toy", "--limit", 6, "--device", "cpu", "--json")
+    file = write_registry('[dataset.single]\nextends = "toy"\ncount = 1\nseed = 3\n')
+    targets = ["toy", "single"]
+    options = ("--targets", ",".join(targets), "--limit", 6, "--device", "cpu", "--json")
     prepare = spoil(bad)
     original = checkpoints.load_model
 
@@ -114,7 +198,8 @@ def test_evaluating_with_two_is_one_report(
     from mfuser.engine import evaluate as module
 
     monkeypatch.setattr(module, "load_model", skipping)
-    ended = two("evaluate", trained, *options, "--out", tmp_path / "two", prepare=prepare)
+    command = ("evaluate", trained, *options, "--registry", file, "--out", tmp_path / "two")
+    ended = launch(command, tmp_path, prepare=prepare)
     assert [e.code for e in ended] == [0, 0], ended
     report = json.loads(ended[0].out)
     assert ended[1].out == ""
@@ -123,14 +208,17 @@ def test_evaluating_with_two_is_one_report(
     monkeypatch.setattr(Streets, "__getitem__", Streets.__getitem__)  # put back afterwards
     prepare(0)
     one = evaluate(
-        trained, registry=tiny, targets=["toy"], limit=6, device="cpu", out=tmp_path / "one"
+        trained,
+        registry=load_registry(file),
+        targets=targets,
+        limit=6,
+        device="cpu",
+        out=tmp_path / "one",
     ).report.as_json()
-    assert report["domains"]["toy"]["skipped"] == one["domains"]["toy"]["skipped"]
-    assert len(one["domains"]["toy"]["skipped"]) == 2
-    assert report["domains"]["toy"]["images"] == one["domains"]["toy"]["images"] == 4
-    assert report["domains"]["toy"]["miou"] == pytest.approx(
-        one["domains"]["toy"]["miou"], abs=2e-3
-    )
+    assert len(one["domains"]["toy"]["skipped"]) == 2 and one["domains"]["single"]["images"] == 1
+    assert report == one
+    reports = [json.loads((tmp_path / n / "report.json").read_text()) for n in ("one", "two")]
+    assert reports[0] == reports[1] == report
     sheets = [(tmp_path / name / "pictures" / "toy.png").stat().st_size for name in ("one", "two")]
     assert sheets[0] == pytest.approx(sheets[1], rel=0.02)  # the same rows
 
