@@ -179,6 +179,8 @@ class RecipeSpec(Declared):
     power: of "poly". min_lr: the rate that a falling schedule ends at.
     precision: of the forward pass, "no" is float32.
     checkpointing: recompute activations in the backward pass: less memory, a third more time.
+    shard: several processes share the weights, where a model does not fit into each of them; the
+        result is the same.
     save_every: steps between checkpoints.
     source: used where the command names none; several share the crops equally ("gta,synthia") or
         by weight ("gta=0.7,synthia=0.3").
@@ -229,6 +231,7 @@ class RecipeSpec(Declared):
     clip_grad: PositiveFloat | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
     checkpointing: bool = False
+    shard: bool = False
     augmentation: AugmentationSpec = AugmentationSpec()
     rare_classes: RareClassSpec | None = None
     seed: Seed = 0

@@ -15,6 +15,7 @@ from torch import Tensor
 from mfuser.config.recipe import AverageSpec
 from mfuser.engine import checkpoints
 from mfuser.engine.processes import Processes
+from mfuser.engine.shards import placed
 from mfuser.errors import CheckpointError
 from mfuser.model.dgss import DGSSModel
 
@@ -46,7 +47,7 @@ class Averages:
         if saved.keys() != self.values.keys():
             raise CheckpointError(f"{path} holds no averaged weights to resume from")
         for name, average in self.values.items():
-            average.copy_(saved[name])
+            average.copy_(placed(saved[name], average))
 
 
 @contextlib.contextmanager

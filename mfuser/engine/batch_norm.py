@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,10 +53,10 @@ class SharedBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return cast(Tensor, super().forward(x))
+            return super().forward(x)
         axes = [0, *range(2, x.ndim)]
         along = (1, -1, *[1] * (x.ndim - 2))
-        values = x.float()
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
         count = values.new_full((1,), values.numel() / values.shape[1])
         sums = _Sum.apply(torch.cat([values.sum(axes), count]), self.group)
         count = sums[-1].detach()
@@ -64,7 +64,7 @@ class SharedBatchNorm(_BatchNorm):
         centered = values - mean.view(along)
         variance = _Sum.apply(centered.square().sum(axes), self.group) / count
         self._remember(mean.detach(), variance.detach() * count / (count - 1).clamp_min(1))
-        normed = centered * (variance + self.eps).rsqrt().view(along)
+        normed: Tensor = centered * (variance + self.eps).rsqrt().view(along)
         if self.affine:
             normed = normed * self.weight.view(along) + self.bias.view(along)
         return normed.to(x.dtype)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from mfuser.config.pairing import PairingSpec, option_of
 from mfuser.config.registry import Registry, load_registry
 from mfuser.config.run import needed_plugins
+from mfuser.engine import shards
 from mfuser.engine.runfiles import AVERAGED as AVERAGED
 from mfuser.engine.runfiles import BEST as BEST
 from mfuser.engine.runfiles import FINAL as FINAL
@@ -113,7 +114,7 @@ def frozen_fingerprint(model: nn.Module) -> dict[str, list[float]]:
         values: list[float] = []
         for _, parameter in sorted(backbone.named_parameters()):
             if not parameter.requires_grad and parameter.device.type != "meta":
-                flat = parameter.detach().flatten()
+                flat = shards.whole(parameter.detach()).flatten()
                 values += flat[[len(flat) // 3, 2 * len(flat) // 3]].double().tolist()
         prints[role] = [float(f"{v:.7g}") for v in values]
     return prints
@@ -253,7 +254,8 @@ def restore(model: DGSSModel, checkpoint: Checkpoint, path: Path) -> None:
     weights are not those the checkpoint was trained with.
     """
     expected = trained_state(model)
-    _check_names(expected, checkpoint.model, path)
+    given = shards.as_in(expected, checkpoint.model)
+    _check_names(expected, given, path)
     trained_on = checkpoint.meta.get("frozen", {})
     for role, found in frozen_fingerprint(model).items():
         if not _same_weights(trained_on.get(role, found), found):
@@ -261,7 +263,7 @@ def restore(model: DGSSModel, checkpoint: Checkpoint, path: Path) -> None:
                 f"{path}: the frozen weights of its {role} are not those it was trained with; give "
                 f"the same weights (--set {option_of(role)}.weights=…)"
             )
-    model.load_state_dict(checkpoint.model, strict=False)
+    model.load_state_dict(given, strict=False)
 
 
 def fill(model: DGSSModel, tensors: Mapping[str, Tensor], path: Path | str) -> None:

@@ -32,7 +32,10 @@ DATABASE = "mlflow.db"
 TRACKED = ("tensorboard", "wandb", "mlflow")
 """Folders of trackers."""
 LOCK = ".lock"
-FREE = ("on_bad_image", "workers", "save_every", "checkpointing", "tracker", "tensorboard")
+FREE = (
+    *("on_bad_image", "workers", "save_every", "checkpointing", "shard"),
+    *("tracker", "tensorboard"),
+)
 """Keys of a recipe that may change when a run goes on: its weights do not depend on them."""
 BATCH = ("batch_size", "accumulate")
 """Keys that may change together with the number of processes, where a step keeps its crops."""

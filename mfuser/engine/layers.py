@@ -27,11 +27,11 @@ def layer_depths(backbone: VisionBackbone) -> dict[str, int]:
 
     Raises MFuserError for a backbone that does not say which modules its blocks are.
     """
-    stacks = _stacks(backbone)
+    towers = stacks(backbone)
     order = {name: i for i, (name, _) in enumerate(backbone.named_parameters())}
     depths = {}
     for name in order:
-        path, blocks = max(stacks.items(), key=lambda stack: _nearness(name, stack[0]))
+        path, blocks = max(towers.items(), key=lambda tower: _nearness(name, tower[0]))
         inside = [i for i, block in enumerate(blocks) if name.startswith(f"{block}.")]
         outside = name.removeprefix(f"{_shared(name, path)}.")
         if inside:
@@ -47,7 +47,7 @@ def layer_depths(backbone: VisionBackbone) -> dict[str, int]:
     return depths
 
 
-def _stacks(backbone: VisionBackbone) -> dict[str, list[str]]:
+def stacks(backbone: VisionBackbone) -> dict[str, list[str]]:
     """The module that holds a tower's blocks -> the blocks' names, in order: of the vision tower,
     and of the text tower where there is one."""
     names = {module: name for name, module in backbone.named_modules()}
@@ -56,9 +56,9 @@ def _stacks(backbone: VisionBackbone) -> dict[str, list[str]]:
     except MFuserError as error:
         raise MFuserError(f"layer_decay finds no layers: {error}") from error
     vision = [names[block] for block in blocks]
-    stacks = {_common(vision): vision}
+    found = {_common(vision): vision}
     if isinstance(backbone, VisionLanguageBackbone):
-        own = next(iter(stacks))
+        own = next(iter(found))
         others = [
             (len(module), name)
             for name, module in backbone.named_modules()
@@ -69,8 +69,8 @@ def _stacks(backbone: VisionBackbone) -> dict[str, list[str]]:
         ]
         if others:  # nothing else repeats as often as a tower's blocks
             count, name = max(others, key=lambda other: other[0])
-            stacks[name] = [f"{name}.{i}" for i in range(count)]
-    return stacks
+            found[name] = [f"{name}.{i}" for i in range(count)]
+    return found
 
 
 def _common(blocks: list[str]) -> str:

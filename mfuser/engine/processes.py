@@ -33,8 +33,8 @@ Result = TypeVar("Result")
 
 PATIENCE = 5.0
 """Seconds that a process which lost another waits for that one's reason."""
+FSDP = "ACCELERATE_USE_FSDP"
 SHARDED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
@@ -51,6 +51,8 @@ class Processes:
         self.count: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
         self.main = self.rank == 0
+        self.sharded = False
+        """Whether a training's weights are shared out among them (`shards`)."""
         self._notes = _notes() if self.count > 1 else None
         if self._notes is not None:
             self._notes.set(f"name/{self.rank}", f"{socket.gethostname()}, {os.getpid()}")
@@ -197,6 +199,11 @@ def _part() -> None:
 
 def _accelerator(precision: str, device: str | None) -> Accelerator:
     several = launched() > 1
+    with _without(FSDP):  # `shards` shares out the model, and knows its blocks
+        return _made(precision, device, several)
+
+
+def _made(precision: str, device: str | None, several: bool) -> Accelerator:
     return Accelerator(
         mixed_precision=precision,
         # Processes without a GPU are connected only where Accelerate is told to use the CPU.
@@ -209,6 +216,25 @@ def _accelerator(precision: str, device: str | None) -> Accelerator:
     )
 
 
+@contextlib.contextmanager
+def _without(variable: str) -> Iterator[None]:
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
+def asks_for_shards() -> bool:
+    """Whether accelerate's configuration asks for FSDP."""
+    return _set(FSDP)
+
+
+def _set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
 def launched() -> int:
     """The number of processes that a launcher has started for this command."""
     if "RANK" not in os.environ and "LOCAL_RANK" not in os.environ:
@@ -219,12 +245,19 @@ def launched() -> int:
 def check_launch() -> None:
     """Raises MFuserError for launchers that would start trainings side by side."""
     for variable, name in SHARDED.items():
-        if os.environ.get(variable, "false").lower() == "true":
+        if _set(variable):
             raise MFuserError(
-                f"accelerate's configuration asks for {name}, which splits a model over the "
-                f"processes; here each process holds the whole model: leave {name} out, or use "
-                "torchrun --nproc_per_node N -m mfuser …"
+                f"accelerate's configuration asks for {name}, which this project does not use; "
+                "models that do not fit into each process are shared out by FSDP (examples/launch/"
+                "sharded.yaml, or --set-recipe shard=true with torchrun --nproc_per_node N -m "
+                "mfuser …)"
             )
+    if asks_for_shards() and os.environ.get("FSDP_VERSION", "1") == "1":
+        raise MFuserError(
+            "accelerate's configuration asks for the first version of FSDP, which cannot share out "
+            "frozen and trained weights together; set fsdp_version: 2 in its fsdp_config (as "
+            "examples/launch/sharded.yaml does), or use torchrun --nproc_per_node N -m mfuser …"
+        )
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if by_accelerate and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise MFuserError(

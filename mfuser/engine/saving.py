@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mfuser.config.pairing import PairingSpec
 from mfuser.config.run import RunSpec
-from mfuser.engine import checkpoints
+from mfuser.engine import checkpoints, shards
 from mfuser.engine.averaging import Averages
 from mfuser.engine.background import Background
 from mfuser.engine.checkpoints import Checkpoint
@@ -31,6 +31,8 @@ from mfuser.engine.diagnose import Diverged
 from mfuser.engine.processes import Processes
 from mfuser.errors import CheckpointError, MFuserError, brief
 from mfuser.model.dgss import DGSSModel
+
+Tensors = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ class Saver:
     def save(self, step: int) -> None:
         """Save in the first process, in the background. The others wait for its copy; all fail if
         an earlier save could not be written."""
-        self.group.from_main(lambda: self._begin(step))
+        tensors = self._tensors() if self.group.sharded else None
+        self.group.from_main(lambda: self._begin(step, tensors))
 
     def save_best(self, step: int, tensors: dict[str, Tensor], weights: dict[str, Any]) -> None:
         """Save the weights of a step, in the first process. weights: their record in
@@ -143,6 +146,8 @@ class Saver:
 
     def save_now(self, step: int) -> bool:
         """Save in this process alone, without a copy, when memory has run out; whether it could."""
+        if self.group.sharded:
+            return False  # the others would have to take part
         try:
             self.background.wait()
             self._write(self._take(step))
@@ -162,15 +167,19 @@ class Saver:
 
     def complete(self) -> None:
         """Write the finished model where a file of it is missing or damaged."""
+        if not self.group.from_main(self._whole):
+            self.save(self.run.recipe.steps)
+
+    def _whole(self) -> bool:
         names = [checkpoints.FINAL, *([checkpoints.AVERAGED] if self.averages else [])]
         try:
             if all((self.folder / name).is_file() for name in names):
                 for name in names:
                     checkpoints.read(self.folder / name)
-                return
+                return True
         except CheckpointError as error:
             self.console.say(f"{error}; it is written again")
-        self._write(self._take(self.run.recipe.steps))
+        return False
 
     def kept(self) -> str:
         """The part of an error that says from where the run can go on."""
@@ -188,17 +197,34 @@ class Saver:
             "frozen": self.frozen,
         }
 
-    def _begin(self, step: int) -> None:
+    def _begin(self, step: int, gathered: Tensors | None) -> None:
+        """gathered: of a model in shards."""
         if self._best != step:
             self.background.wait()
-        taken = self._take(step)
-        state, optimizer, averaged = map(copied, (taken.state, taken.optimizer, taken.averaged))
-        taken = _Taken(state, optimizer, averaged, taken.meta, taken.scaler)
+        taken = self._take(step, gathered)
+        if gathered is None:
+            own = map(copied, (taken.state, taken.optimizer, taken.averaged))
+            taken = _Taken(*own, taken.meta, taken.scaler)
         self.background.put(partial(self._write, taken))
 
-    def _take(self, step: int) -> _Taken:
+    def _tensors(self) -> Tensors:
+        """What trains, the optimizer's and the averages, not copied. Of a model in shards they are
+        gathered, by all processes for the first."""
+        found = (
+            checkpoints.trained_state(self.model),
+            to_optimizer_state(self.optimizer, self.names),
+            self.averages.values if self.averages is not None else {},
+        )
+        if not self.group.sharded:
+            return found
+        state, optimizer, averaged = (
+            shards.gathered(self.model, one, self.group.main) for one in found
+        )
+        return state, optimizer, averaged
+
+    def _take(self, step: int, gathered: Tensors | None = None) -> _Taken:
         """The state after a step, not copied. Raises Diverged where it is not finite."""
-        state = checkpoints.trained_state(self.model)
+        state, optimizer, averaged = gathered or self._tensors()
         broken = [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
         if broken:  # a finite loss may have an infinite gradient
             raise Diverged(
@@ -208,8 +234,8 @@ class Saver:
         scaler = self.accelerator.scaler  # None but in float16
         return _Taken(
             state,
-            to_optimizer_state(self.optimizer, self.names),
-            self.averages.values if self.averages is not None else {},
+            optimizer,
+            averaged,
             self.meta(step),
             None if scaler is None else dict(scaler.state_dict()),
         )
@@ -259,5 +285,5 @@ def from_optimizer_state(
         # AdamW keeps its step count on the CPU, unless it is fused. A copy: what was read is the
         # file itself, mapped.
         on_cpu = slot == "step" and not fused
-        device = value.device if on_cpu else parameter.device
-        optimizer.state[parameter][slot] = value.to(device, copy=True)
+        target = value.clone() if on_cpu else shards.placed(value, parameter)
+        optimizer.state[parameter][slot] = target

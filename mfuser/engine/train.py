@@ -54,7 +54,7 @@ from mfuser.engine.source import (
     described,
 )
 from mfuser.engine.validate import Kept, Validator, keep_back
-from mfuser.engine.wrapping import lay_out, wrap
+from mfuser.engine.wrapping import begin_sharding, lay_out, reread, wrap
 from mfuser.errors import MFuserError, OutOfMemoryError, out_of_memory, placed
 from mfuser.losses import whole_batch
 from mfuser.model.assembly import build_model
@@ -102,6 +102,7 @@ def train(
     with processes(recipe.precision, device, joined) as group, contextlib.ExitStack() as held:
         console.quiet = console.quiet or not group.main
         precheck.check_precision(recipe.precision, group.accelerator.device)
+        begin_sharding(group, recipe)
         run = run.model_copy(update={"world": group.count})
         opened = going_on = False
         try:
@@ -195,17 +196,16 @@ class Trainer:
         self.folder = folder
         self.console = console
         model.encoder.checkpointing = recipe.checkpointing
-        lay_out(group, model)
+        lay_out(group, model, console)
         self.model = model
         self.names: dict[Tensor, str] = {
             p: n for n, p in model.named_parameters() if p.requires_grad
         }
         groups = parameter_groups(model, recipe)
         deferred = deferrable(group, self.names)
-        fused = deferred or self.accelerator.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=recipe.lr, fused=fused or None, foreach=None if fused else True
-        )
+        fused = deferred or (self.accelerator.device.type == "cuda" and not group.sharded)
+        how = {"fused": True} if fused else {"foreach": True}
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, **how)
         self.wrapped, self.prepared = wrap(group, model, self.optimizer, console)
         self.losses = Losses(group, self.optimizer, recipe.accumulate, deferred)
         # After preparing, which moves the weights to their device.
@@ -271,7 +271,7 @@ class Trainer:
                     self.saver.wait()
                     raise Interrupted(done, max(group.gathered([asked.number])))
             if start == recipe.steps:  # it may have been stopped between the last two files
-                self.group.from_main(self.saver.complete)
+                self.saver.complete()
 
     def finished(self) -> Finished:
         """The trained model as its file gives it back, in every process: the weights that the
@@ -283,6 +283,9 @@ class Trainer:
             best = self.group.together(lambda: checkpoints.read(path))
             checkpoints.restore(self.model, best, path)
             step, weights = best.step, best.meta["weights"]
+        elif self.group.sharded:  # what comes now needs the whole model in each process
+            device = self.accelerator.device
+            self.model = self.group.together(lambda: reread(self.run, self.folder, kind, device))
         elif self.averages is not None and kind == "averaged":
             take(self.model, self.averages)
         self.group.same_buffers(self.model)
@@ -353,8 +356,8 @@ class Trainer:
 
     def _diverged(self, one: Step) -> None:
         """Raises Diverged in a process whose own losses are not finite; the step is saved."""
-        if all(math.isfinite(v) for v in one.own.values()):
-            return
+        if self.group.sharded or all(math.isfinite(v) for v in one.own.values()):
+            return  # in shards, no process can look for the cause alone
         rank, model, run, step = self.group.rank, self.model, self.run, one.number
         model.decoder.progress = step / self.recipe.steps
         said = diagnose.explain(model, run, step, one.batches, one.own, self.accelerator, rank)

@@ -1,8 +1,10 @@
-"""A model made ready for training, by one process or by several that average their gradients."""
+"""A model made ready for training, by one process or by several that average their gradients: each
+with the whole model, or all together with one in shards."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,21 +12,57 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mfuser.config.recipe import RecipeSpec
+from mfuser.config.run import RunSpec
+from mfuser.engine import checkpoints, shards
 from mfuser.engine.batch_norm import share_statistics
 from mfuser.engine.console import Console
-from mfuser.engine.processes import Processes
+from mfuser.engine.processes import Processes, asks_for_shards
+from mfuser.errors import MFuserError
 from mfuser.interfaces import IGNORE
+from mfuser.model.assembly import build_model
 from mfuser.model.dgss import DGSSModel
 
 
-def lay_out(group: Processes, model: DGSSModel) -> None:
-    """What replaces parts of the model, before anybody refers to them."""
+def begin_sharding(group: Processes, recipe: RecipeSpec) -> None:
+    """Note whether the model will be in shards. Raises MFuserError for what that cannot do."""
+    group.sharded = group.count > 1 and (recipe.shard or asks_for_shards())
+    if not group.sharded:
+        return
+    if recipe.precision == "fp16":
+        raise MFuserError(
+            'shard = true trains in bfloat16 or float32; set precision = "bf16" or "no" '
+            "(--set-recipe precision=bf16)"
+        )
+    if recipe.validate_every is not None:
+        raise MFuserError(
+            "validate_every measures the whole model in each process, which shard = true does not "
+            "keep; leave one of them out, or evaluate the checkpoints (mfuser evaluate)"
+        )
+
+
+def lay_out(group: Processes, model: DGSSModel, console: Console) -> None:
+    """What replaces parts of the model or its parameters, before anybody refers to them."""
+    device = group.accelerator.device
     if group.count == 1:
         return
-    if group.accelerator.device.type == "cuda":
+    if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
         share_statistics(model)
+    if group.sharded:
+        for name in shards.shard(model, device, group.count):
+            console.say(
+                f"{name} does not say which its blocks are (block_modules): it is gathered whole"
+            )
+
+
+def reread(run: RunSpec, folder: Path, kind: str, device: torch.device) -> DGSSModel:
+    """The finished model that a run's folder holds, whole: its averages or its last weights."""
+    path = folder / (checkpoints.AVERAGED if kind == "averaged" else checkpoints.FINAL)
+    model = build_model(run.pairing, seed=run.seed)
+    checkpoints.restore(model, checkpoints.read(path), path)
+    return model.to(device)
 
 
 def wrap(
@@ -32,6 +70,9 @@ def wrap(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model to call in training, on its device, and the optimizer to step."""
     accelerator = group.accelerator
+    if group.sharded:  # which averages the gradients; this is for the precision alone
+        whole = accelerator.prepare_model(model, evaluation_mode=True)
+        return whole, accelerator.prepare_optimizer(optimizer)
     if group.count > 1:
         model.to(accelerator.device)
         left_out = group.together(lambda: without_gradient(model, accelerator))
