@@ -106,8 +106,9 @@ class Processes:
     def concatenated(self, values: Tensor) -> Tensor:
         """The values (n,) of all processes, one after the other; n may differ."""
         sizes = self.accelerator.gather(torch.tensor([len(values)], device=values.device)).tolist()
-        padded = torch.cat([values, values.new_zeros(max(sizes) - len(values))])
-        rows = cast(Tensor, self.accelerator.gather(padded)).view(self.count, -1)
+        longest = max(sizes)
+        padded = torch.cat([values, values.new_zeros(longest - len(values))])
+        rows = cast(Tensor, self.accelerator.gather(padded)).view(self.count, longest)
         return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
 
     def any(self, flag: bool) -> bool:
