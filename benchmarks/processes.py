@@ -1,5 +1,4 @@
-"""Images a second of several processes against one, each on one thread: docs/scale.md states what
-this prints.
+"""Images a second of several processes against one, each on one thread.
 
     python benchmarks/processes.py [--pairing demo] [--processes 2] [--steps 60] [--out FILE.json]
 
