@@ -203,8 +203,8 @@ class Saver:
             self.background.wait()
         taken = self._take(step, gathered)
         if gathered is None:
-            own = map(copied, (taken.state, taken.optimizer, taken.averaged))
-            taken = _Taken(*own, taken.meta, taken.scaler)
+            state, optimizer, averaged = map(copied, (taken.state, taken.optimizer, taken.averaged))
+            taken = _Taken(state, optimizer, averaged, taken.meta, taken.scaler)
         self.background.put(partial(self._write, taken))
 
     def _tensors(self) -> Tensors:

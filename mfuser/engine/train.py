@@ -204,7 +204,7 @@ class Trainer:
         groups = parameter_groups(model, recipe)
         deferred = deferrable(group, self.names)
         fused = deferred or (self.accelerator.device.type == "cuda" and not group.sharded)
-        how = {"fused": True} if fused else {"foreach": True}
+        how: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, **how)
         self.wrapped, self.prepared = wrap(group, model, self.optimizer, console)
         self.losses = Losses(group, self.optimizer, recipe.accumulate, deferred)

@@ -27,7 +27,7 @@ def test_files_of_accelerate(
     variables = prepare_multi_gpu_env(asked)
     assert int(asked.nproc_per_node) == on_each
     if machines is not None:
-        assert int(asked.nnodes) == machines and asked.master_addr == "node-0"
+        assert int(asked.nnodes) == machines and asked.rdzv_endpoint == "node-0:29500"
         assert asked.node_rank == 1
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -73,9 +73,8 @@ def log(folder: Path) -> list[dict[str, float]]:
 
 
 def test_training_with_two_is_one_run(tiny: Registry, two: Any, tmp_path: Path) -> None:
-    """Each takes a crop of the step, as one process that accumulates two: the same losses, nearly,
-    since there each crop counts alike, however many pixels of it are labeled."""
-    settings = ["accumulate=2", "augmentation.photometric=false", "seed=3"]
+    """Each takes a crop of the step, as one process that takes both: the same losses."""
+    settings = ["batch_size=2", "augmentation.photometric=false", "seed=3"]
     run = resolve(tiny, "plain", "tiny", recipe_settings=settings)
     train(run, tmp_path / "one", registry=tiny, evaluate=False, quiet=True)
     plain = ("--set-recipe", "augmentation.photometric=false", "--seed", 3)
