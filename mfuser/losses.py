@@ -72,7 +72,7 @@ class Loss(nn.Module, ABC):
 
 
 class Exchange(Protocol):
-    """What the processes of a step can do with a tensor of each of them; they do it together."""
+    """Collective operations on a tensor of each process of a step."""
 
     count: int
 

@@ -26,7 +26,7 @@ from mfuser.model.dgss import DGSSModel
 from mfuser.reporting import draw
 
 SMALLER = "test_size of the dataset in the registry; --device cpu where there is more memory"
-"""What helps where memory runs out."""
+"""Remedies when memory runs out."""
 TOGETHER = 4
 """Images of one size that are segmented in one pass, where they are small."""
 SCORES = 64 * 2**20

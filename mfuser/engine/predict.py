@@ -36,7 +36,7 @@ from mfuser.model.window_batch import WindowBatch
 from mfuser.reporting import draw
 
 SMALLER = "--scale 0.5; --device cpu where there is more memory than on the GPU"
-"""What helps where memory runs out."""
+"""Remedies when memory runs out."""
 ScoreFile = Literal["npz", "png"]
 Entry = dict[str, Any]
 """Of one image: its files and classes, or why it was skipped."""

@@ -37,7 +37,7 @@ Tensors = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class _Taken:
-    """What is written after a step: the run's state as it was then."""
+    """A snapshot of the run after a step, to be written."""
 
     state: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -208,8 +208,8 @@ class Saver:
         self.background.put(partial(self._write, taken))
 
     def _tensors(self) -> Tensors:
-        """What trains, the optimizer's and the averages, not copied. Of a model in shards they are
-        gathered, by all processes for the first."""
+        """The trained weights, the optimizer's state and the averages, not copied; of a model in
+        shards, gathered by all processes for the first."""
         found = (
             checkpoints.trained_state(self.model),
             to_optimizer_state(self.optimizer, self.names),

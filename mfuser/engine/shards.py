@@ -51,7 +51,7 @@ def shard(model: DGSSModel, device: torch.device, count: int) -> list[str]:
 
 
 def _units(model: DGSSModel, unsplit: list[str]) -> Iterator[nn.Module]:
-    """What is gathered at once: blocks of all towers, and fusion adapters."""
+    """Modules that are gathered as a whole: blocks of all towers, and fusion adapters."""
     seen: set[nn.Module] = set()
     for name, backbone in model.named_modules():
         if not isinstance(backbone, VisionBackbone):

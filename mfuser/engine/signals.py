@@ -127,7 +127,7 @@ def requeue() -> str:
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
     if job is None:
-        return "--requeue: this is no job of SLURM (SLURM_JOB_ID is not set); nothing was requeued"
+        return "--requeue: this is not a SLURM job (SLURM_JOB_ID is not set); nothing was requeued"
     try:
         done = subprocess.run(
             ["scontrol", "requeue", job], capture_output=True, text=True, timeout=30

@@ -42,7 +42,7 @@ def begin_sharding(group: Processes, recipe: RecipeSpec) -> None:
 
 
 def lay_out(group: Processes, model: DGSSModel, console: Console) -> None:
-    """What replaces parts of the model or its parameters, before anybody refers to them."""
+    """Wrap or replace parts of the model and its parameters, before anything refers to them."""
     device = group.accelerator.device
     if group.count == 1:
         return

@@ -92,7 +92,7 @@ def fitting(each: float, free: float) -> int:
 
 
 class Memory:
-    """What a CUDA device has left, and what the work in a `with` block takes at its peak."""
+    """Free memory of a CUDA device, and the peak that the work in a `with` block takes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -44,7 +44,7 @@ NAMES = ("pairing_name", "recipe_name", "most_frequent", "source_classes")
 
 
 def makers(registry: Registry, run: RunSpec, device: str | None) -> dict[str, Any]:
-    """What decides a run's result beside its `RunSpec`, as JSON."""
+    """Everything beside its `RunSpec` that determines a run's result, as JSON."""
     device = device or default_device()
     data = sorted({d.spec.component() for d in (*run.sources, *run.targets) if d.spec})
     roots = {name: registry.root(name) for name in data}

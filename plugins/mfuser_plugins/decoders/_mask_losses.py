@@ -122,7 +122,7 @@ class MaskLosses:
         return torch.cat([most_uncertain(masks, candidates, important), anywhere], 1)
 
     def numbers(self, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """What `draw` takes from the generator for n masks: candidates and points anywhere, of the
+        """The random numbers of `draw` for n masks: candidates and points anywhere, of the
         dtype and on the device of `like`."""
         important = int(self.importance * self.num_points)
         candidates = like.new_empty(n, int(self.oversample * self.num_points), 2).uniform_()

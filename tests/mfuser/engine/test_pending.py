@@ -52,7 +52,7 @@ def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def waits_of_steps(tiny: Registry, run: Any, folder: Path, patch: pytest.MonkeyPatch) -> Any:
-    """What each step waited for, and how many steps' losses were fetched at a time."""
+    """The waits of each step, and how many steps' losses were fetched at a time."""
     step, fetch = Trainer._step, Losses.fetch
     waits: list[dict[str, int]] = []
     fetched: list[int] = []

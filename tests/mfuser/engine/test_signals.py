@@ -1,4 +1,4 @@
-"""What schedulers send before a job's time is up: saved, and the exit code that starts it again."""
+"""Signals of schedulers before a time limit: the run is saved, and an exit code requeues it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_in_the_evaluation_there_is_nothing_to_save(
 
 def test_no_slurm_to_requeue_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert "this is no job of SLURM" in signals.requeue()
+    assert "this is not a SLURM job" in signals.requeue()
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     monkeypatch.setenv("PATH", "")

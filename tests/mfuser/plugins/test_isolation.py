@@ -195,7 +195,7 @@ def test_asked_for_by_name_is_loaded_whatever_is_narrowed(
 
 
 def test_asked_for_once_is_not_there_for_the_next(tmp_path: Path) -> None:
-    """What is installed is found once per process, and stays as it was."""
+    """Installed components are found once per process, and stay as they were."""
     file = tmp_path / "once.py"
     file.write_text(GOOD, "utf-8")
     for _ in range(2):
