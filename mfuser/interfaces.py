@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -358,8 +359,14 @@ class Dataset(ABC):
         return str(index)
 
     def label(self, index: int) -> np.ndarray:
-        """The label alone, int64 (H, W), where that is cheaper than the whole sample."""
+        """The label alone, int64 or uint8 (H, W), where that is cheaper than the whole sample."""
         return self[index].label
+
+    def image_file(self, index: int) -> Path | None:
+        """The file that the sample's image is read from, with `mfuser.data.images.read_image` and
+        nothing else: training then decodes no more of it than a crop shows. None where images are
+        made, or changed after reading."""
+        return None
 
     def raw(self, index: int) -> np.ndarray | None:
         """The label as its file stores it, before any class map; None where there is no file."""

@@ -181,6 +181,8 @@ class RecipeSpec(Declared):
     checkpointing: recompute activations in the backward pass: less memory, a third more time.
     shard: several processes share the weights, where a model does not fit into each of them; the
         result is the same.
+    workers: processes that read and crop images, of one thread each; 0: the training one.
+    prefetch: batches that each worker reads ahead.
     save_every: steps between checkpoints.
     source: used where the command names none; several share the crops equally ("gta,synthia") or
         by weight ("gta=0.7,synthia=0.3").
@@ -236,6 +238,7 @@ class RecipeSpec(Declared):
     rare_classes: RareClassSpec | None = None
     seed: Seed = 0
     workers: NonNegativeInt = 2
+    prefetch: PositiveInt = 2
     save_every: PositiveInt = 1000
     source: str | None = None
     sources: Annotated[tuple[SourceSpec, ...], BeforeValidator(_sources)] = ()

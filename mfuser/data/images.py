@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mfuser.data import png
 from mfuser.errors import DataError
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class UnreadableImage(DataError):
@@ -27,6 +26,12 @@ def read_image(path: Path, upright: bool = False) -> np.ndarray:
     UnreadableImage naming the file, also where it is cut short or holds anything else.
     """
     depth, color = _png_format(path)
+    if depth == 8 and color != png.PALETTE and not upright:
+        stored = png.opened(_bytes(path))
+        if stored is not None:
+            found = stored.rgb(slice(0, stored.height), slice(0, stored.width))
+            if found is not None:
+                return found
     if depth == 16 and color in (2, 6):
         # Pillow would keep the high byte, which is all black where 12 bits are used.
         return _eight_bits(_read_png16(path)[..., :3], path)
@@ -39,7 +44,7 @@ def read_image(path: Path, upright: bool = False) -> np.ndarray:
         if image.mode in ("La", "RGBa"):
             image = image.convert("LA" if image.mode == "La" else "RGBA")
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    except _BROKEN as error:
+    except BROKEN as error:
         raise UnreadableImage(
             f"{path}: its pixels ({image.mode}) cannot be turned into RGB: {error}; save it as PNG "
             "or JPEG"
@@ -73,6 +78,11 @@ def read_label(path: Path) -> np.ndarray:
     if depth == 16 and color in (2, 6):
         # Pillow would keep the high byte only: every class of SYNTHIA becomes 0.
         return _read_png16(path)
+    if depth == 8 and color in (png.GRAY, png.PALETTE):
+        stored = png.opened(_bytes(path))
+        found = None if stored is None else stored.corner(stored.height, stored.width)
+        if found is not None:
+            return found
     image = _load(path)
     array = np.array(image)
     if array.dtype == bool:
@@ -88,11 +98,11 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
-    except _BROKEN as error:
-        raise _unreadable(path, error) from error
+    except BROKEN as error:
+        raise unreadable(path, error) from error
 
 
-_BROKEN = (
+BROKEN = (
     OSError,
     SyntaxError,
     ValueError,
@@ -110,11 +120,12 @@ def _load(path: Path) -> Image.Image:
         with image:
             image.load()
         return image
-    except _BROKEN as error:
-        raise _unreadable(path, error) from error
+    except BROKEN as error:
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> UnreadableImage:
+def unreadable(path: Path, error: Exception) -> UnreadableImage:
+    """The error in words, for what was raised on reading a file."""
     if isinstance(error, FileNotFoundError):
         return UnreadableImage(f"there is no file {path}")
     if isinstance(error, UnidentifiedImageError):
@@ -126,14 +137,21 @@ def _unreadable(path: Path, error: Exception) -> UnreadableImage:
     return UnreadableImage(f"{path} cannot be read: {reason}; restore it from the dataset")
 
 
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
 def _png_format(path: Path) -> tuple[int, int]:
     """(bits per sample, color type) of a PNG file; (0, 0) of any other."""
     try:
         with path.open("rb") as file:
             head = file.read(26)
     except OSError as error:
-        raise _unreadable(path, error) from error
-    if len(head) < 26 or head[:8] != PNG or head[12:16] != b"IHDR":
+        raise unreadable(path, error) from error
+    if len(head) < 26 or head[:8] != png.SIGNATURE or head[12:16] != b"IHDR":
         return (0, 0)
     return head[24], head[25]
 
@@ -143,7 +161,11 @@ def _read_png16(path: Path) -> np.ndarray:
     import cv2
 
     data = path.read_bytes()
-    _check_chunks(path, data)
+    try:
+        for _ in png.chunks(data):  # OpenCV returns half an image without any error
+            pass
+    except png.Damaged as error:
+        raise unreadable(path, error) from error
     array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if array is None:
         raise UnreadableImage(f"{path} cannot be read: damaged PNG; restore it from the dataset")
@@ -152,27 +174,3 @@ def _read_png16(path: Path) -> np.ndarray:
     swapped: np.ndarray = array.copy()
     swapped[..., :3] = array[..., 2::-1]
     return swapped
-
-
-def _check_chunks(path: Path, data: bytes) -> None:
-    """Walk the chunks to the last: OpenCV returns half an image without any error."""
-    place, kind = len(PNG), b""
-    while kind != b"IEND":
-        if place + 12 > len(data):
-            raise UnreadableImage(
-                f"{path} cannot be read: the file is truncated; restore it from the dataset"
-            )
-        (length,) = struct.unpack_from(">I", data, place)
-        kind = data[place + 4 : place + 8]
-        end = place + 8 + length
-        stored = data[end : end + 4]
-        if len(stored) == 4 and struct.pack(">I", zlib.crc32(data[place + 4 : end])) != stored:
-            raise UnreadableImage(
-                f"{path} cannot be read: its {kind.decode('latin-1')!r} chunk is damaged; restore "
-                "it from the dataset"
-            )
-        place = end + 4
-        if place > len(data):
-            raise UnreadableImage(
-                f"{path} cannot be read: the file is truncated; restore it from the dataset"
-            )

@@ -1,11 +1,14 @@
-"""The stream of training batches, and datasets seen through a model's classes."""
+"""The stream of training batches, and datasets seen through a model's classes.
+
+Labels are bytes from their files to the device, and become int64 there.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import cv2
@@ -16,6 +19,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from mfuser.data.images import UnreadableImage
+from mfuser.data.lookup import ByteTable
+from mfuser.data.pictures import Picture, open_picture
 from mfuser.data.sampling import (
     ClassStatistics,
     Mixture,
@@ -28,7 +33,7 @@ from mfuser.errors import DataError, MFuserError
 from mfuser.interfaces import IGNORE, Dataset
 
 Crop = tuple[Tensor, Tensor, list[str], str]
-"""Image (3, H, W) uint8, label (H, W) int64, names of unreadable images before it."""
+"""Image (3, H, W) uint8, label (H, W) uint8, names of unreadable images before it."""
 
 HANGING = 60
 """Seconds that a loader worker goes on for after SIGTERM, of which it may need some to end."""
@@ -55,6 +60,7 @@ class ClassMap:
         self._table[self._known : IGNORE] = -1
         for theirs, ours in known.items():
             self._table[theirs] = ours
+        self._bytes = ByteTable(self._table)
 
     def __call__(self, label: np.ndarray, name: str = "a label") -> np.ndarray:
         """Raises DataError naming the sample for values that are not train ids."""
@@ -65,6 +71,11 @@ class ClassMap:
         if (mapped < 0).any():
             raise _strange(name, int(label[mapped < 0][0]), self._known)
         return mapped
+
+    def to_bytes(self, label: np.ndarray, name: str = "a label") -> np.ndarray:
+        """The same as uint8 (H, W): a pairing has at most 255 classes."""
+        mapped = self._bytes(label) if label.dtype == np.uint8 else None
+        return self(label, name).astype(np.uint8) if mapped is None else mapped
 
     def statistics(self, theirs: ClassStatistics) -> ClassStatistics:
         """Class counts of the dataset, in the model's classes; those it lacks are left out."""
@@ -83,17 +94,76 @@ def _strange(name: str, value: int, known: int) -> DataError:
 
 @dataclass
 class Batch:
-    """images: uint8 (B, 3, H, W). labels: int64 (B, H, W). skipped: names of unreadable images.
+    """images: uint8 (B, 3, H, W). labels: uint8 (B, H, W). skipped: names of unreadable images.
     names: of the images that the crops are from."""
 
     images: Tensor
     labels: Tensor
     skipped: list[str]
     names: list[str]
+    _there: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    """The images and labels on the device, where their copies have begun."""
+    _copying: torch.cuda.Stream | None = field(default=None, repr=False)
+
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU copies from by itself (called by torch's loader)."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+    def begin(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        """Start copying to the device, on a stream of its own; nothing waits for it here."""
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            self._there = self._copied(device)
+        self._copying = stream
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images and labels there."""
-        return self.images.to(device), self.labels.to(device)
+        """Images, and labels as int64, there: those of `begin`, or copied now."""
+        if self._there is None or self._there[0].device != device:
+            return self._copied(device)
+        if self._copying is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_stream(self._copying)
+            for tensor in self._there:
+                tensor.record_stream(current)
+        return self._there
+
+    def _copied(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        images = self.images.to(device, non_blocking=True)
+        return images, self.labels.to(device, non_blocking=True).long()
+
+
+def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches; on a GPU, the copy of each begins before the step on the one before it."""
+    if device.type != "cuda":
+        return batches
+    return Ahead(batches, device, torch.cuda.Stream(device))
+
+
+class Ahead(Iterator[Batch]):
+    """Begins the copy of a batch when the one before it is given out.
+
+    What goes wrong on reading a batch is raised in its turn, after the batches before it.
+    """
+
+    def __init__(
+        self, batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream | None
+    ) -> None:
+        self.batches, self.device, self.stream = batches, device, stream
+        self._next: Batch | Exception | None = None
+
+    def __next__(self) -> Batch:
+        current = self._begun() if self._next is None else self._next
+        self._next = current if isinstance(current, Exception) else self._begun()
+        if isinstance(current, Exception):
+            raise current
+        return current
+
+    def _begun(self) -> Batch | Exception:
+        try:
+            batch = next(self.batches)
+        except Exception as error:
+            return error
+        batch.begin(self.device, self.stream)
+        return batch
 
 
 @dataclass(frozen=True)
@@ -116,6 +186,18 @@ class CropSource:
         if attempt:  # another image takes the place of an unreadable one
             return int(rng.integers(self.sampler.size)), None
         return self.sampler.index_at(seed, position), None
+
+
+def unread(dataset: Dataset, index: int) -> tuple[np.ndarray | Picture, np.ndarray, str]:
+    """A sample as (image, label, name), the image left in its file where the dataset allows it."""
+    path = dataset.image_file(index)
+    picture = None if path is None else open_picture(path)
+    if picture is not None:
+        label = dataset.label(index)
+        if label.shape == picture.shape[:2]:
+            return picture, label, dataset.name(index)
+    sample = dataset[index]
+    return sample.image, sample.label, sample.name
 
 
 @dataclass(eq=False)
@@ -142,20 +224,23 @@ class _Crops(TorchDataset["Crop | MFuserError"]):
         skipped: list[str] = []
         for attempt in range(TRIES):
             index, wanted = source.draw(rng, self.seed, position, attempt)
+            drawn = rng.bit_generator.state
             try:
-                sample = source.dataset[index]
+                found, raw, name = unread(source.dataset, index)
+                mapped = source.class_map.to_bytes(raw, name)
+                image, label = self.augmentation(found, mapped, rng, wanted, name)
             except UnreadableImage:
                 if not self.skip_unreadable:
                     raise
                 skipped.append(source.dataset.name(index))
+                # The pixels may be found unreadable after the crop is drawn.
+                rng.bit_generator.state = drawn
                 continue
-            mapped = source.class_map(sample.label, sample.name)
-            image, label = self.augmentation(sample.image, mapped, rng, wanted, sample.name)
             return (
                 torch.from_numpy(image).permute(2, 0, 1).contiguous(),
                 torch.from_numpy(label),
                 skipped,
-                sample.name,
+                name,
             )
         raise DataError(f"{TRIES} images in a row were unreadable, {skipped[-1]} among them")
 
@@ -163,7 +248,9 @@ class _Crops(TorchDataset["Crop | MFuserError"]):
 class TrainingStream:
     """A batch for each of the steps; it depends on the seed alone."""
 
-    def __init__(self, crops: _Crops, slots: _Slots, workers: int) -> None:
+    def __init__(
+        self, crops: _Crops, slots: _Slots, workers: int, prefetch: int = 2, pinned: bool = False
+    ) -> None:
         self.crops = crops
         self.loader: DataLoader[Crop | MFuserError] = DataLoader(
             crops,
@@ -171,6 +258,9 @@ class TrainingStream:
             num_workers=workers,
             collate_fn=_collate,
             worker_init_fn=_start_worker,
+            prefetch_factor=prefetch if workers else None,
+            pin_memory=pinned,
+            # One pass is the whole training, so that they live as long without this.
             persistent_workers=False,
         )
 
@@ -205,7 +295,8 @@ class TrainingStream:
         if not self.loader.num_workers or str(error).startswith("Caught "):
             return False
         gone = ConnectionError, EOFError, FileNotFoundError
-        return isinstance(error, gone) or "DataLoader worker" in str(error)
+        said = "DataLoader worker" in str(error) or "Pin memory thread exited" in str(error)
+        return said or isinstance(error, gone)
 
     def _started(self) -> Iterator[Batch | MFuserError]:
         if not self.loader.num_workers:
@@ -255,14 +346,18 @@ def training_stream(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
+    prefetch: int = 2,
+    pinned: bool = False,
     skip_unreadable: bool = False,
 ) -> TrainingStream:
     """Augmented crops of the sources, in the model's class ids, from step `start` to the last.
 
     shares: of each source. rank, world: this process takes its share of every step's crops.
+    prefetch: batches that each worker reads ahead. pinned: in memory that a GPU copies from.
     """
     crops = _Crops(sources, Mixture(shares, seed), augmentation, seed, skip_unreadable)
-    return TrainingStream(crops, _Slots(range(start, steps), batch_size, rank, world), workers)
+    slots = _Slots(range(start, steps), batch_size, rank, world)
+    return TrainingStream(crops, slots, workers, prefetch, pinned)
 
 
 def _collate(items: list[Crop | MFuserError]) -> Batch | MFuserError:
@@ -285,3 +380,4 @@ def _start_worker(worker: int) -> None:
     if hasattr(signal, "alarm"):  # SIGTERM may also be from the first process, where this one hangs
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(HANGING))
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)  # where workers are not forked, they do not have it from `_started`

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +30,9 @@ class Part(Dataset):
 
     def label(self, index: int) -> np.ndarray:
         return self.dataset.label(self.indices[index])
+
+    def image_file(self, index: int) -> Path | None:
+        return self.dataset.image_file(self.indices[index])
 
     def raw(self, index: int) -> np.ndarray | None:
         return self.dataset.raw(self.indices[index])

@@ -3,14 +3,15 @@
 Pure functions of (image, label, rng): the same generator state gives the same crop.
 
 The whole scaled image is never computed. The crop's window is drawn in the scaled image's
-coordinates, and only its pixels are sampled from the original, so that drawing a crop again
-costs about a millisecond, whatever the size of the image.
+coordinates, by the label alone, and only its pixels are sampled from the original, so that drawing
+a crop again costs less than a millisecond, whatever the size of the image, and an image that is
+still in its file need not be decoded beyond the window.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, field_validator
@@ -18,6 +19,9 @@ from pydantic import Field, NonNegativeInt, field_validator
 from mfuser.errors import DataError
 from mfuser.interfaces import IGNORE
 from mfuser.specs import Options
+
+if TYPE_CHECKING:
+    from mfuser.data.pictures import Picture
 
 TRIES = 10
 """Re-crops, both for the class share and for a wanted class (mmsegmentation, DAFormer)."""
@@ -98,23 +102,31 @@ def view_label(label: np.ndarray, view: View) -> np.ndarray:
             (view.top, view.left), view.size, view.scaled, label.shape, strict=True
         )
     )
-    cropped: np.ndarray = label[rows[:, None], columns]
+    cropped: np.ndarray = label[rows].take(columns, axis=1)
     return cropped
 
 
-def view_image(image: np.ndarray, view: View) -> np.ndarray:
-    """The window of the image (H, W, 3) resized to `view.scaled` bilinearly, no antialiasing."""
+def view_image(image: np.ndarray | Picture, view: View) -> np.ndarray:
+    """The window of the image (H, W, 3) resized to `view.scaled` bilinearly, no antialiasing.
+
+    A JPEG file that is resized to half or less is decoded at 1/2, 1/4 or 1/8 of its size, as its
+    blocks allow, and resized from there.
+    """
     import cv2
 
     if view.scaled == image.shape[:2]:
         rows = slice(view.top, view.top + view.size[0])
-        return image[rows, view.left : view.left + view.size[1]].copy()
+        return image[rows, slice(view.left, view.left + view.size[1])].copy()
+    extent: tuple[float, float] = image.shape[0], image.shape[1]
+    if not isinstance(image, np.ndarray):
+        reduced = image.reduced(view.scaled)
+        image, extent = (image, extent) if reduced is None else reduced
     # Only the source pixels that the window touches: OpenCV's remapping reads 16-bit coordinates.
     starts, stops, offsets, steps = [], [], [], []
-    for start, size, scaled, full in zip(
-        (view.top, view.left), view.size, view.scaled, image.shape[:2], strict=True
+    for start, size, scaled, shown, full in zip(
+        (view.top, view.left), view.size, view.scaled, extent, image.shape[:2], strict=True
     ):
-        step = full / scaled
+        step = shown / scaled
         first = (start + 0.5) * step - 0.5
         begin = min(max(int(np.floor(first)) - 1, 0), full - 1)
         end = min(int(np.ceil(first + (size - 1) * step)) + 2, full)
@@ -122,7 +134,7 @@ def view_image(image: np.ndarray, view: View) -> np.ndarray:
         stops.append(max(end, begin + 1))
         offsets.append(first - begin)
         steps.append(step)
-    part = image[starts[0] : stops[0], starts[1] : stops[1]]
+    part = image[slice(starts[0], stops[0]), slice(starts[1], stops[1])]
     matrix = np.array([[steps[1], 0.0, offsets[1]], [0.0, steps[0], offsets[0]]])
     resized: np.ndarray = cv2.warpAffine(
         part,
@@ -136,9 +148,22 @@ def view_image(image: np.ndarray, view: View) -> np.ndarray:
 
 def class_share(label: np.ndarray) -> float:
     """The share of the labeled pixels that the most frequent class covers; 1 if there is none."""
-    counts = np.bincount(label.ravel(), minlength=IGNORE + 1)[:IGNORE]
+    counts = _counts(label)[:IGNORE]
     total = int(counts.sum())
     return float(counts.max() / total) if total else 1.0
+
+
+def _counts(label: np.ndarray) -> np.ndarray:
+    """(at least 256,) pixels of each class."""
+    import cv2
+
+    # OpenCV gives float32, in which whole numbers are exact up to this.
+    if label.dtype == np.uint8 and 0 < label.size <= 1 << 24:
+        found = cv2.calcHist(
+            [np.ascontiguousarray(label)], [0], None, [IGNORE + 1], [0, IGNORE + 1]
+        )
+        return found.ravel().astype(np.int64)
+    return np.bincount(label.ravel(), minlength=IGNORE + 1)
 
 
 def draw_crop(
@@ -229,16 +254,18 @@ class Augmentation:
 
     def __call__(
         self,
-        image: np.ndarray,
+        image: np.ndarray | Picture,
         label: np.ndarray,
         rng: np.random.Generator,
         wanted: int | None = None,
         name: str = "image",
     ) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (H, W, 3), int64 (H, W) -> the same of size `crop`, contiguous.
+        """uint8 (H, W, 3), int64 or uint8 (H, W) -> the same of size `crop`, contiguous.
 
-        wanted: a class id that the crop should show (`min_pixels`). `name` is for errors.
-        Raises DataError if image and label differ in size, or are stored smaller than the crop.
+        image: read, or still in its file, of which only the window is decoded then. wanted: a
+        class id that the crop should show (`min_pixels`). `name` is for errors.
+        Raises DataError if image and label differ in size, or are stored smaller than the crop, and
+        UnreadableImage for pixels that cannot be decoded.
         """
         self._check(image, label, name)
         view, seen = self._crop(label, rng, wanted)
@@ -249,7 +276,7 @@ class Augmentation:
             out = photometric_distortion(np.ascontiguousarray(out), rng)
         return (
             np.ascontiguousarray(pad(out, self.crop, MEAN_COLOR)),
-            np.ascontiguousarray(pad(seen, self.crop, IGNORE), dtype=np.int64),
+            np.ascontiguousarray(pad(seen, self.crop, IGNORE)),
         )
 
     def _crop(
@@ -266,7 +293,7 @@ class Augmentation:
                 break
         return kept
 
-    def _check(self, image: np.ndarray, label: np.ndarray, name: str) -> None:
+    def _check(self, image: np.ndarray | Picture, label: np.ndarray, name: str) -> None:
         height, width = image.shape[:2]
         if label.shape != (height, width):
             raise DataError(

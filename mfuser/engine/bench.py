@@ -17,6 +17,7 @@ from mfuser.config.recipe import RecipeSpec
 from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
 from mfuser.data.images import UnreadableImage
+from mfuser.data.loading import unread
 from mfuser.data.sampling import Mixture
 from mfuser.data.transforms import Augmentation
 from mfuser.engine.environment import environment
@@ -128,8 +129,8 @@ def data_of(registry: Registry, run: RunSpec) -> Callable[[], None] | None:
     def read() -> None:
         for k in range(run.recipe.batch_size):
             source, position = mixture.at(k)
-            sample = datasets[source][position % len(datasets[source])]
-            augment(sample.image, sample.label, np.random.default_rng(k))
+            image, label, _ = unread(datasets[source], position % len(datasets[source]))
+            augment(image, label, np.random.default_rng(k))
 
     return read
 

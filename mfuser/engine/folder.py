@@ -33,7 +33,7 @@ TRACKED = ("tensorboard", "wandb", "mlflow")
 """Folders of trackers."""
 LOCK = ".lock"
 FREE = (
-    *("on_bad_image", "workers", "save_every", "checkpointing", "shard"),
+    *("on_bad_image", "workers", "prefetch", "save_every", "checkpointing", "shard"),
     *("tracker", "tensorboard"),
 )
 """Keys of a recipe that may change when a run goes on: its weights do not depend on them."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from mfuser.config.recipe import RecipeSpec
 from mfuser.config.registry import Registry
 from mfuser.config.run import RunSpec
-from mfuser.data.loading import Batch, TrainingStream, training_stream
+from mfuser.data.loading import Batch, TrainingStream, copied_ahead, training_stream
 from mfuser.data.transforms import Augmentation
 from mfuser.engine import checkpoints, diagnose, exhaustion, precheck, trackers
 from mfuser.engine.averaging import Averages, take
@@ -130,6 +130,8 @@ def train(
                 rank=group.rank,
                 world=group.count,
                 workers=recipe.workers,
+                prefetch=recipe.prefetch,
+                pinned=group.accelerator.device.type == "cuda",
                 skip_unreadable=recipe.on_bad_image == "skip",
             )
             group.from_main(lambda: check_crops(stream, start, run))
@@ -230,7 +232,7 @@ class Trainer:
         if start < recipe.steps:
             group.together(lambda: precheck.check_parts(self.model, self.accelerator.device))
         self.wrapped.train()
-        batches = iter(stream)
+        batches = copied_ahead(iter(stream), self.accelerator.device)
         with (
             interruptible() as asked,
             self.saver,

@@ -14,6 +14,7 @@ import numpy as np
 from mfuser import IGNORE, DataError, Dataset, DatasetSpec, Sample
 from mfuser.config.classes import CITYSCAPES
 from mfuser.data.images import read_image, read_label
+from mfuser.data.lookup import ByteTable
 from mfuser.errors import NoSplitError, legible
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -51,6 +52,7 @@ class LabelMap:
         self.table = np.full(max(256, max(ids, default=0) + 1), -1, np.int64)
         for value, train_id in ids.items():
             self.table[value] = train_id
+        self._bytes = ByteTable(self.table[:256])
         self.channel = channel
         self.hint = hint
         self._codes, self._targets = np.empty(0, np.int32), np.empty(0, np.int64)
@@ -66,6 +68,10 @@ class LabelMap:
 
     def __call__(self, raw: np.ndarray, path: Path) -> np.ndarray:
         """Raw values of the file `path` -> int64 (H, W). Raises DataError for strange values."""
+        return self.mapped(raw, path).astype(np.int64, copy=False)
+
+    def mapped(self, raw: np.ndarray, path: Path) -> np.ndarray:
+        """The same as uint8 or int64, whichever costs less."""
         if raw.ndim == 3 and self.channel is not None:
             if raw.dtype != np.uint16:
                 raise DataError(
@@ -81,6 +87,8 @@ class LabelMap:
                 f"{path} is a color picture, not a label: the official labels hold one id (or "
                 "palette index) per pixel; restore it from the dataset"
             )
+        if raw.dtype == np.uint8 and (short := self._bytes(raw)) is not None:
+            return short
         most = len(self.table) - 1
         small = raw if raw.dtype == np.uint8 else np.clip(raw, 0, most).astype(np.uint16)
         label = self.table[small]
@@ -180,14 +188,18 @@ class PairedDataset(Dataset):
                 f"{image.shape[1]}x{image.shape[0]} (width x height): they must be equal; restore "
                 "both from the dataset, or move the pair away"
             )
-        return Sample(image, label, self.name(index))
+        return Sample(image, label.astype(np.int64, copy=False), self.name(index))
 
     def name(self, index: int) -> str:
         return legible(self.pairs[index].key.rpartition("/")[2])
 
     def label(self, index: int) -> np.ndarray:
         pair = self.pairs[index]
-        return pair.decode(read_label(pair.label), pair.label)
+        return pair.decode.mapped(read_label(pair.label), pair.label)
+
+    def image_file(self, index: int) -> Path | None:
+        own = type(self).__getitem__ is PairedDataset.__getitem__
+        return self.pairs[index].image if own else None
 
     def raw(self, index: int) -> np.ndarray:
         return read_label(self.pairs[index].label)

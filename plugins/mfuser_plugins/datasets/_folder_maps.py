@@ -18,23 +18,23 @@ from mfuser_plugins.datasets._files import LabelMap
 class ColorMap(LabelMap):
     """RGB -> class; palette images are read by the palette that they carry."""
 
-    def __call__(self, raw: np.ndarray, path: Path) -> np.ndarray:
+    def mapped(self, raw: np.ndarray, path: Path) -> np.ndarray:
         if raw.ndim == 2:
             with Image.open(path) as image:
                 if image.mode == "P":
                     raw = np.asarray(image.convert("RGB"))
                 elif image.mode == "L":
                     raw = np.repeat(raw[..., None], 3, axis=2)
-        return super().__call__(raw, path)
+        return super().mapped(raw, path)
 
 
 class BinaryMap(LabelMap):
     """0 is one class, every other value the other."""
 
-    def __call__(self, raw: np.ndarray, path: Path) -> np.ndarray:
+    def mapped(self, raw: np.ndarray, path: Path) -> np.ndarray:
         if raw.ndim == 3 and (raw[..., :3] == raw[..., :1]).all():
             raw = raw[..., 0]  # gray, saved in three channels
-        return super().__call__((raw > 0).astype(np.uint8) if raw.ndim == 2 else raw, path)
+        return super().mapped((raw > 0).astype(np.uint8) if raw.ndim == 2 else raw, path)
 
 
 class PanopticMap(LabelMap):
@@ -52,12 +52,12 @@ class PanopticMap(LabelMap):
     def key(self) -> bytes:
         return sha256(repr(sorted(self.segments.items())).encode()).digest()
 
-    def __call__(self, raw: np.ndarray, path: Path) -> np.ndarray:
+    def mapped(self, raw: np.ndarray, path: Path) -> np.ndarray:
         segments = self.segments.get(path.name)
         if segments is None:
             raise DataError(f"{path} is not among the annotations of its panoptic JSON file")
         colors = {(i & 255, i >> 8 & 255, i >> 16): c for i, c in segments.items()}
-        return LabelMap({}, colors={**colors, (0, 0, 0): IGNORE})(raw, path)
+        return LabelMap({}, colors={**colors, (0, 0, 0): IGNORE}).mapped(raw, path)
 
 
 def panoptic_map(path: Path, names: tuple[str, ...]) -> LabelMap:

@@ -360,4 +360,5 @@ def test_a_run_continues_its_epoch(tiny: Registry) -> None:
     assert len(whole) == 9 and len(later) == 4
     for one, other in zip(whole[5:], later, strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
-        assert one.images.dtype == torch.uint8 and one.labels.dtype == torch.int64
+        assert one.images.dtype == torch.uint8 and one.labels.dtype == torch.uint8
+        assert one.to(torch.device("cpu"))[1].dtype == torch.int64
