@@ -45,8 +45,8 @@ from mfuser_plugins.datasets.streets import StreetsSpec
 
 SIZE = (1024, 2048)
 CROP = (512, 512)
-NOISE = {True: 0.8, False: 1.5}
-"""Standard deviation, in levels, of photographs and of rendered images: files of about 2.3 MB."""
+NOISE = {True: 0.6, False: 1.0}
+"""Standard deviation, in levels, of photographs and of rendered images: files of 2 to 2.5 MB."""
 
 
 def write(root: Path, count: int, photos: Path | None) -> float:

@@ -50,6 +50,9 @@ class Kitti(Dataset):
         table[list(IDS)] = range(19)
         return table[raw]
 
+    def image_file(self, index: int) -> Path:
+        return self.images[index]
+
     def fingerprint(self) -> str:
         files = [f for image in self.images for f in (image, self._label(image))]
         state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mfuser.data.images import read_image
 from mfuser.errors import DataError, MFuserError, NoSplitError
 from mfuser.interfaces import IGNORE, Dataset
 from mfuser.specs import DatasetSpec
@@ -114,6 +115,14 @@ def consistent(bench: DatasetBench) -> str:
         )
     if not np.array_equal(dataset.label(0), sample.label):
         raise Broken("label(0) and [0].label", "they differ", "the same array", "")
+    path = dataset.image_file(0)
+    if path is not None and not np.array_equal(read_image(path), sample.image):
+        raise Broken(
+            "image_file(0) and [0].image",
+            "other pixels",
+            "those that read_image gives for the file",
+            "leave image_file out where images are changed after reading",
+        )
     try:
         dataset[len(dataset)]
     except (IndexError, MFuserError):

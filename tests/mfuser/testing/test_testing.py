@@ -211,6 +211,10 @@ class Bad(Dataset):
     def name(self, index: int) -> str:
         return "same" if self.how == "names" else str(index)
 
+    def image_file(self, index: int) -> Path | None:
+        other = Path(__file__).parents[3] / "docs" / "demo.png"
+        return other if self.how == "file" else None
+
     def fingerprint(self) -> str:
         return "bad"
 
@@ -222,6 +226,7 @@ class Bad(Dataset):
         ("dtype", "samples", "a label of uint8"),
         ("values", "samples", "the label values [7]"),
         ("names", "names and classes", "'same' twice"),
+        ("file", "names and classes", "other pixels"),
         ("augments", "repeatable", "augmentation is the recipe's business"),
     ],
 )
