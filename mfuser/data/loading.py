@@ -116,15 +116,16 @@ class Batch:
         self._copying = stream
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images, and labels as int64, there: those of `begin`, or copied now."""
-        if self._there is None or self._there[0].device != device:
+        """Images, and labels as int64, there: those of `begin`, once, or copied now."""
+        there, self._there = self._there, None  # else a batch that is kept would keep the device's
+        if there is None:
             return self._copied(device)
         if self._copying is not None:
             current = torch.cuda.current_stream(device)
             current.wait_stream(self._copying)
-            for tensor in self._there:
+            for tensor in there:
                 tensor.record_stream(current)
-        return self._there
+        return there
 
     def _copied(self, device: torch.device) -> tuple[Tensor, Tensor]:
         images = self.images.to(device, non_blocking=True)

@@ -75,7 +75,8 @@ def open_picture(path: Path) -> Picture | None:
         with path.open("rb") as file:
             start = file.read(len(png.SIGNATURE))
             if start == png.SIGNATURE:
-                stored = png.opened(start + file.read())
+                file.seek(0)
+                stored = png.opened(file.read())
                 known = stored is not None and stored.color != png.PALETTE
                 return _Png(path, stored) if stored is not None and known else None
             if not start.startswith(b"\xff\xd8"):

@@ -37,7 +37,6 @@ _BLOCK = 65535
 
 _HEAD = b"\0\0\0\x0dIHDR"
 """Length and kind of the first chunk."""
-_CRC_OF_IEND = zlib.crc32(b"IEND")
 
 
 def _inflater() -> Any:
@@ -118,12 +117,15 @@ class Stored:
         color = GRAY if self.color == PALETTE else self.color
         head = struct.pack(">IIBBBBB", columns, rows, 8, color, 0, 0, 0)
         part = raw if used == full else lines[:, :used].tobytes()
-        file = b"".join([SIGNATURE, _chunk(b"IHDR", head), _chunk(b"IDAT", _stored(part))])
-        file += struct.pack(">I4sI", 0, b"IEND", _CRC_OF_IEND)
+        pixels = _chunk(b"IDAT", *_stored(part))
+        file = b"".join([SIGNATURE, *_chunk(b"IHDR", head), *pixels, *_chunk(b"IEND")])
         try:
-            return cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_UNCHANGED)
+            found: np.ndarray | None = cv2.imdecode(
+                np.frombuffer(file, np.uint8), cv2.IMREAD_UNCHANGED
+            )
         except cv2.error:
             return None
+        return found
 
     def rgb(self, rows: slice, columns: slice) -> np.ndarray | None:
         """A window, uint8 (H, W, 3) RGB; transparency is dropped."""
@@ -137,7 +139,8 @@ class Stored:
             RGB: cv2.COLOR_BGR2RGB,
             RGBA: cv2.COLOR_BGRA2RGB,
         }[self.color]
-        return cv2.cvtColor(found[rows, columns], conversion)
+        window: np.ndarray = cv2.cvtColor(found[rows, columns], conversion)
+        return window
 
 
 def opened(data: bytes) -> Stored | None:
@@ -163,12 +166,14 @@ def opened(data: bytes) -> Stored | None:
     return Stored(data, width, height, color, tuple(parts)) if parts else None
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    crc = inflater.crc32(data, inflater.crc32(kind))
-    return b"".join([struct.pack(">I", len(data)), kind, data, struct.pack(">I", crc)])
+def _chunk(kind: bytes, *parts: bytes | memoryview) -> list[bytes | memoryview]:
+    crc = inflater.crc32(kind)
+    for part in parts:
+        crc = inflater.crc32(part, crc)
+    return [struct.pack(">I", sum(map(len, parts))), kind, *parts, struct.pack(">I", crc)]
 
 
-def _stored(raw: bytes) -> bytes:
+def _stored(raw: bytes) -> list[bytes | memoryview]:
     """A zlib stream that holds `raw` as it is."""
     out: list[bytes | memoryview] = [b"\x78\x01"]
     view = memoryview(raw)
@@ -176,4 +181,4 @@ def _stored(raw: bytes) -> bytes:
         block = view[start : start + _BLOCK]
         last = start + _BLOCK >= len(raw)
         out += [struct.pack("<BHH", last, len(block), len(block) ^ 0xFFFF), block]
-    return b"".join([*out, struct.pack(">I", inflater.adler32(raw))])
+    return [*out, struct.pack(">I", inflater.adler32(raw))]

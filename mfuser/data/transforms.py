@@ -162,7 +162,8 @@ def _counts(label: np.ndarray) -> np.ndarray:
         found = cv2.calcHist(
             [np.ascontiguousarray(label)], [0], None, [IGNORE + 1], [0, IGNORE + 1]
         )
-        return found.ravel().astype(np.int64)
+        counts: np.ndarray = found.ravel().astype(np.int64)
+        return counts
     return np.bincount(label.ravel(), minlength=IGNORE + 1)
 
 

@@ -181,7 +181,9 @@ def test_the_copy_of_a_batch_begins_a_batch_earlier(folder: Path) -> None:
     for k, batch in enumerate(batches):
         assert next(ahead) is batch
         assert begun == list(range(min(k + 2, 3)))
-        assert batch.to(device)[0] is batch.to(device)[0]  # copied once
+        copied = batch._there
+        assert copied is not None and batch.to(device) is copied
+        assert batch._there is None and torch.equal(batch.to(device)[1], copied[1])
     for _ in range(2):
         with pytest.raises(DataError, match="the fourth is damaged"):
             next(ahead)
