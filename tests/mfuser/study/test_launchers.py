@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -122,6 +124,22 @@ def test_a_killed_worker_of_ray_costs_no_run(workplace: Path, mfuser) -> None:  
     assert states(ran.out) == {"waits": "finished", "wild": "diverged"}
     assert "wild, seed 0: diverged: " in ran.err
     assert "waits, seed 0: lost (" in ran.err and "handed out again as task " in ran.err
+
+
+def test_a_slurm_job_whose_time_is_up_saves_and_queues_again() -> None:
+    """What submitit calls in the job: its process is told to end, and the order goes back."""
+    submitit = pytest.importorskip("submitit")
+    from mfuser.study.launchers.slurm import Work
+
+    work = Work({"label": "x"})
+    with subprocess.Popen(["sleep", "60"]) as process:
+        work.process = process
+        again = work.checkpoint()
+    assert process.returncode == -signal.SIGINT
+    assert isinstance(again, submitit.helpers.DelayedSubmission)
+    queued = pickle.loads(pickle.dumps(again.function))
+    assert queued.order == work.order and queued.process is None
+    assert again.function.checkpoint().function.order == work.order  # it had ended by itself
 
 
 @pytest.mark.parametrize(
