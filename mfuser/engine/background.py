@@ -9,8 +9,7 @@ from threading import Thread
 class Background:
     """A thread that does what it is given, in order; nothing more after a piece that failed.
 
-    A process that is told twice to end does not wait for it: whatever it does must leave files
-    whole at any moment.
+    The end of the process does not wait for it: what it does must leave files whole at any moment.
     """
 
     def __init__(self) -> None:
@@ -38,11 +37,11 @@ class Background:
         """Whether a piece has failed, which `wait` will raise."""
         return self._error is not None
 
-    def wait(self) -> None:
-        """Until all is done. Raises what a piece has raised, once."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Until all is done, or for so long. Raises what a piece has raised, once."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(seconds)
+            self._thread = self._thread if self._thread.is_alive() else None
         error, self._error = self._error, None
         if error is not None:
             raise error

@@ -35,6 +35,10 @@ from mfuser.model.dgss import DGSSModel
 Tensors = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 
 
+AT_ONCE = 10.0
+"""Seconds that a training which is to end at once (Ctrl-C, twice) waits for the file it writes."""
+
+
 @dataclass(frozen=True)
 class _Taken:
     """A snapshot of the run after a step, to be written."""
@@ -83,7 +87,7 @@ class Saver:
             self.wait()
             return
         try:  # not together with the others, which may be gone
-            self.background.wait()
+            self.background.wait(None if isinstance(error, Exception) else AT_ONCE)
         except Exception as lost:  # the reason to end is another one
             self.console.say(brief(lost))
 
