@@ -25,6 +25,8 @@ LARGE = 0.25
 def of_training(model: DGSSModel, recipe: RecipeSpec, step: int, device: torch.device) -> str:
     """A sentence. step: the one that failed, counted from 0."""
     frozen = _bytes(t for t in model.parameters() if not t.requires_grad)
+    single = (t for t in model.parameters() if t.dtype == torch.float32)
+    whole = _bytes(t for t in single if not t.requires_grad)
     trained = _bytes(t for t in model.parameters() if t.requires_grad)
     sets = 4 + (recipe.ema is not None)  # with their gradients and AdamW's two moments
     used = peak(device)
@@ -35,26 +37,25 @@ def of_training(model: DGSSModel, recipe: RecipeSpec, step: int, device: torch.d
         f"{width}x{height} at a time: at the peak, frozen weights held {_gb(frozen)}, trained ones "
         f"with gradients and optimizer {_gb(sets * trained)}, all else (activations most of all) "
         f"{_gb(rest)}; lower, what hurts least first: "
-        + "; ".join(_of_recipe(recipe, model, frozen > LARGE * used))
+        + "; ".join(_of_recipe(recipe, model, whole > LARGE * used))
     )
 
 
 def _of_recipe(recipe: RecipeSpec, model: DGSSModel, heavy: bool) -> list[str]:
-    """heavy: the frozen weights are much of it."""
+    """heavy: frozen weights in float32 are much of it."""
     found = []
-    if not recipe.checkpointing:
+    if recipe.checkpointing is not True:
         found.append("--set-recipe checkpointing=true (the same weights, a third more time)")
     batch = recipe.batch_size
     if batch > 1:
         part = max(n for n in range(1, batch) if batch % n == 0)
         split = f"batch_size={part} --set-recipe accumulate={recipe.accumulate * batch // part}"
         found.append(f"--set-recipe {split} (as many crops a step)")
+    if heavy and hasattr(recipe, "frozen_dtype"):
+        found.append("--set-recipe frozen_dtype=bfloat16 (half the frozen weights)")
     if recipe.precision == "no":
         half = "--set-recipe precision=bf16 (half the activations, slightly other weights)"
         found.append(half)
-    # The options of the recipe as it is: frozen towers may be kept in half precision.
-    if heavy and getattr(recipe, "frozen_dtype", None) in ("float32", "auto"):
-        found.insert(0, "--set-recipe frozen_dtype=bfloat16 (half the frozen weights)")
     found.append(f"--set image_size={min(model.spec.image_size) * 3 // 4 // 32 * 32 or 32}")
     found.append("smaller encoders (mfuser list backbones)")
     return found
