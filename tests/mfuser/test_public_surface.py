@@ -32,7 +32,7 @@ SHARED = "--json --plugin --registry"
 WORK = f"--data-root --device {SHARED}"
 COMMANDS = {
     "ablate": "STUDIES --axis --base --dry-run --index --launcher --launcher-set --of --out "
-    f"--recipe --seeds --set --set-recipe --source --targets {WORK}",
+    f"--recipe --reuse --seeds --set --set-recipe --source --targets {WORK}",
     "bench": "PAIRING --frame --no-released --out --recipe --repeats --set --set-recipe --source "
     f"{WORK}",
     "convert": f"CHECKPOINT --out --pairing --set --source {SHARED}",
