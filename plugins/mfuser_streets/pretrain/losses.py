@@ -148,7 +148,7 @@ class WordLosses(nn.Module):
     def __init__(self, tokenizer: Any, context_length: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.bias = nn.Parameter(torch.tensor(-1.0))
+        self.bias = nn.Parameter(torch.full((len(CLASSES),), -1.0))
         self.tokenizer, self.length = tokenizer, context_length
         self.prompts = tokenizer([PROMPT.format(c) for c in CLASSES], context_length)
 
@@ -170,7 +170,7 @@ class WordLosses(nn.Module):
             words = F.normalize(clip.encode_text(self.prompts).float(), dim=-1)
             maps = F.normalize(dense, dim=-1) @ words.t() * self.scale.exp()  # (B, N, classes)
             found = torch.logsumexp(maps, 1) - math.log(maps.shape[1]) + self.bias
-            named = torch.from_numpy(batch.named)
-            loss = F.binary_cross_entropy_with_logits(found, named) * len(CLASSES)
+            tags = torch.from_numpy(batch.tags)
+            loss = F.binary_cross_entropy_with_logits(found, tags) * len(CLASSES)
             losses["words"] = recipe.words * loss
         return losses

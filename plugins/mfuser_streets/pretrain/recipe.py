@@ -22,6 +22,9 @@ class Recipe:
     `steps`, so a longer run begins as a shorter one."""
     warm_start: int = 0
     """First steps of the VLM, on the VFM's losses: its own start, never the VFM's weights."""
+    refresh: int = 0
+    """After the warm start, every so many steps one is on the losses of the warm start again, so
+    that words do not wash out what makes features alike across styles; 0: none."""
     lr: float = 1e-3
     warmup: int = 60
     weight_decay: float = 0.05
@@ -37,6 +40,13 @@ class Recipe:
     """Weights of the losses: patches across styles, masked patches, depth and edges, class words.
     The loss between images and captions has weight 1."""
 
+    def on_words(self, step: int) -> bool:
+        """Whether a step trains on captions and words, not on pairs of crops."""
+        after = step - self.warm_start
+        if self.tower == "vfm" or after < 0:
+            return False
+        return not self.refresh or after % self.refresh != self.refresh - 1
+
     def rate(self, step: int) -> float:
         """The learning rate of a step: warmup, a plateau, then linearly down to 0."""
         falling = (self.steps - step) / self.decay if self.decay else 1.0
@@ -48,7 +58,7 @@ class Recipe:
 
 RECIPES: dict[Tower, Recipe] = {
     "vfm": Recipe("vfm", seed=5, steps=5000, decay=800),
-    "vlm": Recipe("vlm", seed=6, steps=2700, decay=700, warm_start=500),
+    "vlm": Recipe("vlm", seed=6, steps=4700, decay=1000, warm_start=2000, refresh=3),
 }
 
 

@@ -19,7 +19,6 @@ from mfuser_streets import towers
 from mfuser_streets.pretrain.batches import captioned, one_thread, pairs
 from mfuser_streets.pretrain.losses import ImageLosses, WordLosses, start
 from mfuser_streets.pretrain.recipe import Recipe
-from mfuser_streets.world.captions import CLASSES
 from mfuser_streets.world.scenes import WORLD_VERSION
 
 CHECKPOINT = "pretraining.pt"
@@ -70,12 +69,12 @@ class Pretraining(nn.Module):
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            if recipe.tower == "vfm" or step < recipe.warm_start:
+            if recipe.on_words(step):
+                crops = captioned(recipe.seed, step, recipe.captions)
+                losses = self.words(self.tower, crops, recipe)
+            else:
                 batch = pairs(recipe.seed, step, recipe.pairs)
                 losses = self.images(self.vit, batch, recipe)
-            else:
-                crops = captioned(recipe.seed, step, recipe.captions, len(CLASSES))
-                losses = self.words(self.tower, crops, recipe)
             loss = sum(losses.values(), torch.zeros(()))
         self.optimizer.zero_grad()
         loss.backward()
