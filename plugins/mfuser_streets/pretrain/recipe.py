@@ -53,7 +53,8 @@ class Recipe:
         return self.lr * min(1.0, (step + 1) / self.warmup, falling)
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without `refresh` where there is none, as files from before it say nothing of it."""
+        return {k: v for k, v in asdict(self).items() if k != "refresh" or v}
 
 
 RECIPES: dict[Tower, Recipe] = {
@@ -67,7 +68,7 @@ def recipe(tower: Tower, **changes: Any) -> Recipe:
 
     Raises MFuserError for a number that a recipe does not have, or a decay longer than the run.
     """
-    known = RECIPES[tower].as_json()
+    known = asdict(RECIPES[tower])
     for name in changes:
         if name not in known:
             raise MFuserError(f"a pretraining recipe has no '{name}'{suggest(name, known)}")

@@ -213,3 +213,12 @@ def test_interrupted_before_anything_is_saved(
     monkeypatch.setattr(run.Pretraining, "step", interrupt)
     stopped = mfuser("world", "pretrain", "vfm", "--out", tmp_path, "--steps", 2, "--decay", 1)
     assert stopped.code == 130 and "nothing is saved" in stopped.err
+
+
+def test_words_and_the_first_losses_take_turns() -> None:
+    chosen = recipe("vlm", warm_start=2, refresh=3)
+    turns = [chosen.on_words(k) for k in range(8)]
+    assert turns == [False, False, True, True, False, True, True, False]
+    assert all(recipe("vlm", warm_start=0, refresh=0).on_words(k) for k in range(4))
+    assert not any(recipe("vfm").on_words(k) for k in range(4))
+    assert "refresh" not in recipe("vfm").as_json()
