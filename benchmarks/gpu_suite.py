@@ -5,9 +5,9 @@
                                                             to try the script where there is none
 
 Kernel tests, the scan against mamba-ssm where that imports, a whole training step in three
-settings, an image by sliding window against the released way, torch.compile, memory. Weights are
-random and nothing is downloaded. A section that fails or runs out of time is named, and ends no
-other one.
+settings, the training loop, an image by sliding window against the released way, torch.compile,
+memory. Weights are random and nothing is downloaded. A section that fails or runs out of time is
+named, and ends no other one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ SETTINGS = {
     "step, bf16": ("precision=bf16",),
     "step, bf16, checkpointing": ("precision=bf16", "checkpointing=true"),
 }
+LOOPS = {"loop": ("precision=bf16",), "loop, compiled": ("precision=bf16", "compile=true")}
+MODES = ("default", "reduce-overhead")
 LIMIT = 120
 """Seconds that a section may take."""
 
@@ -74,9 +76,24 @@ def step(options: argparse.Namespace, _: Path) -> dict[str, Any]:
     return found
 
 
+def loop(options: argparse.Namespace, _: Path) -> dict[str, Any]:
+    """benchmarks/step.py: the training loop, and compiled."""
+    found = {}
+    for name, changes in LOOPS.items():
+        command = [sys.executable, "benchmarks/step.py", "--json", "--pairing", options.pairing]
+        command += ["--device", options.device, "--steps", "3"]
+        command += [part for c in changes for part in ("--set-recipe", c)]
+        code, out, err = run(command)
+        found[name] = json.loads(out) if code == 0 else {"failed": err.strip()[-300:]}
+    return found
+
+
 def compiled(options: argparse.Namespace, _: Path) -> dict[str, Any]:
-    """Scores of one window, eager and compiled: milliseconds, graph breaks, largest difference."""
+    """Scores of one window, eager and compiled block by block: milliseconds, graph breaks, largest
+    difference."""
     from mfuser import build_model, load_registry
+    from mfuser.config.compilation import CompileSpec
+    from mfuser.engine.compiling import compile_parts
     from mfuser.model.assembly import without_weights
 
     spec = without_weights(load_registry().pairing(options.pairing))
@@ -85,22 +102,25 @@ def compiled(options: argparse.Namespace, _: Path) -> dict[str, Any]:
     with torch.no_grad():
         text = model.text() if model.encoder.vlm is not None else None
 
-        def eager() -> torch.Tensor:
+        def scores() -> torch.Tensor:
             return model.scores(window, text)
 
-        breaks = torch._dynamo.explain(eager)().graph_break_count
-        torch._dynamo.reset()
-        fast = torch.compile(eager)
-        begun = time.perf_counter()
-        difference = (fast() - eager()).abs().max() / eager().abs().max()
-        first = time.perf_counter() - begun
-        return {
-            "graph breaks": breaks,
-            "seconds to compile": round(first, 1),
-            "eager ms": milliseconds(eager, options.device),
-            "compiled ms": milliseconds(fast, options.device),
-            "largest difference, relative": float(difference),
+        eager = scores()
+        found: dict[str, Any] = {
+            "graph breaks": torch._dynamo.explain(scores)().graph_break_count,
+            "eager ms": milliseconds(scores, options.device),
         }
+        for mode in MODES if options.device == "cuda" else MODES[:1]:
+            torch._dynamo.reset()
+            compile_parts(model, CompileSpec.model_validate({"mode": mode}), print)
+            begun = time.perf_counter()
+            difference = (scores() - eager).abs().max() / eager.abs().max()
+            found |= {
+                f"{mode}: seconds to compile": round(time.perf_counter() - begun, 1),
+                f"{mode}: ms": milliseconds(scores, options.device),
+                f"{mode}: largest difference, relative": float(difference),
+            }
+        return found
 
 
 def milliseconds(work: Any, device: str, repeats: int = 10) -> float:
@@ -117,7 +137,7 @@ def milliseconds(work: Any, device: str, repeats: int = 10) -> float:
     return sorted(taken)[len(taken) // 2]
 
 
-SECTIONS = {"tests": tests, "scan": scan, "step": step, "compile": compiled}
+SECTIONS = {"tests": tests, "scan": scan, "step": step, "loop": loop, "compile": compiled}
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -141,6 +161,10 @@ def markdown(found: dict[str, Any]) -> str:
             if image["released"]:
                 ratio = image["released"] / image["seconds"]
                 lines.append(f"| the released way takes | {ratio:.1f} times as long |")
+    for name, one in found.get("loop", {}).items():
+        if "seconds" in one:
+            share = f"{100 * one['outside_share']:.1f} % outside the passes"
+            lines.append(f"| {name} | {1000 * one['seconds']:.0f} ms a step, {share} |")
     for key, value in found.get("compile", {}).items():
         text = f"{value:.3g}" if isinstance(value, float) else str(value)
         lines.append(f"| torch.compile, one window: {key} | {text} |")

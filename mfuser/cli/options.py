@@ -125,6 +125,11 @@ weights_option = click.option(
     default=None,
     help="Which of the run's. Default: its recipe's, else averaged ones (ema), else the last.",
 )
+compile_option = click.option(
+    "--compile",
+    is_flag=True,
+    help="Compile the model by torch.compile; its options by --set compile.KEY=VALUE.",
+)
 set_option = click.option(
     "--set",
     "settings",

@@ -17,6 +17,7 @@ from mfuser.cli.options import (
     Common,
     Resumable,
     common_options,
+    compile_option,
     inference_options,
     out_option,
     recipe_option,
@@ -62,6 +63,7 @@ RESUME: dict[str | None, Resume] = {None: False, "yes": True, "auto": "auto"}
 )
 @set_option
 @set_recipe_option
+@click.option("--compile", is_flag=True, help="Same as --set-recipe compile=true.")
 @click.option("--no-evaluate", is_flag=True, help="Stop after training.")
 @common_options(data=True, device=True)
 def train(
@@ -77,6 +79,7 @@ def train(
     replay: bool,
     settings: tuple[str, ...],
     recipe_settings: tuple[str, ...],
+    compile: bool,
     no_evaluate: bool,
     common: Common,
 ) -> None:
@@ -90,7 +93,7 @@ def train(
     if replay:
         _replay(registry, folder, settings, common)
         return
-    changes = [*recipe_settings]
+    changes = [*(["compile=true"] if compile else []), *recipe_settings]
     changes += [f"steps={steps}"] if steps is not None else []
     changes += [f"seed={seed}"] if seed is not None else []
     from mfuser.engine.console import Console
@@ -155,6 +158,7 @@ def _replay(registry: Registry, folder: Path, settings: tuple[str, ...], common:
 @weights_option
 @inference_options
 @workers_option
+@compile_option
 @set_option
 @common_options(data=True, device=True)
 def evaluate(
@@ -168,6 +172,7 @@ def evaluate(
     stride: tuple[int, int] | None,
     window_batch: WindowBatch | None,
     workers: int | None,
+    compile: bool,
     settings: tuple[str, ...],
     common: Common,
 ) -> None:
@@ -193,6 +198,7 @@ def evaluate(
         limit=limit,
         baselines=baselines,
         weights=weights,
+        compile=compile,
     )
     _show(done.report, done.folder, common.as_json, done.pictures)
 
@@ -225,6 +231,7 @@ def evaluate(
 @weights_option
 @inference_options
 @workers_option
+@compile_option
 @set_option
 @common_options(device=True)
 def predict(
@@ -241,6 +248,7 @@ def predict(
     stride: tuple[int, int] | None,
     window_batch: WindowBatch | None,
     workers: int | None,
+    compile: bool,
     settings: tuple[str, ...],
     common: Common,
 ) -> None:
@@ -273,6 +281,7 @@ def predict(
         skip_unreadable=skip_bad,
         scores=scores,  # type: ignore[arg-type]
         weights=weights,
+        compile=compile,
         classes=None if classes is None else _split(classes, "--classes", "class"),
         console=console,
     )

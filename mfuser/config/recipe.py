@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from mfuser.config.compilation import Compilation
 from mfuser.config.declared import Declared
 from mfuser.config.tables import flat
 from mfuser.data.transforms import AugmentationSpec
@@ -183,6 +184,9 @@ class RecipeSpec(Declared):
         result is the same.
     workers: processes that read and crop images, of one thread each; 0: the training one.
     prefetch: batches that each worker reads ahead.
+    compile: true, or a table such as { parts = ["encoders"] }: torch.compile compiles the blocks of
+        "encoders", "adapters" (with the enhancer) and "decoder"; mode = "reduce-overhead" records
+        CUDA graphs, in inference alone. What cannot be compiled runs as it is, which is said.
     save_every: steps between checkpoints.
     source: used where the command names none; several share the crops equally ("gta,synthia") or
         by weight ("gta=0.7,synthia=0.3").
@@ -234,6 +238,7 @@ class RecipeSpec(Declared):
     precision: Literal["no", "bf16", "fp16"] = "no"
     checkpointing: bool = False
     shard: bool = False
+    compile: Compilation = None
     augmentation: AugmentationSpec = AugmentationSpec()
     rare_classes: RareClassSpec | None = None
     seed: Seed = 0

@@ -19,8 +19,10 @@ from mfuser.data.loading import Batch
 from mfuser.engine import checkpoints
 from mfuser.engine.batch_norm import SharedBatchNorm
 from mfuser.engine.checkpoints import Checkpoint
+from mfuser.engine.compiling import uncompiled
 from mfuser.engine.console import Console
-from mfuser.engine.processes import processes
+from mfuser.engine.pending import Step
+from mfuser.engine.processes import Processes, processes
 from mfuser.engine.watch import Call, tensors, watched
 from mfuser.errors import CheckpointError, MFuserError
 from mfuser.model.assembly import build_model
@@ -85,7 +87,7 @@ def origin(model: DGSSModel, batches: Sequence[Batch], device: torch.device) -> 
 
     stack: list[Call] = []
     try:
-        with torch.no_grad(), watched(model, before, after) as stack:
+        with torch.no_grad(), uncompiled(model), watched(model, before, after) as stack:
             for batch in batches:
                 model(*batch.to(device))
     except _Found as found:
@@ -156,6 +158,23 @@ def save(
     for i, batch in enumerate(batches):
         read |= {f"images.{i}": batch.images, f"labels.{i}": batch.labels}
     checkpoints.write(path, Checkpoint(checkpoints.trained_state(model), read, meta))
+
+
+def diverged(
+    model: DGSSModel, run: RunSpec, one: Step, group: Processes, folder: Path, kept: str
+) -> Diverged:
+    """The error of a process that lost its loss in this step, which is saved to be replayed.
+
+    kept: where the run can go on from. The model's weights are those from before the step.
+    """
+    model.decoder.progress = one.number / run.recipe.steps  # later steps may have been begun
+    given = (model, run, one.number, one.batches)
+    said = explain(*given, one.own, group.accelerator, group.rank)
+    save(folder / DIVERGED, *given, group.rank)
+    return Diverged(
+        f"{said}; repeat the step with: mfuser train {run.pairing_name} --out {folder} "
+        f"--replay{kept}"
+    )
 
 
 def replay(

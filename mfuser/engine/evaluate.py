@@ -13,6 +13,7 @@ from mfuser.config.recipe import RecipeSpec
 from mfuser.config.registry import Registry
 from mfuser.config.run import Domain, RunSpec
 from mfuser.data.loading import ClassMap
+from mfuser.engine import compiling
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console
 from mfuser.engine.gallery import Shown, save_pictures
@@ -47,6 +48,7 @@ def evaluate(
     pictures: Path | None = None,
     weights: str | None = None,
     workers: int | None = None,
+    compile: bool = False,
     console: Console | None = None,
     joined: Processes | None = None,
 ) -> Report:
@@ -56,13 +58,16 @@ def evaluate(
     window_batch: in place of the recipe's. workers: as in `Protocol`.
     baselines: also score the untrained model. limit: only the first so many images of a domain.
     pictures: a folder for panels beside the truth, one per domain. weights: which of the run's
-    (see `load_model`). joined: the processes of the
-    surrounding command. The report is returned, not saved.
+    (see `load_model`). compile: by torch.compile, as the settings say ("compile.mode=…").
+    joined: the processes of the surrounding command. The report is returned, not saved.
     """
     console = console or Console()
     with processes(device=device, joined=joined) as group:
         own, others = split(settings)
+        compilation, others = compiling.asked(compile, others)
         model, checkpoint = group.together(lambda: load_model(path, registry, others, weights))
+        if compilation is not None:
+            compiling.compile_parts(model, compilation, console.say)
         run = RunSpec.read(registry, checkpoint.meta["run"], f"{path}: its record of the run")
         recipe = run.recipe
         asked_for = asked(

@@ -46,9 +46,9 @@ class Asked:
         return self.spec.resolved(window).model_dump(mode="json")
 
 
-def split(settings: Sequence[str]) -> tuple[list[str], list[str]]:
+def split(settings: Sequence[str], key: str = KEY) -> tuple[list[str], list[str]]:
     """--set options of the inference ("inference.scales=[1.0]"), and those of the pairing."""
-    own = [s for s in settings if s.partition("=")[0].strip().partition(".")[0] == KEY]
+    own = [s for s in settings if s.partition("=")[0].strip().partition(".")[0] == key]
     return own, [s for s in settings if s not in own]
 
 

@@ -88,6 +88,13 @@ def parameter_groups(model: DGSSModel, recipe: RecipeSpec) -> list[dict[str, obj
     ]
 
 
+def adamw(model: DGSSModel, recipe: RecipeSpec, fused: bool = False) -> torch.optim.AdamW:
+    """Over `parameter_groups`. fused: in one kernel, which rounds in another order."""
+    groups = parameter_groups(model, recipe)
+    foreach = None if fused else True
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused or None, foreach=foreach)
+
+
 def set_rates(optimizer: torch.optim.Optimizer, recipe: RecipeSpec, step: int) -> float:
     """Rate and weight decay of every group at a step (from 0); returns the rate before factors."""
     factor = recipe.rate(step)

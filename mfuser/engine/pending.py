@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfuser.data.loading import Batch
 from mfuser.engine.processes import Processes
@@ -44,12 +43,13 @@ class Step:
         return sum(self.shared.values())
 
 
-def deferrable(group: Processes, parameters: Iterable[Tensor]) -> bool:
+def deferrable(group: Processes) -> bool:
     """Whether losses stay on the device: on CUDA, where the fused optimizer leaves out a step by
-    what the device has found. In float16 its scale is looked at in every step anyway."""
+    what the device has found. In float16 its scale is looked at in every step anyway, and shared
+    weights have no such optimizer."""
     accelerator = group.accelerator
-    plain = all(type(p) is nn.Parameter for p in parameters)  # sharded ones have no such optimizer
-    return accelerator.device.type == "cuda" and accelerator.scaler is None and plain
+    on_gpu = accelerator.device.type == "cuda"
+    return on_gpu and accelerator.scaler is None and not group.sharded
 
 
 class Losses:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mfuser.config.registry import Registry
-from mfuser.engine import photographs
+from mfuser.engine import compiling, photographs
 from mfuser.engine.ahead import ahead, workers_of
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console
@@ -64,6 +64,7 @@ def predict(
     classes: Sequence[str] | None = None,
     weights: str | None = None,
     workers: int | None = None,
+    compile: bool = False,
     console: Console | None = None,
 ) -> list[Entry]:
     """Writes NAME.mask.png (palette, index = class id) and NAME.overlay.png for every image; for a
@@ -78,6 +79,7 @@ def predict(
     trained on where its decoder reads any text. weights: which of the run's (see `load_model`).
     skip_unreadable: leave out whatever cannot be used, and say so. workers: threads that read
     ahead while the device computes, beside one that writes; 0: neither; None: see `workers_of`.
+    compile: by torch.compile, as the settings say ("compile.mode=reduce-overhead").
 
     Every photograph is read to its end before anything is written. Returns, per image, its files
     and the share of pixels of each class, or why it was skipped.
@@ -87,6 +89,7 @@ def predict(
     images = list(dict.fromkeys(images))
     check_writable(out)
     own, others = split(settings)
+    compilation, others = compiling.asked(compile, others)
     model, checkpoint = load_model(run, registry, others, weights)
     recipes = of_record(registry, checkpoint.meta["run"], str(run))
     asked_for = asked(
@@ -99,6 +102,8 @@ def predict(
         window_batch=window_batch,
     )
     model, chosen = _chosen(model, classes)
+    if compilation is not None:
+        compiling.compile_parts(model, compilation, console.say)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(where)
     threads = workers_of(workers)

@@ -173,6 +173,7 @@ def evaluate(
     baselines: bool = False,
     weights: str | None = None,
     workers: int | None = None,
+    compile: bool = False,
     quiet: bool = False,
 ) -> EvaluatedRun:
     """Score a run on several domains: a report and pictures are saved in `out`.
@@ -191,6 +192,7 @@ def evaluate(
     weights: "last", "averaged" or "best"; by default averaged ones where the run made some (ema).
     workers: threads that read images ahead while the device computes; 0: none; by default one on
     two cores, at most four. They change no figure.
+    compile: by torch.compile; its options are settings such as "compile.mode=reduce-overhead".
     quiet: say nothing on standard error.
 
     Called by each of several processes (torchrun), they share the images and all return the same
@@ -218,6 +220,7 @@ def evaluate(
             pictures=folder / PICTURES,
             weights=weights,
             workers=workers,
+            compile=compile,
             console=Console(quiet),
             joined=group,
         )

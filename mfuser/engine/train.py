@@ -26,6 +26,7 @@ from mfuser.data.loading import Batch, TrainingStream, copied_ahead, training_st
 from mfuser.data.transforms import Augmentation
 from mfuser.engine import checkpoints, diagnose, exhaustion, precheck, trackers
 from mfuser.engine.averaging import Averages, take
+from mfuser.engine.compiling import compile_parts
 from mfuser.engine.console import Console
 from mfuser.engine.diagnose import Diverged as Diverged
 from mfuser.engine.folder import (
@@ -40,7 +41,7 @@ from mfuser.engine.folder import (
 )
 from mfuser.engine.live import Live
 from mfuser.engine.log import EVERY, Log, Watcher
-from mfuser.engine.optimizer import parameter_groups, set_rates
+from mfuser.engine.optimizer import adamw, parameter_groups, set_rates
 from mfuser.engine.pending import Losses, Step, deferrable
 from mfuser.engine.processes import Processes, processes
 from mfuser.engine.saving import Saver
@@ -203,13 +204,13 @@ class Trainer:
         self.names: dict[Tensor, str] = {
             p: n for n, p in model.named_parameters() if p.requires_grad
         }
-        groups = parameter_groups(model, recipe)
-        deferred = deferrable(group, self.names)
+        deferred = deferrable(group)
         fused = deferred or (self.accelerator.device.type == "cuda" and not group.sharded)
-        how: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, **how)
+        self.optimizer = adamw(model, recipe, fused)
         self.wrapped, self.prepared = wrap(group, model, self.optimizer, console)
         self.losses = Losses(group, self.optimizer, recipe.accumulate, deferred)
+        if recipe.compile is not None:
+            compile_parts(model, recipe.compile, console.say, training=True)
         # After preparing, which moves the weights to their device.
         self.averages = Averages(model, recipe.ema) if recipe.ema is not None else None
         self.saver = Saver(
@@ -360,14 +361,8 @@ class Trainer:
         """Raises Diverged in a process whose own losses are not finite; the step is saved."""
         if self.group.sharded or all(math.isfinite(v) for v in one.own.values()):
             return  # in shards, no process can look for the cause alone
-        rank, model, run, step = self.group.rank, self.model, self.run, one.number
-        model.decoder.progress = step / self.recipe.steps
-        said = diagnose.explain(model, run, step, one.batches, one.own, self.accelerator, rank)
-        diagnose.save(self.folder / diagnose.DIVERGED, model, run, step, one.batches, rank)
-        raise Diverged(
-            f"{said}; repeat the step with: mfuser train {run.pairing_name} --out {self.folder} "
-            f"--replay{self.saver.kept()}"
-        )
+        kept = self.saver.kept()
+        raise diagnose.diverged(self.model, self.run, one, self.group, self.folder, kept)
 
     def _step(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step; returns its losses as numbers, as far as they are known already."""

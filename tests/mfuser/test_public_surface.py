@@ -41,20 +41,20 @@ COMMANDS = {
     "describe": f"PAIRING --set {SHARED}",
     "doctor": "--json",
     "export": f"RUN --format --out --set --weights {SHARED}",
-    "evaluate": "RUN --baselines --inference --limit --out --set --stride --targets --weights "
-    f"--window-batch --workers {WORK}",
+    "evaluate": "RUN --baselines --compile --inference --limit --out --set --stride --targets "
+    f"--weights --window-batch --workers {WORK}",
     "list": f"KIND PATTERN --all {SHARED}",
     "plugin bench": "MODULE --component --dry-run --json --out --seeds --set --steps",
     "plugin check": "MODULE --data-root --json --pairings",
     "plugin new": "NAME --json --kind --out",
-    "predict": "RUN IMAGES --classes --device --inference --out --recursive --scale --scores --set "
-    f"--skip-bad --stride --weights --window-batch --workers {SHARED}",
+    "predict": "RUN IMAGES --classes --compile --device --inference --out --recursive --scale "
+    f"--scores --set --skip-bad --stride --weights --window-batch --workers {SHARED}",
     "pull": "REPO FOLDER --json --revision",
     "push": f"RUN REPO --dry-run --full --license --public --set --weights {SHARED}",
     "serve": "RUN --device --inference --longest-side --open --plugin --port --registry --set "
     "--stride --weights --window-batch",
-    "train": "PAIRING --no-evaluate --out --recipe --replay --requeue --resume --seed --set "
-    f"--set-recipe --source --steps --targets {WORK}",
+    "train": "PAIRING --compile --no-evaluate --out --recipe --replay --requeue --resume --seed "
+    f"--set --set-recipe --source --steps --targets {WORK}",
     "visualize compare": "GIVEN --count --dataset --out --recursive --scale --split --stride "
     f"--width {WORK}",
     "visualize pca": "MODEL IMAGES --device --out --recursive --scale --set --stride --width "
