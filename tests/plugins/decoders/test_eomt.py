@@ -15,6 +15,7 @@ from torch import Tensor
 from mfuser import DGSSModel, MFuserError, Registry, TokenShape, build_model, load_registry
 from mfuser.config.run import RunSpec
 from mfuser.engine import train as training
+from mfuser.engine.signals import Asked
 from mfuser.engine.train import Interrupted
 from mfuser.reporting.describe import describe, render
 from mfuser.testing.bench import ToyBlocks
@@ -365,9 +366,13 @@ def test_a_reduced_one_learns_and_resumes_to_the_bit(
     told.clear()
 
     asked = itertools.count()
+
+    class After(Asked):
+        def __call__(self) -> bool:
+            return next(asked) == 8
+
     monkeypatch.setattr(
-        "mfuser.engine.train.interruptible",
-        lambda: contextlib.nullcontext(lambda: next(asked) == 8),
+        "mfuser.engine.train.interruptible", lambda: contextlib.nullcontext(After())
     )
     with pytest.raises(Interrupted):
         training.train(tiny, run, tmp_path / "cut")
