@@ -30,6 +30,7 @@ from mfuser.engine.train import Trainer
 from mfuser.engine.wrapping import without_gradient
 from mfuser.errors import MFuserError
 
+SINGLE = '[dataset.single]\nextends = "toy"\ncount = 1\nseed = 3\n'
 COUNTING = """
 [pairing.counting]
 extends  = "tiny"
@@ -198,7 +199,7 @@ def test_evaluating_with_two_is_one_report(
         if index in (1, 4):
             raise UnreadableImage("x")
 
-    file = write_registry('[dataset.single]\nextends = "toy"\ncount = 1\nseed = 3\n')
+    file = write_registry(SINGLE)
     targets = ["toy", "single"]
     options = ("--targets", ",".join(targets), "--limit", 6, "--device", "cpu", "--json")
     prepare = spoil(bad)
@@ -371,11 +372,13 @@ def test_a_launcher_does_not_scale_the_loss(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_launchers(launcher: list[str], write_registry: Any, root: Path, tmp_path: Path) -> None:
-    """The documented commands, without --device: processes on CPUs are connected too."""
+    """The documented commands, without --device: processes on CPUs are connected too, and more of
+    them than there are images."""
     count = "--num_processes" if "accelerate" in launcher[0] else "--nproc_per_node"
     command = [sys.executable, "-m", *launcher, count, "2"]
     command += ["-m", "mfuser", "train", "lone", "--recipe", "tiny", "--json", "--out"]
-    command += [str(tmp_path / "run"), "--registry", str(write_registry()), "--steps", "2"]
+    command += [str(tmp_path / "run"), "--registry", str(write_registry(SINGLE)), "--steps", "2"]
+    command += ["--source", "single"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [*command, "--targets", "toy"], cwd=root, env=environment, capture_output=True, text=True
