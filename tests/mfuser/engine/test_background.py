@@ -49,8 +49,8 @@ def test_the_next_steps_do_not_wait_and_the_next_save_does(
     kept: dict[int, dict[str, torch.Tensor]] = {}
     take = saving.Saver._take
 
-    def taken(self: saving.Saver, step: int) -> Any:
-        found = take(self, step)
+    def taken(self: saving.Saver, step: int, *gathered: Any) -> Any:
+        found = take(self, step, *gathered)
         kept[step] = {k: v.clone() for k, v in found.state.items()}
         return found
 
