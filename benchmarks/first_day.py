@@ -4,6 +4,7 @@
     python benchmarks/first_day.py listing [--files 25000]               mfuser data check
     python benchmarks/first_day.py report [--images 500]                 size and start of the page
     python benchmarks/first_day.py figure --run RUN                      docs/visualize.jpg
+    python benchmarks/first_day.py half --run RUN                        masks in half precision
 
 The first draws 40 photographs of gardens, of 1280x960, with masks of five classes; or takes
 CamVid's (--camvid FOLDER with images/ and labels/), whose ids it turns into five classes of its
@@ -213,9 +214,35 @@ def figure(run: Path, out: Path) -> None:
     draw.stacked(*sheets).save("docs/visualize.jpg", quality=88)
 
 
+def half(run: Path) -> None:
+    """The share of pixels whose class is that of float32: eight images of each of a run's domains,
+    sources apart."""
+    import torch
+
+    import mfuser
+    from mfuser.engine.folder import read_run
+
+    registry = mfuser.load_registry()
+    described, images = read_run(registry, run), {}
+    sources = {source.name for source in described.sources}
+    for domain in described.targets:
+        dataset = domain.build(registry, "val")
+        pixels = np.stack([dataset[i].image for i in range(min(8, len(dataset)))])
+        images[domain.name] = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    wanted = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model = mfuser.from_pretrained(run, registry=registry).to(dtype)
+        masks = {name: model.segment(pixels).argmax(1) for name, pixels in images.items()}
+        wanted = wanted or masks
+        same = {n: (m == wanted[n]).float().mean((1, 2)) for n, m in masks.items()}
+        for what, names in (("source", sources), ("unseen", set(same) - sources)):
+            each = torch.cat([shares for name, shares in same.items() if name in names])
+            print(f"{dtype}, {what}: {each.mean():.2%}, at least {each.min():.2%} of an image")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    kinds = ["commands", "listing", "report", "figure"]
+    kinds = ["commands", "listing", "report", "figure", "half"]
     parser.add_argument("what", nargs="?", choices=kinds, default="commands")
     beside = Path(__file__).resolve().parents[2] / "shared/real/camvid"
     parser.add_argument("--camvid", type=Path, default=None)
@@ -229,6 +256,8 @@ def main() -> None:
         commands(given.camvid, given.out, given.steps)
     elif given.what == "figure":
         figure(given.run.resolve(), given.out)
+    elif given.what == "half":
+        half(given.run)
     elif given.what == "listing":
         listing(given.files)
     else:

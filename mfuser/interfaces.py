@@ -7,6 +7,7 @@ C joint text-image width, K classes, Q queries, (h, w) patch grid, (H, W) pixels
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -85,6 +86,12 @@ class VisionBackbone(nn.Module, ABC):
     tuned: frozenset[str] = frozenset()
     """Names of the parameters that a tuning added or made trainable; set where models are built."""
 
+    lowered: torch.dtype | None = None
+    """Half precision that its matrices are held and multiplied in (`model.precision.lower`)."""
+
+    exact: dict[str, list[float]]
+    """Where it is lowered: two values of each matrix as they were, which identify it."""
+
     refiner: TokenRefiner
     """Set by a tuning, or not there: changes the tokens after each block (`step`)."""
 
@@ -126,7 +133,15 @@ class VisionBackbone(nn.Module, ABC):
 
     def step(self, i: int, tokens: Tensor, state: Any) -> Tensor:
         """(B, N, D) -> (B, N, D): block `i` and what a tuning does after it."""
-        return self.refine(i, self.block(i, tokens, state))
+        return self.refine(i, self.within(self.block, i, tokens, state))
+
+    def within(self, method: Callable[..., Any], *given: Any) -> Any:
+        """What one of its methods returns, in single precision: where its matrices are lowered,
+        they are multiplied in theirs, and the rest of it stays in single."""
+        if self.lowered is None:
+            return method(*given)
+        with torch.autocast(next(self.parameters()).device.type, self.lowered):
+            return _single(method(*given))
 
     def refine(self, i: int, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D): what a tuning does after block `i`."""
@@ -172,6 +187,13 @@ class VisionBackbone(nn.Module, ABC):
     def train(self, mode: bool = True) -> VisionBackbone:
         super().train(False)
         return self
+
+
+def _single(value: Any) -> Any:
+    """A tensor or a tuple of tensors, those of half precision in float32."""
+    if isinstance(value, tuple):
+        return tuple(map(_single, value))
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 class VisionLanguageBackbone(VisionBackbone):
@@ -294,6 +316,9 @@ class Decoder(nn.Module, ABC):
     progress: float = 1.0
     """The share of the training that is done, which the trainer sets before each of its steps: what
     anneals follows from it alone. 1 everywhere else."""
+    checkpointing: bool = False
+    """Set by the trainer, on the decoder and on modules in it that have the attribute: compute what
+    is large again in the backward pass instead of keeping it, where they can."""
     learned_queries: tuple[int, int] | None = None
     """(number, width) of its learned queries, where an encoder's tuning may give them instead."""
 

@@ -45,8 +45,8 @@ data_options = click.option(
 
 device_option = click.option(
     "--device",
-    metavar="cpu|cuda",
-    type=click.Choice(["cpu", "cuda"]),
+    metavar="cpu|cuda|mps",
+    type=click.Choice(["cpu", "cuda", "mps"]),
     default=None,
     help="Default: cuda where there is a GPU.",
 )
@@ -70,12 +70,14 @@ class Common:
 
     def check_device(self) -> str | None:
         """The device. Raises UsageError where a GPU is asked for and there is none."""
-        if self.device == "cuda":
+        if self.device in ("cuda", "mps"):
             import torch
 
-            if not torch.cuda.is_available():
+            there = torch.cuda if self.device == "cuda" else torch.backends.mps
+            if not there.is_available():
+                gpu = "GPU" if self.device == "cuda" else "GPU of Apple's"
                 raise click.UsageError(
-                    "--device cuda: torch sees no GPU here; leave the option out"
+                    f"--device {self.device}: torch sees no {gpu} here; leave the option out"
                 )
         return self.device
 
@@ -119,6 +121,13 @@ def common_options(*, data: bool = False, device: bool = False, json: bool = Tru
     return add
 
 
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(["auto", "no", "bf16", "fp16"]),
+    default="auto",
+    help="What is multiplied in; no: float32. Default: as the run trained on a GPU, float32 on a "
+    "CPU.",
+)
 weights_option = click.option(
     "--weights",
     type=click.Choice(["last", "averaged", "best"]),

@@ -57,6 +57,7 @@ def serve(
     from mfuser.engine.app import check_gradio, serving
     from mfuser.engine.checkpoints import load_model
     from mfuser.engine.inference import asked, of_record, split
+    from mfuser.engine.precision import Precision
     from mfuser.engine.viewer import LONGEST, Viewer
 
     check_gradio()
@@ -74,7 +75,9 @@ def serve(
     )
     name = str(checkpoint.meta["run"].get("pairing_name") or run.resolve().name)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    viewer = Viewer(model, name, where, asked_for.build(), longest_side or LONGEST)
+    how = Precision.of_inference(where, checkpoint.meta["run"])  # as predict does
+    shown_by = how.around(asked_for.build())
+    viewer = Viewer(how.prepare(model), name, where, shown_by, longest_side or LONGEST)
     with serving(viewer, port) as address:
         click.echo(f"{name}: {address} (Ctrl-C ends it)")
         if open_:

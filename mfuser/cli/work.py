@@ -20,6 +20,7 @@ from mfuser.cli.options import (
     compile_option,
     inference_options,
     out_option,
+    precision_option,
     recipe_option,
     resume_option,
     scale_option,
@@ -156,6 +157,7 @@ def _replay(registry: Registry, folder: Path, settings: tuple[str, ...], common:
 )
 @click.option("--baselines", is_flag=True, help="Also score the untrained model.")
 @weights_option
+@precision_option
 @inference_options
 @workers_option
 @compile_option
@@ -168,6 +170,7 @@ def evaluate(
     limit: int | None,
     baselines: bool,
     weights: str | None,
+    precision: str,
     inference: str | None,
     stride: tuple[int, int] | None,
     window_batch: WindowBatch | None,
@@ -199,6 +202,7 @@ def evaluate(
         baselines=baselines,
         weights=weights,
         compile=compile,
+        precision=precision,  # type: ignore[arg-type]
     )
     _show(done.report, done.folder, common.as_json, done.pictures)
 
@@ -229,6 +233,7 @@ def evaluate(
 )
 @click.option("--skip-bad", is_flag=True, help="Skip images that cannot be used.")
 @weights_option
+@precision_option
 @inference_options
 @workers_option
 @compile_option
@@ -244,6 +249,7 @@ def predict(
     classes: str | None,
     skip_bad: bool,
     weights: str | None,
+    precision: str,
     inference: str | None,
     stride: tuple[int, int] | None,
     window_batch: WindowBatch | None,
@@ -282,6 +288,7 @@ def predict(
         scores=scores,  # type: ignore[arg-type]
         weights=weights,
         compile=compile,
+        precision=precision,  # type: ignore[arg-type]
         classes=None if classes is None else _split(classes, "--classes", "class"),
         console=console,
     )

@@ -179,7 +179,11 @@ class RecipeSpec(Declared):
         "linear", the same with power 1; "cosine", half a cosine; "constant", not at all.
     power: of "poly". min_lr: the rate that a falling schedule ends at.
     precision: of the forward pass, "no" is float32.
-    checkpointing: recompute activations in the backward pass: less memory, a third more time.
+    frozen_dtype: what frozen matrices of the encoders are held and multiplied in. "bfloat16" halves
+        their memory; trained weights, and what is added up between the matrices, stay in float32.
+        "auto": bfloat16 on GPUs that compute in it, else float32.
+    checkpointing: compute activations of the encoders' blocks and adapters again in the backward
+        pass: less memory, a third more time. "auto": for as many positions as free memory asks.
     shard: several processes share the weights, where a model does not fit into each of them; the
         result is the same.
     workers: processes that read and crop images, of one thread each; 0: the training one.
@@ -236,7 +240,8 @@ class RecipeSpec(Declared):
     min_lr: NonNegativeFloat = 1e-6
     clip_grad: PositiveFloat | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
-    checkpointing: bool = False
+    frozen_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    checkpointing: bool | Literal["auto"] = False
     shard: bool = False
     compile: Compilation = None
     augmentation: AugmentationSpec = AugmentationSpec()

@@ -125,6 +125,7 @@ class RunSpec(Options):
 
     most_frequent: the class that covers most of the sources, the baseline of the report.
     source_classes: the classes that the sources label.
+    precision: what it computes in on the device that it began on.
     """
 
     pairing_name: str
@@ -139,6 +140,7 @@ class RunSpec(Options):
     version: str = __version__
     most_frequent: str | None = None
     source_classes: tuple[str, ...] = ()
+    precision: str = "float32"
 
     @model_validator(mode="after")
     def _trains(self) -> RunSpec:
@@ -148,8 +150,11 @@ class RunSpec(Options):
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """One source is written as `source`, several as `sources`."""
+        """One source is written as `source`, several as `sources`; no precision where it is
+        float32, as before there was a choice."""
         table: dict[str, Any] = handler(self)
+        if self.precision == "float32":
+            table.pop("precision", None)
         if len(table.get("sources", ())) != 1:
             return table
         one = {key: value for key, value in table["sources"][0].items() if key != "share"}

@@ -21,7 +21,9 @@ from mfuser.data.loading import unread
 from mfuser.data.sampling import Mixture
 from mfuser.data.transforms import Augmentation
 from mfuser.engine.environment import environment
+from mfuser.engine.memory import make_ready
 from mfuser.engine.optimizer import parameter_groups
+from mfuser.engine.precision import DTYPES
 from mfuser.engine.stopwatch import OTHER, Stopwatch, modules_of, watch_model
 from mfuser.errors import DataError, MFuserError
 from mfuser.model.assembly import random_model
@@ -33,8 +35,6 @@ from mfuser.reporting.compatibility import speed
 
 SCAN = "MFUSER_SCAN_BACKEND"
 """Environment variable that fixes the implementation of the selective scan."""
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precision of a recipe -> what autocast computes in."""
 
 
 def bench(
@@ -58,8 +58,10 @@ def bench(
     Raises MFuserError for a pairing in which nothing trains, or a frame below the image size.
     """
     tell = say or (lambda _: None)
-    model = random_model(spec).to(device)
-    model.encoder.checkpointing = recipe.checkpointing
+    model = random_model(spec)
+    for line in make_ready(model, recipe, torch.device(device)):
+        tell(line)
+    model.to(device)
     watch = Stopwatch(torch.device(device))
     size = spec.image_size
     if frame is not None and (frame[0] < size[0] or frame[1] < size[1]):
@@ -70,7 +72,7 @@ def bench(
     labels = torch.randint(0, len(model.classes), (recipe.batch_size, *size), device=device)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr)
     tell(f"laid out {pairing}; measuring the peak of {device}")
-    peak = 1e9 * speed(device, HALVES.get(recipe.precision, torch.float32))
+    peak = 1e9 * speed(device, DTYPES.get(recipe.precision, torch.float32))
     inference = None
     if frame is not None:
         tell(f"segmenting {frame[0]}x{frame[1]}")
@@ -100,7 +102,7 @@ def bench(
         image_size=size,
         batch=recipe.batch_size,
         precision=recipe.precision,
-        checkpointing=recipe.checkpointing,
+        checkpointing=model.encoder.checkpointing,
         machine=machine(device),
         peak_flops=peak,
         repeats=repeats,
@@ -136,9 +138,9 @@ def data_of(registry: Registry, run: RunSpec) -> Callable[[], None] | None:
 
 
 def _autocast(device: str, precision: str) -> Any:
-    if precision not in HALVES:
+    if precision not in DTYPES:
         return nullcontext()
-    return torch.autocast(device, HALVES[precision])
+    return torch.autocast(device, DTYPES[precision])
 
 
 def _pass(

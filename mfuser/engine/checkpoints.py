@@ -44,6 +44,7 @@ from mfuser.errors import CheckpointError, MFuserError
 from mfuser.files import clear_leftovers, replacing, utf8_name
 from mfuser.model.assembly import build_model, unfilled
 from mfuser.model.dgss import DGSSModel
+from mfuser.model.precision import sampled
 from mfuser.plugins.origins import missing
 from mfuser.released import recognize, translate
 from mfuser.weightfiles.contents import described
@@ -111,11 +112,11 @@ def frozen_fingerprint(model: nn.Module) -> dict[str, list[float]]:
     prints: dict[str, list[float]] = {}
     backbones: Mapping[str, nn.Module] = getattr(getattr(model, "encoder", None), "backbones", {})
     for role, backbone in backbones.items():
+        exact = getattr(backbone, "exact", {})  # of what is held in half precision now
         values: list[float] = []
-        for _, parameter in sorted(backbone.named_parameters()):
+        for name, parameter in sorted(backbone.named_parameters()):
             if not parameter.requires_grad and parameter.device.type != "meta":
-                flat = shards.whole(parameter.detach()).flatten()
-                values += flat[[len(flat) // 3, 2 * len(flat) // 3]].double().tolist()
+                values += exact.get(name) or sampled(shards.whole(parameter.detach()))
         prints[role] = [float(f"{v:.7g}") for v in values]
     return prints
 

@@ -20,6 +20,7 @@ from mfuser.engine.gallery import Shown, save_pictures
 from mfuser.engine.inference import Asked, asked, split
 from mfuser.engine.measure import Measured, Protocol, measure, text_of
 from mfuser.engine.metrics import scores
+from mfuser.engine.precision import Choice, Precision
 from mfuser.engine.processes import Processes, processes
 from mfuser.errors import MFuserError
 from mfuser.files import check_writable
@@ -49,6 +50,7 @@ def evaluate(
     weights: str | None = None,
     workers: int | None = None,
     compile: bool = False,
+    precision: Choice = "auto",
     console: Console | None = None,
     joined: Processes | None = None,
 ) -> Report:
@@ -59,7 +61,8 @@ def evaluate(
     baselines: also score the untrained model. limit: only the first so many images of a domain.
     pictures: a folder for panels beside the truth, one per domain. weights: which of the run's
     (see `load_model`). compile: by torch.compile, as the settings say ("compile.mode=…").
-    joined: the processes of the surrounding command. The report is returned, not saved.
+    precision: see `Precision.of_inference`. joined: the processes of the surrounding command. The
+    report is returned, not saved.
     """
     console = console or Console()
     with processes(device=device, joined=joined) as group:
@@ -92,6 +95,7 @@ def evaluate(
             pictures=pictures,
             weights=checkpoint.meta.get("weights"),
             workers=workers,
+            precision=precision,
             console=console,
         )
 
@@ -110,6 +114,7 @@ def assess(
     pictures: Path | None = None,
     weights: Mapping[str, Any] | None = None,
     workers: int | None = None,
+    precision: Choice = "auto",
     console: Console,
 ) -> Report:
     """`evaluate` for a model at hand, as it is after `step` steps of `run`; the same report in
@@ -118,8 +123,13 @@ def assess(
     console.quiet = console.quiet or not group.main
     recipe = run.recipe
     inference = inference or Asked(recipe.inference, recipe.stride)
+    device = group.accelerator.device
+    how = Precision.of_inference(device, run.model_dump(mode="json"), precision)
     protocol = Protocol(
-        inference.build(), limit or recipe.test_images, recipe.on_bad_image == "skip", workers
+        how.around(inference.build()),
+        limit or recipe.test_images,
+        recipe.on_bad_image == "skip",
+        workers,
     )
     chosen = list(targets if targets is not None else run.targets)
     if not chosen:
@@ -136,7 +146,7 @@ def assess(
     panels: dict[str, list[list[np.ndarray]]] = {}
     shown: dict[str, list[Shown]] = {}
     for row, candidate in rows.items():
-        candidate.to(group.accelerator.device)
+        how.prepare(candidate)
         text = group.together(partial(text_of, candidate))
         results[row] = {}
         for name, dataset in datasets.items():
@@ -169,6 +179,7 @@ def assess(
         inference=inference.record(model.spec.image_size),
         limit=protocol.limit,
         weights=weights,
+        precision=str(how),
         pictures=shown,
     )
 

@@ -16,15 +16,6 @@ from mfuser.plugins.blame import raised_in
 from mfuser.plugins.contracts import named
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raises MFuserError for float16 on a CPU, where Accelerate would train in float32 instead."""
-    if precision == "fp16" and device.type == "cpu":
-        raise MFuserError(
-            'precision = "fp16" needs a GPU, and this runs on a CPU; set precision = "bf16" or '
-            '"no" (--set-recipe precision=no)'
-        )
-
-
 def check_parts(model: DGSSModel, device: torch.device) -> None:
     """Segment one image of noise and look on. The model and the generators stay as they are.
 

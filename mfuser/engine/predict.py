@@ -25,6 +25,7 @@ from mfuser.engine.inference import asked, of_record, split
 from mfuser.engine.inputs import LEGEND, VIDEOS, file_names
 from mfuser.engine.measure import text_of
 from mfuser.engine.photographs import Scale, located, read
+from mfuser.engine.precision import Choice, Precision
 from mfuser.engine.video import VideoReader, VideoWriter
 from mfuser.errors import DataError, MFuserError, unknown
 from mfuser.files import check_writable, clear_leftovers, replacing
@@ -65,6 +66,7 @@ def predict(
     weights: str | None = None,
     workers: int | None = None,
     compile: bool = False,
+    precision: Choice = "auto",
     console: Console | None = None,
 ) -> list[Entry]:
     """Writes NAME.mask.png (palette, index = class id) and NAME.overlay.png for every image; for a
@@ -80,6 +82,7 @@ def predict(
     skip_unreadable: leave out whatever cannot be used, and say so. workers: threads that read
     ahead while the device computes, beside one that writes; 0: neither; None: see `workers_of`.
     compile: by torch.compile, as the settings say ("compile.mode=reduce-overhead").
+    precision: see `Precision.of_inference`.
 
     Every photograph is read to its end before anything is written. Returns, per image, its files
     and the share of pixels of each class, or why it was skipped.
@@ -105,9 +108,9 @@ def predict(
     if compilation is not None:
         compiling.compile_parts(model, compilation, console.say)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.to(where)
-    threads = workers_of(workers)
-    work = _Work(model, chosen, where, scale, asked_for.build(), scores, out, threads)
+    how = Precision.of_inference(where, checkpoint.meta["run"], precision)
+    threads, segmenting = workers_of(workers), how.around(asked_for.build())
+    work = _Work(how.prepare(model), chosen, where, scale, segmenting, scores, out, threads)
     work.look(images, skip_unreadable)  # before anything is written
     if scale == 1.0 and (said := _too_large(checkpoint.meta["run"], list(work.sizes.values()))):
         console.say(said)

@@ -15,6 +15,7 @@ from mfuser.engine import gallery
 from mfuser.engine import train as training
 from mfuser.engine.console import Console
 from mfuser.engine.folder import Resume
+from mfuser.engine.precision import Choice
 from mfuser.engine.processes import Processes, processes
 from mfuser.files import clear_leftovers
 from mfuser.model.dgss import DGSSModel
@@ -174,6 +175,7 @@ def evaluate(
     weights: str | None = None,
     workers: int | None = None,
     compile: bool = False,
+    precision: Choice = "auto",
     quiet: bool = False,
 ) -> EvaluatedRun:
     """Score a run on several domains: a report and pictures are saved in `out`.
@@ -193,6 +195,8 @@ def evaluate(
     workers: threads that read images ahead while the device computes; 0: none; by default one on
     two cores, at most four. They change no figure.
     compile: by torch.compile; its options are settings such as "compile.mode=reduce-overhead".
+    precision: "no" (float32), "bf16" or "fp16"; by default that of the training on a GPU, float32
+    on a CPU.
     quiet: say nothing on standard error.
 
     Called by each of several processes (torchrun), they share the images and all return the same
@@ -221,6 +225,7 @@ def evaluate(
             weights=weights,
             workers=workers,
             compile=compile,
+            precision=precision,
             console=Console(quiet),
             joined=group,
         )

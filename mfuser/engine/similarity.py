@@ -108,7 +108,8 @@ def _encoded(
             refused = error
             continue
         try:
-            return vlm.encode_text(ids.to(device), context)
+            rows: Tensor = vlm.within(vlm.encode_text, ids.to(device), context)
+            return rows
         except MFuserError as error:  # more slots would have less room still
             refused = error
             break

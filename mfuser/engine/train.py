@@ -41,8 +41,10 @@ from mfuser.engine.folder import (
 )
 from mfuser.engine.live import Live
 from mfuser.engine.log import EVERY, Log, Watcher
+from mfuser.engine.memory import make_ready
 from mfuser.engine.optimizer import adamw, parameter_groups, set_rates
 from mfuser.engine.pending import Losses, Step, deferrable
+from mfuser.engine.precision import Precision
 from mfuser.engine.processes import Processes, processes
 from mfuser.engine.saving import Saver
 from mfuser.engine.signals import interruptible
@@ -102,9 +104,9 @@ def train(
     console = console or Console()
     with processes(recipe.precision, device, joined) as group, contextlib.ExitStack() as held:
         console.quiet = console.quiet or not group.main
-        precheck.check_precision(recipe.precision, group.accelerator.device)
+        precision = Precision.of_training(recipe, group.accelerator.device)
         begin_sharding(group, recipe)
-        run = run.model_copy(update={"world": group.count})
+        run = run.model_copy(update={"world": group.count, "precision": str(precision)})
         opened = going_on = False
         try:
             going_on = group.from_main(lambda: resumes(folder, resume))
@@ -198,7 +200,8 @@ class Trainer:
         self.run = run
         self.folder = folder
         self.console = console
-        model.encoder.checkpointing = recipe.checkpointing
+        for line in make_ready(model, recipe, group.accelerator.device):
+            console.say(line)
         lay_out(group, model, console)
         self.model = model
         self.names: dict[Tensor, str] = {

@@ -24,6 +24,7 @@ from mfuser.engine.evaluate import scored_classes
 from mfuser.engine.inference import Asked
 from mfuser.engine.measure import Measured, Protocol, measure, test_scale
 from mfuser.engine.metrics import scores
+from mfuser.engine.precision import Precision
 from mfuser.engine.processes import Processes
 from mfuser.errors import CheckpointError, DataError, MFuserError, NoSplitError, placed
 from mfuser.interfaces import Dataset
@@ -221,7 +222,10 @@ class Validator:
 
     def _measure(self, one: Kept) -> Measured:
         recipe = self.run.recipe
-        inference = Asked(recipe.inference, recipe.stride).build()
+        how = Precision.of_inference(
+            self.group.accelerator.device, {"recipe": recipe.model_dump(mode="json")}
+        )
+        inference = how.around(Asked(recipe.inference, recipe.stride).build())
         return measure(
             self.model,
             one.dataset,

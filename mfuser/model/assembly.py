@@ -253,7 +253,8 @@ def _encode(
     count = slots or spec.prompt.slots + spec.prompt.context
     ids = torch.zeros(len(texts), count, dtype=torch.long)
     with torch.no_grad():
-        embedded = vlm.encode_text(vlm.tokenize(texts, count) if tokens else ids)
+        ids = vlm.tokenize(texts, count) if tokens else ids
+        embedded: Tensor = vlm.within(vlm.encode_text, ids)
     return expect(vlm, "encode_text()'s result", embedded, (len(texts), vlm.text_dim))
 
 

@@ -41,10 +41,11 @@ def alone(vlm: VisionLanguageBackbone, images: Tensor) -> Tensor:
     """Images (B, 3, H, W), RGB in [0, 1] -> global and dense embeddings (B, 1 + T, C), without any
     other encoder."""
     stream = vlm.embed(vlm.normalize(images))
-    tokens = stream.tokens
+    tokens, state = stream.tokens, stream.state
     for i in range(vlm.depth):
-        tokens = vlm.block(i, tokens, stream.state)
-    return torch.cat(vlm.project(vlm.finish(tokens, stream.state), stream.state), dim=1)
+        tokens = vlm.within(vlm.block, i, tokens, state)
+    finished = vlm.within(vlm.finish, tokens, state)
+    return torch.cat(vlm.within(vlm.project, finished, state), dim=1)
 
 
 def log_probs(decoder: Decoder, output: DecoderOutput, classes: int, size: torch.Size) -> Tensor:

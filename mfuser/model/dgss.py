@@ -22,6 +22,7 @@ from mfuser.model.criteria import criteria_losses
 from mfuser.model.encoder import PairEncoder
 from mfuser.model.joining import JoinedBlocks
 from mfuser.model.network import TrainedNetwork
+from mfuser.model.precision import HALVES, check_lowered, lower
 from mfuser.model.sliding_window import Sliding
 from mfuser.model.window_batch import WindowBatch
 from mfuser.plugins.contracts import expect, scalars
@@ -92,6 +93,31 @@ class DGSSModel(nn.Module):
     def classes(self) -> tuple[str, ...]:
         return self.spec.classes
 
+    def to(self, *args: Any, **kwargs: Any) -> DGSSModel:
+        """As every module's; in half precision the matrices of the encoders alone (`lower`)."""
+        kinds = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype | Tensor)]
+        dtypes = [kind if isinstance(kind, torch.dtype) else kind.dtype for kind in kinds]
+        if not dtypes or dtypes[0] not in HALVES:
+            return super().to(*args, **kwargs)
+        lower(self, dtypes[0], frozen=False)
+        devices = [kind.device for kind in kinds if isinstance(kind, Tensor)]
+        others = {name: value for name, value in kwargs.items() if name not in ("dtype", "tensor")}
+        places = [*devices, *(a for a in args if not isinstance(a, torch.dtype | Tensor))]
+        return super().to(*places, **others) if places or others else self
+
+    def bfloat16(self) -> DGSSModel:
+        """`to(torch.bfloat16)`."""
+        return self.to(torch.bfloat16)
+
+    def half(self) -> DGSSModel:
+        """`to(torch.float16)`."""
+        return self.to(torch.float16)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DGSSModel:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        check_lowered(self)  # what is brought to one precision as a whole computes in it
+        return self
+
     def text(self) -> Tensor:
         """Class text embeddings (K, C), from the prompt, the ids and the text tower as they are."""
         vlm = self.encoder.vlm
@@ -99,7 +125,7 @@ class DGSSModel(nn.Module):
         if self.ids is None:
             raise MFuserError(self.without_ids)
         assert isinstance(self.ids, Tensor)
-        text = vlm.encode_text(self.ids, self.prompt.contexts if self.prompt else None)
+        text = vlm.within(vlm.encode_text, self.ids, self.prompt.contexts if self.prompt else None)
         return expect(vlm, "encode_text()'s result", text, (len(self.classes), vlm.text_dim))
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, full: bool = False) -> Path:
@@ -227,7 +253,13 @@ class DGSSModel(nn.Module):
         """Class scores (B, K, H, W) of windows (B, 3, H, W) of the image size."""
         output = self(windows, text=text)
         size = (windows.shape[-2], windows.shape[-1])
-        scores = self.decoder.semantic_logits(output.decoder, size)
+        device = windows.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            # In half precision near scores would become equal.
+            with torch.autocast(device, enabled=False):
+                scores = self.decoder.semantic_logits(output.decoder, size)
+        else:
+            scores = self.decoder.semantic_logits(output.decoder, size)
         shape = (windows.shape[0], len(self.classes), *size)
         return expect(self.decoder, "semantic_logits()'s result", scores, shape)
 

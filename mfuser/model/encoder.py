@@ -116,6 +116,9 @@ class PairEncoder(nn.Module):
         self.vfm_norm = vfm_norm
         self.grid = self._finest()
         self.checkpointing = False
+        """Whether activations are computed again in the backward pass instead of being kept."""
+        self.checkpointed: int | None = None
+        """Those of so many of the last positions; None: of all."""
         self._linked: str | None = None
 
     def link(self, queries: int, width: int) -> bool:
@@ -203,7 +206,7 @@ class PairEncoder(nn.Module):
             for i in indices if role != done else ():
                 self.step(way, role, i)
         if way.fused and str(position) in self.adapters:
-            offsets = self._fuse(self.adapters[str(position)], tokens)
+            offsets = self._fuse(self.adapters[str(position)], tokens, self.recomputes(position))
             for role, offset in offsets.items():
                 tokens[role] = tokens[role] + offset
         if position in self.taps:
@@ -211,8 +214,22 @@ class PairEncoder(nn.Module):
 
     def step(self, way: Way, role: str, i: int) -> None:
         """One block of one encoder."""
-        backbone = self.backbones[role]
-        way.tokens[role] = self._step(backbone, i, way.tokens[role], way.states[role])
+        backbone, tokens = self.backbones[role], way.tokens[role]
+        if tokens.requires_grad and self.recomputes(self.position(role, i)):
+            after = checkpoint(backbone.step, i, tokens, way.states[role], use_reentrant=False)
+        else:
+            after = backbone.step(i, tokens, way.states[role])
+        way.tokens[role] = expect(backbone, f"block({i})'s result", after, tokens.shape)
+
+    def position(self, role: str, i: int) -> int:
+        """The position that a block of an encoder belongs to."""
+        place = list(self.backbones).index(role)
+        return next(p for p, blocks in enumerate(self.schedule) if i < blocks[place].stop)
+
+    def recomputes(self, position: int) -> bool:
+        """Whether what a position computes is computed again in the backward pass, not kept."""
+        kept = 0 if self.checkpointed is None else len(self.schedule) - self.checkpointed
+        return self.checkpointing and position >= kept and torch.is_grad_enabled()
 
     def end(self, way: Way) -> Encoded:
         """The outputs of the encoders after the last position."""
@@ -231,20 +248,15 @@ class PairEncoder(nn.Module):
 
     def _project(self, vlm: VisionLanguageBackbone, tokens: Tensor, state: object) -> Tensor:
         """Global and dense embedding as one sequence (B, 1 + T, C)."""
-        whole, dense = vlm.project(tokens, state)
+        whole, dense = vlm.within(vlm.project, tokens, state)
         patches = vlm.grid[0] * vlm.grid[1]
         expect(vlm, "project()'s global embedding", whole, (tokens.shape[0], 1, vlm.text_dim))
         expect(vlm, "project()'s dense embedding", dense, (tokens.shape[0], patches, vlm.text_dim))
         return torch.cat([whole, dense], dim=1)
 
-    def _step(self, backbone: VisionBackbone, i: int, tokens: Tensor, state: object) -> Tensor:
-        if self.checkpointing and tokens.requires_grad:
-            after = checkpoint(backbone.step, i, tokens, state, use_reentrant=False)
-        else:
-            after = backbone.step(i, tokens, state)
-        return expect(backbone, f"block({i})'s result", after, tokens.shape)
-
-    def _fuse(self, adapter: nn.Module, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _fuse(
+        self, adapter: nn.Module, tokens: dict[str, Tensor], recomputed: bool
+    ) -> dict[str, Tensor]:
         grids = {role: backbone.grid for role, backbone in self.backbones.items()}
         given: tuple[object, ...]
         if isinstance(adapter, ManyFusionAdapter):
@@ -253,7 +265,7 @@ class PairEncoder(nn.Module):
         else:
             roles, pair = ("vfm", "vlm"), "a pair (vfm_offset, vlm_offset)"
             given = (*map(tokens.get, roles), *map(grids.get, roles))
-        if self.checkpointing and torch.is_grad_enabled():
+        if recomputed:
             offsets = checkpoint(adapter, *given, use_reentrant=False)
         else:
             offsets = adapter(*given)
@@ -278,7 +290,8 @@ class PairEncoder(nn.Module):
         return tap
 
     def _finish(self, backbone: VisionBackbone, tokens: Tensor, state: object) -> Tensor:
-        return expect(backbone, "finish()'s result", backbone.finish(tokens, state), tokens.shape)
+        finished = backbone.within(backbone.finish, tokens, state)
+        return expect(backbone, "finish()'s result", finished, tokens.shape)
 
     def _merge(self, tokens: dict[str, Tensor], states: dict[str, object]) -> Tensor:
         """x_vlm + P(x_vfm): patches with patches, class token with class token if both have one."""

@@ -61,7 +61,7 @@ class JoinedBlocks(LastBlocks):
     def look(self, extra: Tensor) -> tuple[Tensor, Tensor]:
         backbone, tokens = self.backbone, self._way.tokens[self.role]
         joint = torch.cat([extra.to(tokens.dtype), tokens], 1)
-        seen = backbone.finish(joint, self._way.states[self.role])
+        seen: Tensor = backbone.within(backbone.finish, joint, self._way.states[self.role])
         expect(backbone, "finish()'s result", seen, joint.shape)
         first = extra.shape[1]
         patches = seen[:, first + backbone.num_prefix_tokens :]
@@ -70,12 +70,12 @@ class JoinedBlocks(LastBlocks):
     def step(self, extra: Tensor, visible: Tensor | None = None) -> Tensor:
         if self.count == 0:
             raise PluginError("the decoder steps further than the blocks that it declares to join")
-        i, tokens = self._next, self._way.tokens[self.role]
-        given = (i, tokens, self._way.states[self.role], extra.to(tokens.dtype), visible)
-        if self.encoder.checkpointing and torch.is_grad_enabled():
-            after, joined = checkpoint(self.backbone.block_with, *given, use_reentrant=False)
+        i, tokens, block = self._next, self._way.tokens[self.role], self.backbone.block_with
+        given = (block, i, tokens, self._way.states[self.role], extra.to(tokens.dtype), visible)
+        if self.encoder.recomputes(self.encoder.position(self.role, i)):
+            after, joined = checkpoint(self.backbone.within, *given, use_reentrant=False)
         else:
-            after, joined = self.backbone.block_with(*given)
+            after, joined = self.backbone.within(*given)
         what = f"block_with({i})'s result"
         after = self.backbone.refine(i, expect(self.backbone, what, after, tokens.shape))
         self._way.tokens[self.role] = after

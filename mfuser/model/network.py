@@ -43,7 +43,8 @@ class TrainedNetwork(Network):
         if not len(images):
             # An empty batch has empty scores; backbones cannot reshape it.
             shape = (0, len(self.model.classes), *size)
-            return images.new_empty(shape, dtype=next(self.model.parameters()).dtype)
+            dtype = next(self.model.parameters()).dtype
+            return images.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
         if size == self.window:
             return self.model.scores(images, self.text)
         if self._resized is None or self._resized[0] != size:

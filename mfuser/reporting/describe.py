@@ -9,6 +9,7 @@ from torch import nn
 
 from mfuser.config.pairing import PairingSpec
 from mfuser.model.assembly import sketch
+from mfuser.model.precision import frozen_bytes
 from mfuser.reporting import compatibility
 from mfuser.reporting.flops import count_flops
 from mfuser.reporting.tables import Table
@@ -81,6 +82,10 @@ def describe(spec: PairingSpec) -> dict[str, Any]:
         "resampling": compatibility.resampling(model),
         "projections": compatibility.projections(model),
         "memory": compatibility.memory(model, images),
+        "frozen weights": {
+            "GiB": frozen_bytes(model) / 2**30,
+            "GiB in bfloat16": frozen_bytes(model, torch.bfloat16) / 2**30,
+        },
         "time": None
         if gflops is None
         else {"gflops per second here": speed, "seconds at least": gflops / speed},
@@ -149,6 +154,12 @@ def render(name: str, facts: dict[str, Any]) -> list[Table | str]:
         parts_of = ", ".join(f"{what} {gib:.2f}" for what, gib in facts["memory"].items())
         total = sum(facts["memory"].values())
         lines.append(f"memory of a training step, one image, float32: {total:.2f} GiB ({parts_of})")
+    frozen = facts["frozen weights"]
+    if frozen["GiB"]:
+        lines.append(
+            f"frozen weights: {frozen['GiB']:.2f} GiB as they are, {frozen['GiB in bfloat16']:.2f} "
+            "with matrices in bfloat16 (frozen_dtype)"
+        )
     if facts["time"] is not None:
         lines.append(
             f"time of one image, forward: at least {facts['time']['seconds at least']:.2g} s here, "

@@ -124,6 +124,7 @@ class Report(Options):
         inference: dict[str, Any],
         limit: int | None,
         weights: Mapping[str, Any] | None = None,
+        precision: str = "float32",
         pictures: Mapping[str, Sequence[Picture]] | None = None,
     ) -> Report:
         recipe = run.recipe
@@ -142,6 +143,7 @@ class Report(Options):
             "images per domain": counts.pop() if len(counts) == 1 else "see domains",
             "limited to the first images": limit,
             "checkpoint": checkpoint_of(recipe, step, weights or {}),
+            "precision": precision,
             "mfuser": __version__,
         }
         if recipe.validate_every is not None:
@@ -261,6 +263,8 @@ class Report(Options):
             f"classes scored: {p['classes']} ({self._class_counts()})",
             f"checkpoint: {p['checkpoint']}",
         ]
+        if p.get("precision", "float32") != "float32":
+            parts.append(f"computed in {p['precision']}")
         if "validated on" in p:
             parts.append(f"validated on {p['validated on']} while it trained")
         return "Protocol: " + "; ".join(parts) + "."

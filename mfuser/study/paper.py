@@ -21,6 +21,7 @@ else:
 INCIDENTAL = (
     *("seed", "workers", "save_every", "source", "sources", "targets"),
     *("on_bad_image", "tensorboard", "tracker", "baselines", "checkpointing", "note"),
+    "frozen_dtype",
 )
 """Keys of a recipe that do not affect results, or that are compared elsewhere."""
 

@@ -107,7 +107,7 @@ class ClipText:
         """ids (K, L), context (n, width) -> (K, C). Raises MFuserError if L + n has no room."""
         parts = self.parts
         check_context(context, self.width, ids.shape[1], self.positions)
-        dtype = parts.transformer.get_cast_dtype()
+        dtype = parts.positional_embedding.dtype  # single where the matrices alone are half
         tokens, n = inject(parts.token_embedding(ids).to(dtype), context)
         length = tokens.shape[1]
         tokens = tokens + parts.positional_embedding[:length].to(dtype)

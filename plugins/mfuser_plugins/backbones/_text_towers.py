@@ -33,7 +33,7 @@ class CocaText(ClipText):
     def encode(self, ids: Tensor, context: Tensor | None) -> Tensor:
         parts = self.parts
         check_context(context, self.width, ids.shape[1], self.positions)
-        dtype = parts.transformer.get_cast_dtype()
+        dtype = parts.positional_embedding.dtype  # single where the matrices alone are half
         tokens, n = inject(parts.token_embedding(ids).to(dtype), context)
         last = parts.cls_emb.to(dtype).expand(len(ids), 1, -1)
         tokens = torch.cat([tokens, last], dim=1)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mfuser import DecoderSpec
 from mfuser_plugins.decoders._msdeform import DeformableAttention, Shapes
@@ -98,14 +99,17 @@ class PixelLayer(nn.Module):
 class PixelEncoder(nn.Module):
     """The layers, and a norm after the last."""
 
+    checkpointing = False
+
     def __init__(self, spec: PixelSpec, text: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(PixelLayer(spec, text) for _ in range(spec.pixel_layers))
         self.post_norm = nn.LayerNorm(spec.width)
 
     def forward(self, x: Tensor, *context: Tensor | Shapes) -> Tensor:
+        again = self.checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = layer(x, *context)
+            x = checkpoint(layer, x, *context, use_reentrant=False) if again else layer(x, *context)
         return self.post_norm(x)
 
 
