@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mfuser import half
 from mfuser.errors import MFuserError
 from mfuser.shapes import TokenShape
 
@@ -140,8 +141,8 @@ class VisionBackbone(nn.Module, ABC):
         they are multiplied in theirs, and the rest of it stays in single."""
         if self.lowered is None:
             return method(*given)
-        with torch.autocast(next(self.parameters()).device.type, self.lowered):
-            return _single(method(*given))
+        with half.multiplying(next(self.parameters()).device.type, self.lowered):
+            return half.single(method(*given))
 
     def refine(self, i: int, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D): what a tuning does after block `i`."""
@@ -187,13 +188,6 @@ class VisionBackbone(nn.Module, ABC):
     def train(self, mode: bool = True) -> VisionBackbone:
         super().train(False)
         return self
-
-
-def _single(value: Any) -> Any:
-    """A tensor or a tuple of tensors, those of half precision in float32."""
-    if isinstance(value, tuple):
-        return tuple(map(_single, value))
-    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 class VisionLanguageBackbone(VisionBackbone):
