@@ -42,15 +42,13 @@ COMMANDS = {
     "doctor": "--json",
     "export": f"RUN --format --out --set --weights {SHARED}",
     "evaluate": "RUN --baselines --compile --inference --limit --out --precision --set --stride "
-    "--targets "
-    f"--weights --window-batch --workers {WORK}",
+    f"--targets --weights --window-batch --workers {WORK}",
     "list": f"KIND PATTERN --all {SHARED}",
     "plugin bench": "MODULE --component --dry-run --json --out --seeds --set --steps",
     "plugin check": "MODULE --data-root --json --pairings",
     "plugin new": "NAME --json --kind --out",
     "predict": "RUN IMAGES --classes --compile --device --inference --out --precision --recursive "
-    "--scale "
-    f"--scores --set --skip-bad --stride --weights --window-batch --workers {SHARED}",
+    f"--scale --scores --set --skip-bad --stride --weights --window-batch --workers {SHARED}",
     "pull": "REPO FOLDER --json --revision",
     "push": f"RUN REPO --dry-run --full --license --public --set --weights {SHARED}",
     "serve": "RUN --device --inference --longest-side --open --plugin --port --registry --set "
