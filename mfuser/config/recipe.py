@@ -175,8 +175,13 @@ class RecipeSpec(Declared):
     warmup: steps over which the rate rises linearly to what the schedule says.
     warmup_ratio: the share of the rate at the very first step, as mmcv counts; None: 1 / warmup,
         so that no step is lost on a rate of almost 0.
+    lr_ramp: steps [begin, full] between which the rate of what it names rises, in place of warmup,
+        by components and patterns as in lr_scale: { vfm = [2000, 5000] }. Until begin
+        nothing of it moves.
     schedule: how the rate falls to min_lr over all steps: "poly", (1 - step / steps) ** power;
         "linear", the same with power 1; "cosine", half a cosine; "constant", not at all.
+    schedule_from: the step from which it falls: "start", the first one (mmcv); "warmup", the end of
+        the warm-up, or of the ramp of what lr_ramp names (EoMT).
     power: of "poly". min_lr: the rate that a falling schedule ends at.
     precision: of the forward pass, "no" is float32.
     frozen_dtype: what frozen matrices of the encoders are held and multiplied in. "bfloat16" halves
@@ -235,7 +240,9 @@ class RecipeSpec(Declared):
     min_weight_decay: NonNegativeFloat = 0.0
     warmup: NonNegativeInt = 1500
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
+    lr_ramp: Annotated[dict[str, tuple[NonNegativeInt, PositiveInt]], BeforeValidator(_table)] = {}
     schedule: Literal["poly", "linear", "cosine", "constant"] = "poly"
+    schedule_from: Literal["start", "warmup"] = "start"
     power: PositiveFloat = 0.9
     min_lr: NonNegativeFloat = 1e-6
     clip_grad: PositiveFloat | None = None
@@ -276,6 +283,12 @@ class RecipeSpec(Declared):
                 f"warmup of {self.warmup} steps does not end within steps = {self.steps}; "
                 "lower warmup"
             )
+        for entry, (begin, full) in self.lr_ramp.items():
+            if not begin < full <= self.steps:
+                raise ValueError(
+                    f"lr_ramp: '{entry}' rises from step {begin} to {full}; it takes [begin, full] "
+                    f"with begin < full and full at most steps = {self.steps}"
+                )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
         if self.validate_every is not None and self.validate_every > self.steps:
@@ -352,27 +365,33 @@ class RecipeSpec(Declared):
         """The weights that are evaluated by default."""
         return self.weights or ("last" if self.ema is None else "averaged")
 
-    def rate(self, step: int) -> float:
+    def rate(self, step: int, ramp: tuple[int, int] | None = None) -> float:
         """The factor on `lr` at a step (from 0): linear warm-up, then decay to min_lr.
 
         The decay counts from step 0, so that warming up multiplies a rate that is falling already
-        (mmcv's order).
+        (mmcv's order), unless schedule_from says otherwise. ramp: of lr_ramp, in place of the
+        warm-up.
         """
+        begin, full = ramp or (0, self.warmup)
+        if step < begin:
+            return 0.0
         floor = self.min_lr / self.lr
         if self.schedule == "constant":
             factor = 1.0
         else:
-            factor = floor + (1 - floor) * self._left(self.schedule, step)
-        if step < self.warmup:
+            after = full if self.schedule_from == "warmup" else 0
+            factor = floor + (1 - floor) * self._left(self.schedule, step, after)
+        if step < full:
+            done, length = step - begin, full - begin
             if self.warmup_ratio is None:
-                factor *= (step + 1) / self.warmup
+                factor *= (done + 1) / length
             else:
-                factor *= self.warmup_ratio + (1 - self.warmup_ratio) * step / self.warmup
+                factor *= self.warmup_ratio + (1 - self.warmup_ratio) * done / length
         return factor
 
-    def _left(self, schedule: str, step: int) -> float:
-        """The remaining share of a falling schedule at a step, from 1 to 0."""
-        left = 1 - step / self.steps
+    def _left(self, schedule: str, step: int, after: int = 0) -> float:
+        """The remaining share of a falling schedule at a step, from 1 to 0; 1 until `after`."""
+        left = 1 - max(0, step - after) / max(1, self.steps - after)
         if schedule == "poly":
             return float(left**self.power)
         return (1 - math.cos(math.pi * left)) / 2 if schedule == "cosine" else left

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +26,9 @@ from mfuser.model.dgss import DGSSModel
 PARTS = {"adapters": "fusion", "project_vfm": "merge", "criteria": "losses"}
 """Parts of the model, or of the encoder beside its backbones, that are not called by the key
 of a pairing that makes them."""
+T = TypeVar("T", float, tuple[int, int])
+Ramp = tuple[int, int]
+"""Steps between which a rate rises."""
 COMPONENTS = (
     *("vfm", "vlm", "tuning", "fusion", "merge"),
     *("pyramid", "enhancer", "decoder", "prompt", "losses"),
@@ -55,9 +59,10 @@ class Trained:
 
 
 def parameter_groups(model: DGSSModel, recipe: RecipeSpec) -> list[dict[str, object]]:
-    """AdamW's groups: parameters that share their factor on the rate and their weight decay.
+    """AdamW's groups: parameters that share their factor on the rate, its ramp, and their decay.
 
-    factor: on the rate. decay: the weight decay before its schedule.
+    factor: on the rate. ramp: of the recipe's `lr_ramp`, if any. decay: the weight decay before its
+    schedule.
     Raises MFuserError where nothing trains, and for an entry of a table that fits nothing.
     """
     parameters = trained(model, layers=recipe.layer_decay is not None)
@@ -65,14 +70,15 @@ def parameter_groups(model: DGSSModel, recipe: RecipeSpec) -> list[dict[str, obj
         raise MFuserError("nothing in this pairing trains")
     scales = _chosen("lr_scale", recipe.lr_scale, parameters)
     decays = _chosen("weight_decay", recipe.decays, parameters)
+    ramps = _chosen("lr_ramp", recipe.lr_ramp, parameters)
     layer_decay = recipe.layer_decay
     if layer_decay is not None and not any(p.in_backbone for p in parameters):
         raise MFuserError(
             f"layer_decay = {layer_decay:g} changes nothing, since no encoder of this pairing "
             "trains; leave it out, or set vfm.freeze = false"
         )
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for one, scale, decay in zip(parameters, scales, decays, strict=True):
+    groups: dict[tuple[float, float, Ramp | None], list[nn.Parameter]] = {}
+    for one, scale, decay, ramp in zip(parameters, scales, decays, ramps, strict=True):
         if scale is None:
             scale = recipe.backbone_lr if one.in_backbone else 1.0
         if layer_decay is not None:
@@ -81,10 +87,16 @@ def parameter_groups(model: DGSSModel, recipe: RecipeSpec) -> list[dict[str, obj
             decay = recipe.base_decay
         if any(part in one.name for part in recipe.no_decay):
             decay = 0.0
-        groups.setdefault((scale, decay), []).append(one.parameter)
+        groups.setdefault((scale, decay, ramp), []).append(one.parameter)
     return [
-        {"params": parameters, "weight_decay": decay, "factor": factor, "decay": decay}
-        for (factor, decay), parameters in groups.items()
+        {
+            "params": parameters,
+            "weight_decay": decay,
+            "factor": factor,
+            "decay": decay,
+            "ramp": ramp,
+        }
+        for (factor, decay, ramp), parameters in groups.items()
     ]
 
 
@@ -96,10 +108,12 @@ def adamw(model: DGSSModel, recipe: RecipeSpec, fused: bool = False) -> torch.op
 
 
 def set_rates(optimizer: torch.optim.Optimizer, recipe: RecipeSpec, step: int) -> float:
-    """Rate and weight decay of every group at a step (from 0); returns the rate before factors."""
+    """Rate and weight decay of every group at a step (from 0); returns the rate before factors, of
+    what has no ramp of its own."""
     factor = recipe.rate(step)
     for group in optimizer.param_groups:
-        group["lr"] = recipe.lr * factor * group["factor"]
+        own = factor if group["ramp"] is None else recipe.rate(step, group["ramp"])
+        group["lr"] = recipe.lr * own * group["factor"]
         group["weight_decay"] = recipe.decay_at(group["decay"], step)
     return recipe.lr * factor
 
@@ -123,7 +137,7 @@ def trained(model: DGSSModel, layers: bool = False) -> list[Trained]:
     return result
 
 
-def _chosen(key: str, table: Mapping[str, float], parameters: list[Trained]) -> list[float | None]:
+def _chosen(key: str, table: Mapping[str, T], parameters: list[Trained]) -> list[T | None]:
     """The value that a table of a recipe gives each parameter; None where no entry fits.
 
     Raises MFuserError for an entry that fits nothing, and for two that fit one parameter equally
@@ -131,7 +145,7 @@ def _chosen(key: str, table: Mapping[str, float], parameters: list[Trained]) -> 
     """
     words = {word for one in parameters for word in one.words}
     used: set[str] = set()
-    values: list[float | None] = []
+    values: list[T | None] = []
     for one in parameters:
         fits = [entry for entry in table if _fits(entry, one)]
         used.update(fits)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mfuser.config.recipe import RecipeSpec
 from mfuser.config.registry import Registry, load_registry
 from mfuser.config.run import Domain, RunSpec, domains
 from mfuser.engine import evaluate as evaluation
@@ -139,14 +141,15 @@ def resolve(
 def _shortened(
     registry: Registry, name: str, changes: Sequence[str], console: Console
 ) -> Sequence[str]:
-    """`changes`, and where they leave fewer steps than the recipe warms up for, a warm-up of the
-    same share of the steps as before; where fewer than to a measurement, one at the end."""
+    """`changes`, and where they leave fewer steps than the recipe warms up for, or a ramp
+    of its takes, a warm-up and ramps of the same share of the steps as before; where fewer than to
+    a measurement, one at the end."""
     given = {key.strip(): value for key, _, value in (c.partition("=") for c in changes)}
     if not given.get("steps", "").strip().isdecimal():
         return changes
     others = [c for c in changes if c.partition("=")[0].strip() != "steps"]
     before, steps = registry.recipe(name, others), int(given["steps"])
-    more = []
+    more: list[str] = []
     if "validate_every" not in given and 0 < steps < (before.validate_every or 0):
         more.append(f"validate_every={steps}")
     if "warmup" not in given and 1 < steps <= before.warmup:
@@ -156,7 +159,24 @@ def _shortened(
             f"steps it warms up for {warmup}"
         )
         more.append(f"warmup={warmup}")
+    if not any(key.partition(".")[0] == "lr_ramp" for key in given):
+        more += _ramped(name, before, steps, console)
     return [*changes, *more]
+
+
+def _ramped(name: str, before: RecipeSpec, steps: int, console: Console) -> Sequence[str]:
+    """The setting that brings ramps to their end within fewer steps, if need be, which is said."""
+    ramps = {}
+    for entry, (begin, full) in before.lr_ramp.items():
+        if full > steps:
+            start = begin * steps // before.steps
+            ramps[entry] = [start, max(start + 1, full * steps // before.steps)]
+            console.say(
+                f"recipe '{name}' raises the rate of {entry} from step {begin} to {full} of "
+                f"{before.steps}; with {steps} steps from {ramps[entry][0]} to {ramps[entry][1]}"
+            )
+    table = ", ".join(f"{json.dumps(entry)} = {ramp}" for entry, ramp in ramps.items())
+    return [f"lr_ramp={{ {table} }}"] if ramps else []
 
 
 def evaluate(

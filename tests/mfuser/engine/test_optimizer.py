@@ -13,6 +13,7 @@ from timm.optim import param_groups_layer_decay
 from mfuser import Registry, build_model, load_registry
 from mfuser.engine.layers import layer_depths
 from mfuser.engine.optimizer import parameter_groups, set_rates, trained
+from mfuser.engine.run import resolve
 from mfuser.errors import MFuserError
 from mfuser.model.dgss import DGSSModel
 
@@ -20,6 +21,10 @@ LORA = """
 [pairing.tuned]
 extends = "plain"
 tuning  = { name = "lora", rank = 2, encoders = ["vfm"] }
+
+[pairing.whole]
+extends = "plain"
+vfm     = { freeze = false }
 """
 
 
@@ -228,3 +233,53 @@ def test_the_rate_and_the_decay_of_a_step(registry: Registry, models: dict[str, 
         assert now == {(lr, d) for lr in (1e-4, 1e-3) for d in (0.0, round(expected, 12))}
         theirs.step()
         cosine.step()
+
+
+def test_a_component_that_warms_up_later(registry: Registry, models: dict[str, DGSSModel]) -> None:
+    """EoMT's schedule, written out from its code: two warm-ups, two polynomials."""
+    recipe = registry.recipe(
+        "tiny",
+        [
+            *("steps=60", "warmup=10", "warmup_ratio=0", "lr_ramp.vfm=[10, 25]", "lr=2e-4"),
+            *("schedule=poly", "schedule_from=warmup", "power=0.9", "min_lr=0", "lr_scale.vfm=0.5"),
+        ],
+    )
+    model = models["whole"]
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr)
+    tower = set(model.encoder.backbones["vfm"].parameters())
+
+    def published(step: int, warmups: tuple[int, int], tower: bool) -> float:
+        head, vit = warmups
+        begin, length = (head, vit) if tower else (0, head)
+        if step < begin:
+            return 0.0
+        if step < begin + length:
+            return (step - begin) / length
+        return float((1 - (step - begin - length) / (60 - begin - length)) ** 0.9)
+
+    for step in range(60):
+        assert set_rates(optimizer, recipe, step) == pytest.approx(
+            2e-4 * published(step, (10, 15), False)
+        )
+        for group in optimizer.param_groups:
+            later = group["params"][0] in tower
+            assert {p in tower for p in group["params"]} == {later}
+            assert group["lr"] == pytest.approx(
+                (1e-4 if later else 2e-4) * published(step, (10, 15), later)
+            )
+    with pytest.raises(MFuserError, match="lr_ramp: 'decodre' fits no parameter.*decoder"):
+        parameter_groups(model, registry.recipe("tiny", ["lr_ramp.decodre=[0, 2]"]))
+
+
+def test_fewer_steps_shorten_ramps(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a recipe that ships: they would end after the training."""
+    run = resolve(registry, "whole", "eomt", "toy", recipe_settings=["steps=40"])
+    assert run.recipe.lr_ramp == {"vfm": (3, 9)} and run.recipe.warmup == 3
+    assert (
+        "vfm from step 2000 to 5000 of 20208; with 40 steps from 3 to 9" in capsys.readouterr().err
+    )
+    kept = resolve(registry, "whole", "eomt", "toy", recipe_settings=["steps=6000"])
+    assert kept.recipe.lr_ramp == {"vfm": (2000, 5000)}
+    with pytest.raises(MFuserError, match="full at most steps = 40"):
+        resolve(registry, "whole", "eomt", "toy",
+                recipe_settings=["steps=40", "lr_ramp.vfm=[1,50]"])  # fmt: skip
