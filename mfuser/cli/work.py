@@ -221,9 +221,10 @@ def evaluate(
 @scale_option("1")
 @click.option(
     "--scores",
-    type=click.Choice(["npz", "png"]),
+    type=click.Choice(["npz", "png", "bravo"]),
     default=None,
-    help="Also write class probabilities (float16) or an 8-bit picture of the confidence.",
+    help="Also write class probabilities (float16), an 8-bit picture of the confidence, or the "
+    "files that the BRAVO challenge takes.",
 )
 @click.option(
     "--classes",

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mfuser.config.registry import Registry
-from mfuser.engine import compiling, photographs
+from mfuser.engine import compiling, photographs, submission
 from mfuser.engine.ahead import ahead, workers_of
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console
@@ -38,7 +38,7 @@ from mfuser.reporting import draw
 
 SMALLER = "--scale 0.5; --device cpu where there is more memory than on the GPU"
 """Remedies when memory runs out."""
-ScoreFile = Literal["npz", "png"]
+ScoreFile = Literal["npz", "png", "bravo"]
 Entry = dict[str, Any]
 """Of one image: its files and classes, or why it was skipped."""
 Finishing = Callable[[], Entry]
@@ -77,8 +77,9 @@ def predict(
     window_batch: in place of the recipe's inference, whose options may be among the settings
     ("inference.flip=false").
     scores: also write class probabilities, NAME.scores.npz (float16, (K, H, W)), or
-    NAME.confidence.png (8 bits). classes: only these are predicted; names that the model was not
-    trained on where its decoder reads any text. weights: which of the run's (see `load_model`).
+    NAME.confidence.png (8 bits), or "bravo", what that challenge's server takes.
+    classes: only these are predicted; names that the model was not trained on where its decoder
+    reads any text. weights: which of the run's (see `load_model`).
     skip_unreadable: leave out whatever cannot be used, and say so. workers: threads that read
     ahead while the device computes, beside one that writes; 0: neither; None: see `workers_of`.
     compile: by torch.compile, as the settings say ("compile.mode=reduce-overhead").
@@ -105,6 +106,8 @@ def predict(
         window_batch=window_batch,
     )
     model, chosen = _chosen(model, classes)
+    if scores == "bravo":
+        submission.check(model.classes)
     if compilation is not None:
         compiling.compile_parts(model, compilation, console.say)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -225,6 +228,8 @@ class _Work:
                             raise MFuserError(
                                 "--scores is for photographs; leave it out for videos"
                             )
+                        if self.scores == "bravo":
+                            submission.place(path)
                 except MFuserError as error:
                     if not skip:
                         raise
@@ -272,6 +277,8 @@ class _Work:
             beside = (shares.amax(0) * 255).round().to(torch.uint8).cpu().numpy()
         elif self.scores == "npz":
             beside = shares.half().cpu().numpy()
+        elif self.scores == "bravo":
+            beside = shares.amax(0).cpu().numpy()
         return partial(self._write, path, name, image, label, beside)
 
     def _write(
@@ -288,6 +295,8 @@ class _Work:
                 file = self.out / f"{name}.confidence.png"
                 draw.save(Image.fromarray(beside), file)
                 entry["confidence"] = str(file)
+            elif self.scores == "bravo" and beside is not None:
+                entry |= submission.write(self.out, path, label, beside)
             elif self.scores == "npz" and beside is not None:
                 file = self.out / f"{name}.scores.npz"
                 names = [self.model.classes[k] for k in self._among()]

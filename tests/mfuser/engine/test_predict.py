@@ -182,6 +182,25 @@ def test_scores_and_chosen_classes(tiny: Registry, trained: Path, tmp_path: Path
         predict(tiny, trained, [path], tmp_path / "x", classes=["roads"])
 
 
+def test_files_for_the_bravo_challenge(tiny: Registry, trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "unpacked" / "bravo_ACDC" / "fog" / "test"
+    folder.mkdir(parents=True)
+    path = photo(folder / "a_rgb_anon.png")
+    for scores in ("bravo", "npz"):
+        (entry,) = predict(tiny, trained, [path], tmp_path / "out", scores=scores)
+    place = tmp_path / "out" / "bravo_ACDC" / "fog" / "test"
+    assert sorted(p.name for p in place.iterdir()) == ["a_rgb_anon_conf.png", "a_rgb_anon_pred.png"]
+    ids, conf = (np.array(Image.open(place / f"a_rgb_anon_{n}.png")) for n in ("pred", "conf"))
+    assert ids.dtype == np.uint8 and (ids == np.array(Image.open(entry["mask"]))).all()
+    assert conf.dtype == np.uint16 and conf.shape == (80, 120)
+    with np.load(entry["scores"]) as file:
+        best = file["scores"].astype(np.float64).max(0)
+    assert conf / 65536 == pytest.approx(best, abs=1e-3)
+    with pytest.raises(MFuserError, match="lies in no folder bravo_"):
+        predict(tiny, trained, [photo(tmp_path / "b.png")], tmp_path / "other", scores="bravo")
+    assert not (tmp_path / "other").exists()
+
+
 def test_new_names_where_the_decoder_reads_any_text(tiny: Registry) -> None:
     model = build_model(tiny.pairing("tiny", ["decoder=text_similarity", "enhancer=none"]))
     images = torch.rand(1, 3, *model.spec.image_size)

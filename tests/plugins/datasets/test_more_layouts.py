@@ -10,6 +10,7 @@ import pytest
 from layouts import ids, labels, write_image, write_label
 
 from mfuser import IGNORE, DataError
+from mfuser_plugins.datasets.bravo import BravoSpec
 from mfuser_plugins.datasets.camvid import CamvidSpec
 from mfuser_plugins.datasets.dark_zurich import DarkZurichSpec
 from mfuser_plugins.datasets.idd import IddSpec
@@ -194,3 +195,22 @@ def test_wilddash2_category_ids(tmp_path: Path, suffix: str) -> None:
     assert labels(WildDash2Spec().build(tmp_path, "train")) == [[0, 1, 13, IGNORE]]
     with pytest.raises(DataError, match="ships without a val split"):
         WildDash2Spec().build(tmp_path, "val")
+
+
+def test_bravo_reads_the_labels_of_cityscapes(tmp_path: Path) -> None:
+    """Two subsets of other images in drawn weather; names and labels are Cityscapes' own."""
+    for subset, city, n in (("synrain", "lindau", 1), ("synrain", "munster", 2),
+                            ("synflare", "lindau", 3)):  # fmt: skip
+        name = f"{city}/{city}_{n:06d}_000019"
+        write_image(tmp_path / f"bravo_{subset}/{name}_leftImg8bit.png")
+        write_label(tmp_path / f"gtFine/val/{name}_gtFine_labelIds.png", ids(7 + n, 0))
+    write_label(tmp_path / "gtFine/val/ulm/ulm_000009_000019_gtFine_labelIds.png", ids(7))
+    rain, flare = BravoSpec().expand()
+    assert [d.label() for d in (rain, flare)] == ["bravo:synrain", "bravo:synflare"]
+    assert labels(rain.build(tmp_path, "val")) == [[1, IGNORE], [IGNORE, IGNORE]]
+    assert labels(flare.build(tmp_path, "val")) == [[IGNORE, IGNORE]]
+    assert len(BravoSpec().build(tmp_path, "val")) == 3 and BravoSpec().label() == "bravo"
+    with pytest.raises(DataError, match="bravo: the split 'train' does not exist"):
+        BravoSpec().build(tmp_path, "train")
+    with pytest.raises(ValueError, match="synrain.*synflare"):
+        BravoSpec.model_validate({"condition": "outofcontext"})

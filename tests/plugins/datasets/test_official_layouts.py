@@ -23,7 +23,7 @@ from mfuser_plugins.datasets.synthia import SynthiaSpec
 
 def test_all_are_offered() -> None:
     names = {"gta", "synthia", "cityscapes", "bdd100k", "mapillary", "acdc", "camvid"}
-    names |= {"urbansyn", "dark_zurich", "nighttime_driving", "muses", "idd", "wilddash2"}
+    names |= {"urbansyn", "dark_zurich", "nighttime_driving", "muses", "idd", "wilddash2", "bravo"}
     assert names <= set(components("dataset"))
 
 
