@@ -1,37 +1,28 @@
-"""Pairings of published methods: what trains in them, and that it learns.
+"""Pairings of published methods: what trains in them, that it learns, and that nothing changed.
 
-Reduced: the registry's own pairing on towers of two blocks, so that what is tried is what ships.
+Reduced: the registry's own pairing on towers of three blocks, so that what is tried is what ships.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from small import clip
+from pairings import computed, reduced
 
-from mfuser import PairingSpec, build_model, load_registry
+from mfuser import build_model, load_registry
 from mfuser.config.registry import Registry
 from mfuser.engine.optimizer import parameter_groups
 from mfuser.model.assembly import sketch
-
-TOWER = {"options": {"embed_dim": 32, "depth": 2, "num_heads": 2}, "weights": "random"}
-CLIP = clip(32)
-DECODER = {
-    "width": 32,
-    "pixel_layers": 1,
-    "pixel_ffn": 32,
-    "layers": 1,
-    "ffn": 32,
-    "num_points": 64,
-}
 
 TUNED = {
     # Counted from the authors' configurations; Rein's paper says 3 M.
     "rein-dinov2-l": 2_990_081,
     "soma-dinov2-l": 4_866_048,
     "recyclelora-dinov2-l": 14_155_776,
+    "fada-dinov2-l": 2_045_441,
 }
 
 
@@ -48,36 +39,25 @@ def test_published_numbers_of_trained_parameters(shipped: Registry, name: str) -
     assert not [p for p in model.pyramid.parameters()]
 
 
-def reduced(shipped: Registry, name: str) -> PairingSpec:
-    """The pairing on small towers: the options of its tuning as they are, but its sizes."""
-    spec = shipped.pairing(name)
-    changes: dict[str, Any] = {"image_size": [64, 64], "decoder": dict(DECODER)}
-    if spec.vfm is not None:
-        changes["vfm"] = {"name": "timm", "model": "vit_tiny_patch16_224", **TOWER}
-        if getattr(spec.vfm, "dtype", "float32") != "float32":
-            changes["vfm"]["dtype"] = spec.vfm.dtype  # type: ignore[union-attr]
-    if spec.vlm is not None:
-        changes |= {"vlm": CLIP, "prompt": {"context": 2}, "pyramid": {"width": 32}}
-    if spec.decoder.name == "mask2former":
-        changes["decoder"]["queries"] = 20
-    if spec.fusion.name == "mvfuser":
-        changes["fusion"] = {"state_size": 2}
-        changes["enhancer"] = {"width": 16}
-    sizes = {"tokens": 20, "rank": 6, "second_rank": 2, "blocks": [1, 2]}
-    assert spec.tuning is not None
-    given = {key: value for key, value in sizes.items() if getattr(spec.tuning, key, None)}
-    return shipped.pairing(name, {**changes, "tuning": given})
+def test_published_size_of_eomt(shipped: Registry) -> None:
+    """Tower and head, against transformers' port of it with DINOv3-L, to 1 %."""
+    model = sketch(shipped.pairing("eomt-dinov3-l"))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == pytest.approx(314_813_460, rel=0.01)
 
 
 @pytest.mark.parametrize(
     "name",
-    [*TUNED, "rein-dinov3-7b", "fada-dinov2-l", "tqdm-eva02-l", "dinov3-l_siglip2-l_soma"],
+    [
+        *(*TUNED, "rein-dinov3-l", "rein-dinov3-7b", "tqdm-eva02-l"),
+        *("eomt-dinov3-l", "vfmnet-dinov2-l", "vireo-dinov2-l", "dinov3-l_siglip2-l_soma"),
+    ],
 )
 def test_learns_in_twenty_steps(shipped: Registry, name: str) -> None:
     model = build_model(reduced(shipped, name))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if n not in trained}
-    assert any(n.startswith("encoder.v") for n in trained)
+    assert any(n.startswith("encoder.v") for n in trained) != name.startswith("vireo")
     assert {p.dtype for p in trained.values()} == {torch.float32}
     if name.endswith("7b"):
         halves = [n for n, p in frozen.items() if p.dtype == torch.bfloat16]
@@ -95,6 +75,21 @@ def test_learns_in_twenty_steps(shipped: Registry, name: str) -> None:
         totals.append(float(losses.detach()))
     assert sum(totals[-5:]) < 0.8 * sum(totals[:5])
     assert all(torch.equal(p, model.get_parameter(n)) for n, p in frozen.items())
+
+
+BEFORE = json.loads((Path(__file__).parents[1] / "golden" / "pairings.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_computes_what_it_did(shipped: Registry, name: str) -> None:
+    """Losses and gradients of a crop, against those of the commits that the file names."""
+    found = computed(build_model(reduced(shipped, name)))
+    for key in ("losses", "gradients"):
+        assert found[key] == pytest.approx(BEFORE[name][key], rel=1e-3), key
+
+
+def test_every_pairing_is_compared(shipped: Registry) -> None:
+    assert set(BEFORE) == set(shipped.names("pairing"))
 
 
 def test_rates_and_decays_of_the_two_adapters(shipped: Registry) -> None:

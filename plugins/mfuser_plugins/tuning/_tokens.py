@@ -1,10 +1,12 @@
-"""Learned low-rank tokens, and what patches find among them."""
+"""Learned low-rank tokens, what patches find among them, and their link to queries."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mfuser import MFuserError, TokenRefiner
 
 
 class LowRankTokens(nn.Module):
@@ -30,3 +32,41 @@ def found(patches: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(
         patches.unsqueeze(1), tokens.expand(shape), values.expand(shape)
     ).squeeze(1)
+
+
+class LinkedTokens(TokenRefiner):
+    """A refiner whose tokens make the first queries of a decoder that takes some (arXiv 2312.04265,
+    section 3.3):
+
+        Q = [max_i Q_i, mean_i Q_i, Q_N] W_Q + b_Q, with Q_i = T_i W + b
+
+    name: of the tuning, for messages. linkable: False for a refiner that is to make none.
+    """
+
+    def __init__(self, name: str, linkable: bool) -> None:
+        super().__init__()
+        self.name, self.linkable = name, linkable
+        self.each: nn.Linear | None = None
+        self.join: nn.Linear | None = None
+
+    def linked(self) -> LowRankTokens:
+        """The tokens that make queries."""
+        raise NotImplementedError
+
+    def link(self, queries: int, width: int) -> bool:
+        if not self.linkable:
+            return False
+        tokens, own = self.linked().A.shape[1], self.linked().B.shape[2]
+        if queries != tokens:
+            raise MFuserError(
+                f"tuning '{self.name}' has {tokens} tokens, and the decoder {queries} queries, "
+                "which they are linked to: give both one number (tuning.tokens, decoder.queries), "
+                "or set tuning.link = false"
+            )
+        self.each, self.join = nn.Linear(own, width), nn.Linear(3 * width, width)
+        return True
+
+    def queries(self) -> Tensor:
+        assert self.each is not None and self.join is not None, "link() comes first"
+        each = self.each(self.linked()())  # (depth, m, width)
+        return self.join(torch.cat([each.amax(0), each.mean(0), each[-1]], dim=-1))

@@ -1,3 +1,5 @@
+"""FADA against its equations as they follow from the authors' code."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -5,18 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mfuser import build_model
-from mfuser_plugins.tuning.fada import Fada, FadaSpec, bands, instance_norm, joined
+from mfuser import MFuserError, build_model
+from mfuser_plugins.tuning.fada import Fada, FadaSpec, bands, instance_norm, of_channels, spread
 
 GRIDS = pytest.mark.parametrize("grid", [(4, 6), (3, 5), (1, 1), (2, 7)])
-
-
-@GRIDS
-def test_bands_join_to_what_they_were(grid: tuple[int, int]) -> None:
-    maps = torch.randn(2, *grid, 3)
-    four = bands(maps)
-    assert four.shape == (4, 2, -(-grid[0] // 2), -(-grid[1] // 2), 3)
-    torch.testing.assert_close(joined(four, grid), maps)
 
 
 def test_bands_are_haars() -> None:
@@ -30,44 +24,96 @@ def test_bands_are_haars() -> None:
         assert torch.equal(bands(maps).flatten(), expected)
 
 
-def module(width: int = 8) -> Fada:
-    made = Fada(FadaSpec(tokens=4, rank=2), 2, width)
+@GRIDS
+def test_every_patch_takes_a_quarter_of_each_band(grid: tuple[int, int]) -> None:
+    four = bands(torch.randn(2, *grid, 8))
+    assert four.shape == (4, 2, -(-grid[0] // 2), -(-grid[1] // 2), 8)
+    found = spread(four[1:], grid)
+    assert found.shape == (2, grid[0] * grid[1], 6)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            part = 2 * (row % 2) + column % 2
+            expected = four[1:, :, row // 2, column // 2, 2 * part : 2 * part + 2]
+            assert torch.equal(
+                found[:, row * grid[1] + column], expected.transpose(0, 1).flatten(1)
+            )
+
+
+def module(width: int = 8, **options: Any) -> Fada:
+    made = Fada(FadaSpec(**{"tokens": 4, "rank": 2, **options}), 2, width)
     with torch.no_grad():
-        made.low.scale.fill_(0.5)
-        made.high.scale.fill_(0.5)
+        made.scale.fill_(0.5)
     return made
 
 
 @GRIDS
 def test_bands_are_refined_by_tokens_of_their_own(grid: tuple[int, int]) -> None:
     made, patches = module(), torch.randn(2, grid[0] * grid[1], 8)
-    four = bands(patches.unflatten(1, grid)).flatten(2, 3)  # (4, B, T', D)
+    four = bands(patches.unflatten(1, grid))
     offsets = []
-    for k in range(4):
-        branch, x = (made.low, four[0]) if k == 0 else (made.high, instance_norm(four[k]))
-        tokens = branch.tokens(1)
-        share = (x @ tokens.T / 8**0.5).softmax(-1)[..., 1:]
-        offsets.append(0.5 * branch.map_patches(x + share @ branch.map_tokens(tokens[1:])))
-    half = (-(-grid[0] // 2), -(-grid[1] // 2))
-    change = joined(torch.stack(offsets).unflatten(2, half), grid)
-    expected = patches + change.flatten(1, 2)
+    for branch, parts in ((made.low, four[:1]), (made.high, four[1:])):
+        x, tokens = spread(parts, grid), branch.tokens(1)
+        alike = x @ tokens.T
+        if branch is made.high:
+            alike = torch.nn.functional.instance_norm(alike)
+        share = (alike / 8**0.5).softmax(-1)[..., 1:]
+        offsets.append(branch.map_patches(x + share @ branch.map_tokens(tokens[1:])))
+    expected = patches + 0.5 * torch.cat(offsets, -1)
     torch.testing.assert_close(made(1, patches, grid), expected)
 
 
-def test_the_style_of_high_frequencies_is_taken_out() -> None:
-    """Gain and offset of a high band's channels change nothing of what is added."""
-    made, grid = module(), (8, 8)
-    four = torch.randn(4, 1, 4, 4, 8)
-    other = four.clone()
-    other[1:] = 3 * other[1:] + 0.5
-    added = [
-        made(0, patches, grid) - patches
-        for patches in (joined(bands_, grid).flatten(1, 2) for bands_ in (four, other))
+def test_bands_of_channels_are_those_of_the_published_code() -> None:
+    """Its steps, written out: tokens reshaped into maps, four filters of stride 2, and back."""
+    patches = torch.randn(2, 16, 16)  # as there: as many patches as channels, both of them 4 x 4
+    low, high = torch.tensor([1.0, 1.0]) / 2**0.5, torch.tensor([1.0, -1.0]) / 2**0.5
+    filters = torch.stack([torch.outer(a, b) for a, b in
+                           ((low, low), (low, high), (high, low), (high, high))])  # fmt: skip
+    maps = patches.transpose(0, 1).reshape(2, 16, 4, 4)
+    four = [
+        torch.nn.functional.conv2d(maps, f.expand(16, 1, 2, 2), stride=2, groups=16)
+        .reshape(16, 2, 4)
+        .transpose(0, 1)
+        for f in filters
     ]
-    torch.testing.assert_close(added[0], added[1], rtol=1e-3, atol=1e-4)
-    normed = instance_norm(torch.randn(2, 50, 3) * 4 + 1)
-    torch.testing.assert_close(normed.mean(1), torch.zeros(2, 3), rtol=0, atol=1e-5)
-    torch.testing.assert_close(normed.var(1, correction=0), torch.ones(2, 3), rtol=0, atol=1e-4)
+    torch.testing.assert_close(of_channels(patches), torch.stack(four))
+    made = module(16, transform="channels")
+    low_part = made.low(1, four[0])
+    high_part = made.high(1, torch.cat(four[1:], -1))
+    expected = patches + 0.5 * torch.cat([low_part, high_part], -1)
+    torch.testing.assert_close(made(1, patches, (4, 4)), expected)
+    for width in (8, 32):
+        with pytest.raises(MFuserError, match=f"square map, and {width} is no square number"):
+            module(width, transform="channels")
+
+
+def test_the_norm_is_torchs() -> None:
+    x = torch.randn(2, 50, 7) * 4 + 1
+    torch.testing.assert_close(instance_norm(x), torch.nn.functional.instance_norm(x))
+
+
+def test_size_of_the_published_code() -> None:
+    """As its class counts with Rein's options: 100 tokens of rank 16 in 24 blocks of DINOv2-L."""
+    with torch.device("meta"):
+        made = Fada(FadaSpec(), 24, 1024)
+        assert made.link(100, 256)
+    low, high = 256, 768
+    maps = 2 * sum(width * width + width for width in (low, high))
+    tokens = 24 * (2 * 100 * 16 + 16 * (low + high))
+    queries = low * 256 + 256 + 3 * 256 * 256 + 256
+    assert sum(p.numel() for p in made.parameters()) == maps + tokens + 1 + queries == 2_045_441
+
+
+def test_low_tokens_make_the_queries() -> None:
+    made = module()
+    assert made.link(4, 6) and made.each is not None and made.join is not None
+    each = torch.stack([made.each(made.low.tokens(i)) for i in range(2)])
+    expected = made.join(torch.cat([each.max(0).values, each.mean(0), each[1]], -1))
+    torch.testing.assert_close(made.queries(), expected)
+    assert not module(link=False).link(7, 4)
+    with pytest.raises(MFuserError, match="tuning 'fada' has 4 tokens, and the decoder 7 queries"):
+        made.link(7, 6)
+    with pytest.raises(MFuserError, match="10 channels are not a multiple of 4"):
+        module(10)
 
 
 def test_it_trains_with_others(tiny: Any) -> None:
