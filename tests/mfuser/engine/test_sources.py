@@ -341,9 +341,11 @@ def test_ema_and_validation_on_two_sources(tiny: Registry, begin: Any, tmp_path:
     with gone_in(4):
         train(tiny, run, tmp_path / "parts")
     train(tiny, run, tmp_path / "parts", resume=True)
-    for name in (checkpoints.FINAL, checkpoints.BEST, checkpoints.LAST):
+    for name in (checkpoints.FINAL, checkpoints.AVERAGED, checkpoints.BEST, checkpoints.LAST):
         one, other = (checkpoints.read(tmp_path / n / name) for n in ("whole", "parts"))
         assert all(torch.equal(one.model[k], other.model[k]) for k in one.model) and one.model
+        assert all(torch.equal(one.averaged[k], other.averaged[k]) for k in one.averaged)
+        assert bool(one.averaged) == (name == checkpoints.LAST)
     lines = [
         json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
     ]
