@@ -49,7 +49,7 @@ def write(out: Path, image: Path, label: np.ndarray, confidence: np.ndarray) -> 
     target = out / place(image)
     target.parent.mkdir(parents=True, exist_ok=True)
     steps = np.minimum(np.floor(confidence.astype(np.float64) * 65536), 65535).astype(np.uint16)
-    files = {
+    files: dict[str, tuple[Path, np.ndarray]] = {
         "prediction": (target.with_name(f"{target.stem}_pred.png"), label.astype(np.uint8)),
         "confidence": (target.with_name(f"{target.stem}_conf.png"), steps),
     }

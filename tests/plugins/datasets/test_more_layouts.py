@@ -203,12 +203,12 @@ def test_bravo_reads_the_labels_of_cityscapes(tmp_path: Path) -> None:
                             ("synflare", "lindau", 3)):  # fmt: skip
         name = f"{city}/{city}_{n:06d}_000019"
         write_image(tmp_path / f"bravo_{subset}/{name}_leftImg8bit.png")
-        write_label(tmp_path / f"gtFine/val/{name}_gtFine_labelIds.png", ids(7 + n, 0))
+        write_label(tmp_path / f"gtFine/val/{name}_gtFine_labelIds.png", ids((7, 8, 11)[n - 1], 0))
     write_label(tmp_path / "gtFine/val/ulm/ulm_000009_000019_gtFine_labelIds.png", ids(7))
     rain, flare = BravoSpec().expand()
     assert [d.label() for d in (rain, flare)] == ["bravo:synrain", "bravo:synflare"]
-    assert labels(rain.build(tmp_path, "val")) == [[1, IGNORE], [IGNORE, IGNORE]]
-    assert labels(flare.build(tmp_path, "val")) == [[IGNORE, IGNORE]]
+    assert labels(rain.build(tmp_path, "val")) == [[0, IGNORE], [1, IGNORE]]
+    assert labels(flare.build(tmp_path, "val")) == [[2, IGNORE]]
     assert len(BravoSpec().build(tmp_path, "val")) == 3 and BravoSpec().label() == "bravo"
     with pytest.raises(DataError, match="bravo: the split 'train' does not exist"):
         BravoSpec().build(tmp_path, "train")
