@@ -109,6 +109,12 @@ Absent = BeforeValidator(_absent)
 AnyVision = SerializeAsAny[VisionSpec | VisionLanguageSpec]
 
 
+def _list_of_one(value: Any) -> Any:
+    if value == "none":
+        return ()
+    return (value,) if isinstance(value, str | dict | LossSpec) else value
+
+
 def _one_or_more(value: Any, info: ValidationInfo) -> Any:
     """One VFM, or several; a list of one is the one."""
     if not isinstance(value, list | tuple):
@@ -146,7 +152,8 @@ class PairingSpec(Declared):
     taps: positions (blocks of the shallowest encoder, from 0) whose tokens feed the pyramid. None:
         after a third, a half, two thirds and all of the depth, 7, 11, 15, 23 of 24 as released.
     image_size: what the model is trained on, and the sliding window it is tested with.
-    losses: components beside the decoder's own losses and the alignment, each with its `weight`.
+    losses: components beside the decoder's own losses and the alignment, each with its `weight`; a
+        list, or one alone; "none".
     """
 
     vfm: Annotated[
@@ -170,7 +177,10 @@ class PairingSpec(Declared):
     merge: MergeSpec = MergeSpec()
     pyramid: PyramidSpec = PyramidSpec()
     alignment: AlignmentSpec = AlignmentSpec()
-    losses: tuple[Annotated[SerializeAsAny[LossSpec], component_of("loss")], ...] = ()
+    losses: Annotated[
+        tuple[Annotated[SerializeAsAny[LossSpec], component_of("loss")], ...],
+        BeforeValidator(_list_of_one),
+    ] = ()
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -150,6 +150,15 @@ def test_losses_that_make_no_sense_are_refused_with_the_reason(tiny: Registry) -
         assert why in str(refusal.value), row
 
 
+def test_one_loss_needs_no_list(tiny: Registry) -> None:
+    listed = tiny.pairing("tiny", {"losses": [{"name": "ohem", "weight": 0.5}]})
+    assert tiny.pairing("tiny", ['losses={name="ohem", weight=0.5}']) == listed
+    assert [loss.name for loss in tiny.pairing("tiny", ["losses=ohem"]).losses] == ["ohem"]
+    assert not tiny.pairing("tiny", ["losses=none"]).losses
+    with pytest.raises(MFuserError, match="losses: .*'ohme'.*did you mean 'ohem'"):
+        tiny.pairing("tiny", ["losses=ohme"])
+
+
 @pytest.mark.parametrize("row", RUN, ids="-".join)
 def test_assembles_trains_a_step_and_segments(row: Row, tiny: Registry) -> None:
     model = build_model(tiny.pairing("tiny", overrides(row)))
