@@ -112,7 +112,11 @@ AnyVision = SerializeAsAny[VisionSpec | VisionLanguageSpec]
 def _list_of_one(value: Any) -> Any:
     if value == "none":
         return ()
-    return (value,) if isinstance(value, str | dict | LossSpec) else value
+    if isinstance(value, str | dict | LossSpec):
+        return (value,)
+    if isinstance(value, list | tuple):
+        return value
+    raise ValueError(f'takes a list such as ["ohem"], not {value!r}')
 
 
 def _one_or_more(value: Any, info: ValidationInfo) -> Any:

@@ -157,6 +157,8 @@ def test_one_loss_needs_no_list(tiny: Registry) -> None:
     assert not tiny.pairing("tiny", ["losses=none"]).losses
     with pytest.raises(MFuserError, match="losses: .*'ohme'.*did you mean 'ohem'"):
         tiny.pairing("tiny", ["losses=ohme"])
+    with pytest.raises(MFuserError, match="losses: takes a list such as .*, not 3"):
+        tiny.pairing("tiny", ["losses=3"])
 
 
 @pytest.mark.parametrize("row", RUN, ids="-".join)
