@@ -49,7 +49,7 @@ def makers(registry: Registry, run: RunSpec, device: str | None) -> dict[str, An
     data = sorted({d.spec.component() for d in (*run.sources, *run.targets) if d.spec})
     roots = {name: registry.root(name) for name in data}
     return {
-        "code": _code(frozenset(type_.spec.__module__ for type_ in registry.components)),
+        "code": _code(frozenset(one.spec.__module__ for one in registry.components)),
         "python": platform.python_version(),
         "libraries": {d: v for d in LIBRARIES if (v := _version(d)) is not None},
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
