@@ -102,6 +102,20 @@ def warm() -> None:
     cv2.setNumThreads(1)  # its threads do not outlive a fork, and it waits for them
 
 
+def training(registry: Path, cwd: Path, steps: int) -> Forked:
+    """A training of `plain` with a loader worker, in a session of its own; its log has begun."""
+    command = [sys.executable, "-m", "mfuser", "train", "plain", "--recipe", "tiny"]
+    command += ["--registry", str(registry), "--out", "run", "--no-evaluate"]
+    command += ["--set-recipe", f"steps={steps}", "--set-recipe", "workers=1"]
+    process = Forked(command, cwd=cwd, stderr=subprocess.PIPE, start_new_session=True)
+    log = cwd / "run" / "log.jsonl"
+    for _ in range(600):
+        if process.poll() is not None or (log.is_file() and log.read_text()):
+            break
+        time.sleep(0.1)
+    return process
+
+
 def forked(command: Sequence[object], cwd: Path) -> subprocess.CompletedProcess[str]:
     """`mfuser COMMAND` in the folder `cwd`, as subprocess.run gives it."""
     words = [sys.executable, "-m", "mfuser", *map(str, command)]

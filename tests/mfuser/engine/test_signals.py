@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forked import Forked
+from forked import training
 from stopping import stop_after
 
 from mfuser.engine import checkpoints, signals
@@ -114,15 +111,7 @@ def test_signals_twice_late_and_of_others() -> None:
 @pytest.mark.slow
 def test_a_scheduler_reaches_every_process(write_registry: Any, tmp_path: Path) -> None:
     """Loader workers too, and twice, as where a launcher passes on what all got."""
-    command = [sys.executable, "-m", "mfuser", "train", "plain", "--recipe", "tiny"]
-    command += ["--registry", str(write_registry()), "--out", "run", "--no-evaluate"]
-    command += ["--set-recipe", "steps=100000", "--set-recipe", "workers=1"]
-    process = Forked(command, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True)
-    log = tmp_path / "run" / "log.jsonl"
-    for _ in range(600):
-        if process.poll() is not None or (log.is_file() and log.read_text()):
-            break
-        time.sleep(0.1)
+    process = training(write_registry(), tmp_path, steps=100_000)
     os.killpg(process.pid, signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)

@@ -6,9 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from forked import Forked
+from forked import training
 from stopping import gone_in, stop_after
 
 from mfuser import Registry, build_model
@@ -152,16 +149,7 @@ def test_workers_draw_the_same_crops(tiny: Registry, begin: Any, tmp_path: Path)
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal(write_registry: Any, tmp_path: Path) -> None:
     """A whole process group is interrupted, loader workers and all."""
-    registry = write_registry()
-    command = [sys.executable, "-m", "mfuser", "train", "plain", "--recipe", "tiny"]
-    command += ["--registry", str(registry), "--out", "run", "--no-evaluate"]
-    command += ["--set-recipe", "steps=400", "--set-recipe", "workers=1"]
-    process = Forked(command, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True)
-    log = tmp_path / "run" / "log.jsonl"
-    for _ in range(600):
-        if process.poll() is not None or (log.is_file() and log.read_text()):
-            break
-        time.sleep(0.1)
+    process = training(write_registry(), tmp_path, steps=400)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
