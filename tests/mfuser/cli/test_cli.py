@@ -154,7 +154,7 @@ def test_train_evaluate_predict(mfuser: Any, write_registry: Any, inside: Path) 
     again = json.loads(mfuser("evaluate", "r", *registry, "--json", "--baselines").out)
     assert again == report
     text = mfuser("evaluate", "r", "--targets", "toy-night", "--out", "other", *registry)
-    assert text.code == 0 and "mIoU" in text.out and "report: other/report.md" in text.out
+    assert text.code == 0 and "mIoU" in text.out and "report: other/report.html" in text.out
     assert json.loads((inside / "r/report.json").read_text()) == report
     assert "toy.png" not in (inside / "other/report.md").read_text()
 
