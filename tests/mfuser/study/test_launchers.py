@@ -127,7 +127,7 @@ def test_a_killed_worker_of_ray_costs_no_run(workplace: Path, mfuser) -> None:  
 
 
 def test_a_slurm_job_whose_time_is_up_saves_and_queues_again() -> None:
-    """What submitit calls in the job: its process is told to end, and the order goes back."""
+    """The call of submitit in the job: its process is asked to end, and the order goes back."""
     submitit = pytest.importorskip("submitit")
     from mfuser.study.launchers.slurm import Work
 
