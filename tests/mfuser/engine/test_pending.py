@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import launch
 from stopping import stop_after
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -129,18 +130,21 @@ def test_deferred_steps_learn_the_same_and_resume_to_the_bit(
     assert len(lines[0]) == len(lines[1]) == 2
 
 
-@pytest.fixture
-def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss of step 3 of 6, and of no other, is not a number."""
-    original = DGSSModel.losses
+def losing(losses: Any) -> Any:
+    """The model's losses; in step 3 of 6, and in no other, not a number."""
 
-    def losses(self: DGSSModel, *args: Any) -> dict[str, torch.Tensor]:
-        found = original(self, *args)
+    def lost(self: DGSSModel, *args: Any) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = losses(self, *args)
         if self.decoder.progress == 2 / 6:
             found["loss_ce"] = found["loss_ce"] * float("nan")
         return found
 
-    monkeypatch.setattr(DGSSModel, "losses", losses)
+    return lost
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DGSSModel, "losses", losing(DGSSModel.losses))
 
 
 def test_the_first_bad_step_is_named_and_moves_nothing(
@@ -185,4 +189,25 @@ def test_nothing_is_saved_after_it(
     monkeypatch.setattr(Trainer, "_fetch", unreadable)
     with pytest.raises(Diverged, match="at step 3 "):
         train(tiny, begin("plain", "steps=6", "save_every=100"), tmp_path / "r")
+    assert not (tmp_path / "r" / checkpoints.LAST).exists()
+
+
+def test_several_processes_leave_out_the_same_step(write_registry: Any, tmp_path: Path) -> None:
+    """The second of two loses its loss; the first would go on by gradients that are lost, too."""
+
+    def prepare(rank: int) -> None:
+        patch = pytest.MonkeyPatch()  # of this process, which ends with it
+        patch.setattr("mfuser.engine.train.deferrable", lambda *_: True)
+        if rank == 1:
+            patch.setattr(DGSSModel, "losses", losing(DGSSModel.losses))
+
+    changes = ("--set-recipe", "steps=6", "--set-recipe", "save_every=100", "--no-evaluate")
+    command = ("train", "plain", "--recipe", "tiny", "--device", "cpu", *changes)
+    given = ("--registry", write_registry(), "--out", tmp_path / "r")
+    ended = launch([*command, *given], tmp_path, prepare=prepare)
+    assert [e.code for e in ended] == [2, 2], ended
+    assert "the loss is nan at step 3 (loss_ce)" in ended[1].err
+    lost = checkpoints.read(tmp_path / "r" / DIVERGED)
+    assert (lost.meta["rank"], lost.meta["step"]) == (1, 2)
+    assert all(t.isfinite().all() for t in lost.model.values())
     assert not (tmp_path / "r" / checkpoints.LAST).exists()
