@@ -104,7 +104,9 @@ def watched() -> Iterator[list[int]]:
 def measured_ahead(
     run: Path, frames: int, fit: tuple[int, int], repeats: int, workers: list[int]
 ) -> dict[str, Any]:
-    """Seconds of whole evaluations (reading the run included) by workers."""
+    """Seconds of whole evaluations (reading the run included) by workers, and the share of the
+    processor's time that other threads than the main one took: a busy machine does not change it.
+    """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_frames(folder / "frames", frames)
@@ -118,10 +120,12 @@ def measured_ahead(
         targets = domains(registry, "frames")
         seconds: dict[int, list[float]] = {n: [] for n in workers}
         memory: dict[int, list[list[int]]] = {n: [] for n in workers}
+        beside: dict[int, list[float]] = {n: [] for n in workers}
         results = []
         for _ in range(repeats):
             for count in workers:
                 begun = time.perf_counter()
+                all_threads, this = time.process_time(), time.thread_time()
                 with watched() as seen:
                     done = engine.evaluate(
                         run,
@@ -135,6 +139,8 @@ def measured_ahead(
                     )
                 seconds[count].append(time.perf_counter() - begun)
                 memory[count].append(seen)
+                spent = time.process_time() - all_threads
+                beside[count].append(1 - (time.thread_time() - this) / spent)
                 results.append(done.report.domains["frames"].model_dump(mode="json"))
         median = {n: statistics.median(values) for n, values in seconds.items()}
         return {
@@ -142,6 +148,7 @@ def measured_ahead(
             "read_in": f"{fit[0]}x{fit[1]}",
             "seconds": seconds,
             "ratios": {n: median[workers[0]] / median[n] for n in workers},
+            "beside_the_main_thread": beside,
             "megabytes": {n: [_quarters(one) for one in runs] for n, runs in memory.items()},
             "same": all(result == results[0] for result in results),
         }
