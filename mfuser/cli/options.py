@@ -193,8 +193,8 @@ window_batch_option = click.option(
     default=None,
     metavar="N|auto",
     callback=_window_batch,
-    help="Windows that go through the model at once; auto: as many as a GPU has memory for, one "
-    "on a CPU. Default: the recipe's, or auto.",
+    help="Windows that go through the model at once; auto: as many as a GPU has memory for, "
+    "on a CPU one, or a few small ones. Default: the recipe's, or auto.",
 )
 
 

@@ -224,7 +224,7 @@ class DGSSModel(nn.Module):
         stride: of the window in pixels, one number or (height, width); None: two thirds of the
             window, as released.
         window_batch: windows that go through the model at once; "auto": as many as a GPU has memory
-            for, one elsewhere.
+            for; elsewhere one, or a few small ones.
         text: what `text()` returned, for calls in a row between which nothing changes it.
 
         Raises MFuserError for smaller images and for a stride or window_batch that makes no sense.

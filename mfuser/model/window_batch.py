@@ -1,4 +1,4 @@
-"""How many windows go through a model at once: a number, or as many as a GPU has room for."""
+"""How many windows go through a model at once: a number, or as many as the device has use for."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ SHARE = 0.8
 """Of the free memory that windows may take: allocators lose some to gaps."""
 MOST = 64
 """Windows beyond which no device gets faster."""
+SMALL = 4 * 96 * 192
+"""Pixels at once that keep a CPU busy: with fewer, what each call costs shows (a quarter of the
+demo's time), more are no faster. One window of 512x512 is more."""
 
 
 def integer(value: Any) -> int | None:
@@ -30,8 +33,8 @@ def integer(value: Any) -> int | None:
 
 class Windows:
     """Crops in batches. at_once: a number, or "auto": on a CUDA device the first window is
-    measured, and so many follow at once as free memory holds; elsewhere one, as more at once are no
-    faster. What was measured holds until memory runs out; then half as many go on.
+    measured, and so many follow at once as free memory holds; elsewhere one, or as many small ones
+    as are faster together. What was measured holds until memory runs out; then half as many go on.
 
     Raises MFuserError for anything but a positive integer or "auto".
     """
@@ -54,6 +57,8 @@ class Windows:
     ) -> Iterator[tuple[Origin, Tensor]]:
         """Each window of images (B, 3, H, W) with its scores (B, K, *window)."""
         start = 0
+        if self.auto and self._crops is None and Memory.of(images.device) is None:
+            self._crops = max(1, SMALL // (window[0] * window[1]))
         while start < len(origins):
             batch = origins[start : start + self.number(len(images))]
             crops = [images[..., y : y + window[0], x : x + window[1]] for y, x in batch]
@@ -77,9 +82,7 @@ class Windows:
         if not self.auto or self._crops is not None:
             return scores(crops)
         memory = Memory.of(crops.device)
-        if memory is None:
-            self._crops = 1
-            return scores(crops)
+        assert memory is not None
         with memory:
             found = scores(crops)
         self._crops = fitting(memory.taken / max(1, len(crops)), memory.free())

@@ -19,7 +19,7 @@ class SlidingSpec(InferenceSpec, name="sliding"):
     stride: of the window in pixels, one number or [height, width]; None: two thirds of the window,
         as released.
     window_batch: windows that go through the model at once; "auto": as many as a GPU has memory for
-        once the first is measured, one elsewhere.
+        once the first is measured; elsewhere one, or a few where they are small.
     """
 
     stride: ImageSize | None = None

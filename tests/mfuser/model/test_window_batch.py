@@ -83,17 +83,21 @@ def test_less_memory_than_before_halves_them(monkeypatch: pytest.MonkeyPatch) ->
         sliding_window(card.scores, pixels, WINDOW, 6, 6)
 
 
-def test_one_by_one_where_memory_cannot_be_asked_for() -> None:
-    sizes: list[int] = []
+@pytest.mark.parametrize("small, sizes", [(2 * 8 * 12, [2] * 15), (8 * 8 * 12, [8] * 3 + [6])])
+def test_small_windows_go_together_where_memory_cannot_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, small: int, sizes: list[int]
+) -> None:
+    found: list[int] = []
 
     def scores(crops: Tensor) -> Tensor:
-        sizes.append(len(crops))
+        found.append(len(crops))
         return crops.exp()
 
+    monkeypatch.setattr(window_batch, "SMALL", small)
     pixels = torch.rand(2, 3, 20, 32)
-    found = sliding_window(scores, pixels, WINDOW, 6, "auto")
-    assert sizes == [2] * 15
-    assert torch.equal(found, sliding_window(scores, pixels, WINDOW, 6))
+    together = sliding_window(scores, pixels, WINDOW, 6, "auto")
+    assert found == sizes
+    assert torch.equal(together, sliding_window(scores, pixels, WINDOW, 6))
 
 
 @pytest.mark.parametrize("wrong", [0, -3, 2.0, True, "many", None])
