@@ -49,7 +49,7 @@ def network() -> StandIn:
 @pytest.mark.parametrize("options", [{}, {"stride": [20, 30]}, {"window_batch": 3}], ids=str)
 def test_sliding_is_what_segment_does(model: DGSSModel, options: dict[str, Any]) -> None:
     images = torch.rand(2, 3, *SIZE)
-    expected = model.segment(images, **options)
+    expected = model.segment(images, **{"window_batch": "auto", **options})
     assert torch.equal(model.segment_by(spec("sliding", **options).build(), images), expected)
 
 
