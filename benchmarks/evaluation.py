@@ -33,9 +33,11 @@ from torch import Tensor
 import mfuser
 from mfuser import Dataset
 from mfuser.config.classes import CITYSCAPES
+from mfuser.config.compilation import CompileSpec
 from mfuser.config.run import domains
 from mfuser.engine import run as engine
 from mfuser.engine.checkpoints import load_model
+from mfuser.engine.compiling import compile_parts
 from mfuser.engine.environment import environment
 from mfuser.model.assembly import random_model
 from mfuser.model.dgss import DGSSModel, evaluating
@@ -103,7 +105,12 @@ def watched() -> Iterator[list[int]]:
 
 
 def measured_ahead(
-    run: Path, frames: int, fit: tuple[int, int], repeats: int, workers: list[int]
+    run: Path,
+    frames: int,
+    fit: tuple[int, int],
+    repeats: int,
+    workers: list[int],
+    settings: list[str],
 ) -> dict[str, Any]:
     """Seconds of whole evaluations (reading the run included) by workers, and the share of the
     processor's time that other threads than the main one took: a busy machine does not change it.
@@ -132,6 +139,7 @@ def measured_ahead(
                         run,
                         registry=registry,
                         targets=targets,
+                        settings=settings,
                         out=folder / "out",
                         device="cpu",
                         limit=frames,
@@ -161,7 +169,12 @@ def _quarters(seen: list[int]) -> list[int]:
 
 
 def measured_frame(
-    model: DGSSModel, image: Tensor, repeats: int, batches: list[int], device: str
+    model: DGSSModel,
+    image: Tensor,
+    repeats: int,
+    batches: list[int],
+    device: str,
+    compiled: bool,
 ) -> list[dict[str, Any]]:
     """Seconds of one image (1, 3, H, W) by ways to segment it, the released one first."""
     image = image.to(device)
@@ -183,6 +196,11 @@ def measured_frame(
     ways += [(f"float32, {n} windows at once", ours(n)) for n in batches]
     ways += [(f"bfloat16 autocast, {n} windows at once", partial(half, n)) for n in batches]
     rows = _rounds(ways, repeats)
+    if compiled:
+        compile_parts(model, CompileSpec(), print)
+        ways = [(f"compiled, {n} windows at once", ours(n)) for n in batches]
+        ways += [(f"compiled, bfloat16 autocast, {n} windows", partial(half, n)) for n in batches]
+        rows += _rounds(ways, repeats)
     first = rows[0]
     for row in rows:
         row["ratio"] = first["seconds"] / row["seconds"]
@@ -195,7 +213,11 @@ def measured_frame(
 
 def _rounds(ways: list[tuple[str, Callable[[], Tensor]]], repeats: int) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name, _ in ways}
-    masks = {name: way().argmax(1) for name, way in ways}  # kernels are compiled, caches filled
+    masks, first = {}, {}
+    for name, way in ways:  # kernels are compiled, caches filled
+        begun = time.perf_counter()
+        masks[name] = way().argmax(1)
+        first[name] = time.perf_counter() - begun
     for _ in range(repeats):
         for name, way in ways:
             begun = time.perf_counter()
@@ -204,7 +226,8 @@ def _rounds(ways: list[tuple[str, Callable[[], Tensor]]], repeats: int) -> list[
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begun)
     return [
-        {"way": n, "seconds": statistics.median(s), "mask": masks[n]} for n, s in seconds.items()
+        {"way": n, "seconds": statistics.median(s), "first": first[n], "mask": masks[n]}
+        for n, s in seconds.items()
     ]
 
 
@@ -222,21 +245,29 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--set", action="append", default=[], help="e.g. vlm.weights=PATH")
+    parser.add_argument("--compile", action="store_true", help="also by torch.compile")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     size = (given.size[0], given.size[1])
     found: Any
     if given.what == "ahead":
         fit = (given.fit[0], given.fit[1])
-        found = measured_ahead(Path(given.of), given.frames, fit, given.repeats, given.workers)
+        found = measured_ahead(
+            Path(given.of), given.frames, fit, given.repeats, given.workers, given.set
+        )
     elif given.what == "frame":
-        model, _ = load_model(Path(given.of), mfuser.load_registry())
+        model, _ = load_model(Path(given.of), mfuser.load_registry(), given.set)
         image = torch.from_numpy(drawn(size, 1)[0].image).permute(2, 0, 1)[None]
-        found = measured_frame(model, image, given.repeats, given.batches, given.device)
+        found = measured_frame(
+            model, image, given.repeats, given.batches, given.device, given.compile
+        )
     else:
         model = random_model(mfuser.load_registry().pairing(given.of))
         image = torch.rand(1, 3, *size)
-        found = measured_frame(model, image, given.repeats, given.batches, given.device)
+        found = measured_frame(
+            model, image, given.repeats, given.batches, given.device, given.compile
+        )
         for row in found:
             del row["equal_pixels"]  # of random weights it says nothing
     print(json.dumps(found, indent=1))
