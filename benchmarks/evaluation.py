@@ -121,7 +121,7 @@ def measured_ahead(
         registry_file = folder / "registry.toml"
         registry_file.write_text(
             f'[dataset.frames]\nname = "folder"\nclasses = {json.dumps(CITYSCAPES.names)}\n'
-            f"split = 'val'\ntest_size = {list(fit)}\n[data]\nframes = '{folder / 'frames'}'\n",
+            f"split = 'train'\ntest_size = {list(fit)}\n[data]\nframes = '{folder / 'frames'}'\n",
             "utf-8",
         )
         registry = mfuser.load_registry(registry_file)
