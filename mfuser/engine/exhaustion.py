@@ -51,7 +51,7 @@ def _of_recipe(recipe: RecipeSpec, model: DGSSModel, heavy: bool) -> list[str]:
         part = max(n for n in range(1, batch) if batch % n == 0)
         split = f"batch_size={part} --set-recipe accumulate={recipe.accumulate * batch // part}"
         found.append(f"--set-recipe {split} (as many crops a step)")
-    if heavy and hasattr(recipe, "frozen_dtype"):
+    if heavy:
         found.append("--set-recipe frozen_dtype=bfloat16 (half the frozen weights)")
     if recipe.precision == "no":
         half = "--set-recipe precision=bf16 (half the activations, slightly other weights)"
