@@ -109,8 +109,8 @@ def pull(repo: str, folder: Path, *, revision: str | None = None) -> checkpoints
 
 
 def in_folder(repo: str) -> Path | None:
-    """The folder, for names that cannot be a repository: ./garden, ../garden, ~/garden,
-    /data/garden, garden/."""
+    """The folder, for names that cannot be a repository: ./garden, ../garden, ~/garden, garden/, or
+    an absolute path."""
     if repo.startswith((".", "/", "~")) or repo.endswith("/"):
         return Path(repo).expanduser()
     return None
