@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -28,16 +27,18 @@ def single(value: Any) -> Any:
 
 
 class _Contiguous(TorchFunctionMode):
-    """Hands linear maps contiguous inputs.
+    """Hands torch's own attention contiguous inputs.
 
-    torch's own attention transposes its input; for a frozen weight torch then multiplies row by row
-    of the sequence, and in half precision copies the weight for each of them: a block of CLIP
+    Its module transposes a batch of two and more; for a frozen weight torch then multiplies row by
+    row of the sequence, and in half precision copies the weight for each of them: a block of CLIP
     ViT-B took six times as long as in float32, and a step of dinov2-s_clip-b twice the memory.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is F.linear and isinstance(args[0], Tensor):
-            args = (args[0].contiguous(), *args[1:])
+        if func is F.multi_head_attention_forward:
+            # One tensor in place of one: attention of a sequence to itself goes by identity.
+            copies = {id(given): given.contiguous() for given in args[:3]}
+            args = (*(copies[id(given)] for given in args[:3]), *args[3:])
         return func(*args, **(kwargs or {}))

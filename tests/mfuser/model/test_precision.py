@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfuser import DGSSModel, Registry, VisionBackbone, build_model, load_registry
+from mfuser import DGSSModel, Registry, VisionBackbone, build_model, half, load_registry
 from mfuser.engine import checkpoints
 from mfuser.engine.checkpoints import Checkpoint
 from mfuser.errors import CheckpointError
@@ -246,3 +246,14 @@ def test_seven_billion_parameters_step_on_the_meta_device() -> None:
 
 def _predictions(output: Any) -> list[tuple[Tensor, Tensor]]:
     return list(zip(output.masks, output.classes, strict=True))
+
+
+def test_attention_of_a_batch_multiplies_whole_sequences() -> None:
+    """Not row by row, each with a copy of the weight, as torch does with a frozen one."""
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).requires_grad_(False)
+    attention.in_proj_weight.data = attention.in_proj_weight.data.to(HALF)
+    attention.out_proj.weight.data = attention.out_proj.weight.data.to(HALF)
+    tokens = torch.rand(2, 5, 8, requires_grad=True)
+    with torch.profiler.profile() as seen, half.multiplying("cpu", HALF):
+        attention(tokens, tokens, tokens, need_weights=False)
+    assert not any(event.key == "aten::bmm" for event in seen.key_averages())
