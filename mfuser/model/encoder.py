@@ -214,12 +214,13 @@ class PairEncoder(nn.Module):
 
     def step(self, way: Way, role: str, i: int) -> None:
         """One block of one encoder."""
-        backbone, tokens = self.backbones[role], way.tokens[role]
-        if tokens.requires_grad and self.recomputes(self.position(role, i)):
-            after = checkpoint(backbone.step, i, tokens, way.states[role], use_reentrant=False)
-        else:
-            after = backbone.step(i, tokens, way.states[role])
-        way.tokens[role] = expect(backbone, f"block({i})'s result", after, tokens.shape)
+        way.tokens[role] = self._step(
+            self.backbones[role],
+            i,
+            way.tokens[role],
+            way.states[role],
+            self.recomputes(self.position(role, i)),
+        )
 
     def position(self, role: str, i: int) -> int:
         """The position that a block of an encoder belongs to."""
@@ -289,6 +290,15 @@ class PairEncoder(nn.Module):
         tap: Tensor = torch.cat(maps, dim=2).transpose(1, 2).unflatten(2, self.grid)
         return tap
 
+    def _step(
+        self, backbone: VisionBackbone, i: int, tokens: Tensor, state: object, recomputed: bool
+    ) -> Tensor:
+        if recomputed and tokens.requires_grad:
+            after = checkpoint(backbone.step, i, tokens, state, use_reentrant=False)
+        else:
+            after = backbone.step(i, tokens, state)
+        return expect(backbone, f"block({i})'s result", after, tokens.shape)
+
     def _finish(self, backbone: VisionBackbone, tokens: Tensor, state: object) -> Tensor:
         finished = backbone.within(backbone.finish, tokens, state)
         return expect(backbone, "finish()'s result", finished, tokens.shape)
@@ -313,8 +323,9 @@ class PairEncoder(nn.Module):
     def projection(self, role: str) -> nn.Module | None:
         """The map of a VFM's final tokens to the VLM's width, where there is one."""
         project = self.project_vfm
-        of_several = self.vfm is None and isinstance(project, nn.ModuleDict)
-        return project._modules.get(role) if of_several and project is not None else project
+        if self.vfm is not None or not isinstance(project, nn.ModuleDict):
+            return project
+        return dict(project.items()).get(role)
 
 
 def shapes(encoder_roles: Mapping[str, VisionBackbone]) -> tuple[TokenShape | None, ...]:

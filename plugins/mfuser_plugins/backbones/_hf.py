@@ -141,6 +141,7 @@ class HuggingFaceStepper(Stepper):
         # Rotary positions are of the last tokens, the patches.
         options = {"position_embeddings": state} if self.layout.rope else {}
         mask = attends
+        # The only place where transformers says which attention was chosen.
         if attends is not None and self.model.config._attn_implementation != "sdpa":
             lowest = torch.finfo(tokens.dtype).min
             mask = torch.zeros_like(attends, dtype=tokens.dtype).masked_fill(~attends, lowest)

@@ -307,7 +307,7 @@ def test_two_processes_on_two_sources_are_one_run(
     tiny: Registry, begin: Any, write_registry: Any, tmp_path: Path
 ) -> None:
     changes = ("augmentation.photometric=false", "seed=3")
-    run = begin("plain", "accumulate=2", *changes, source="toy,toy-night")
+    run = begin("plain", "batch_size=2", *changes, source="toy,toy-night")
     train(tiny, run, tmp_path / "one")
     settings = [part for change in changes for part in ("--set-recipe", change)]
     ended = launch(
