@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from dataclasses import dataclass
 
@@ -19,6 +21,8 @@ from mfuser.reporting import compatibility
 SHARE = 0.8
 """Of the free memory that a step may take: the rest is for kernels' workspace, fragments, data."""
 GIB = 2.0**30
+_M_MMAP_THRESHOLD = -3
+"""Of malloc.h."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,21 @@ def make_ready(model: DGSSModel, recipe: RecipeSpec, device: torch.device) -> li
     the device does not compute in."""
     precision = Precision.of_training(recipe, device)
     chosen = set_checkpointing(model, recipe, precision)
+    if device.type == "cpu" and model.encoder.checkpointing:
+        return_freed_memory()
     precision.settle(model)
     return [line for line in (precision.said(model), chosen) if line is not None]
+
+
+def return_freed_memory(size: int = 2**20) -> None:
+    """Let tensors of `size` bytes or more go back to the system as soon as they are freed, for the
+    rest of the process (glibc; elsewhere nothing changes).
+
+    By default glibc keeps up to 32 MB of each for later. With activations that come and go twice
+    in a step, what it keeps lies between what is in use, and a process holds much more than that.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not Linux, or not glibc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, size)
 
 
 def set_checkpointing(model: DGSSModel, recipe: RecipeSpec, precision: Precision) -> str | None:
