@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -44,8 +45,15 @@ def test_no_arrow_points_up_or_along(draw: ModuleType) -> None:
 
 
 def test_the_page_names_files_that_exist() -> None:
-    import re
-
     text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     for name in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", text):
         assert (ROOT / "mfuser" / name).is_file() or (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("room", ["model", "data", "engine", "study"])
+def test_the_page_names_every_module(room: str) -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rows = text.split("## Inside the rooms\n", 1)[1].split(f"| `{room}` |", 1)[1]
+    named = set(re.findall(r"`(\w+)`", re.split(r"\n\| `|\n\n", rows)[0]))
+    modules = {path.stem for path in (ROOT / "mfuser" / room).iterdir()} - WITHOUT_FLOOR
+    assert named == modules, "bring 'Inside the rooms' of docs/architecture.md up to date"

@@ -170,9 +170,9 @@ def parse(line: str, words: list[str], registry: Registry, text: str) -> None:
     pairing = context.params.get("pairing")
     if pairing in registry.names("pairing") and not context.params.get("plugins"):
         registry.pairing(pairing, list(context.params.get("settings", ())))
-    study = context.params.get("study")
-    if study is not None and study.islower():
-        assert study in registry.names("study") or f"[study.{study}]" in text, line
+    for study in context.params.get("studies", ()):
+        if study.islower():
+            assert study in registry.names("study") or f"[study.{study}]" in text, line
 
 
 def test_links_lead_somewhere() -> None:
