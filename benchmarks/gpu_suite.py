@@ -4,7 +4,7 @@
     python benchmarks/gpu_suite.py --device cpu --pairing demo --only step compile
                                                             to try the script where there is none
 
-Kernel tests, the scan against mamba-ssm where that imports, a whole training step in three
+Kernel tests, the scan against mamba-ssm where that imports, a whole training step in four
 settings, the training loop, an image by sliding window against the released way, torch.compile,
 memory. Weights are random and nothing is downloaded. A section that fails or runs out of time is
 named, and ends no other one.
@@ -25,14 +25,15 @@ import torch
 ROOT = Path(__file__).parent.parent
 PAIRING = "dinov2-l_eva02-clip-l"
 SETTINGS = {
-    "step": ("precision=no",),
+    "step, float32": ("precision=no", "frozen_dtype=float32"),
+    "step, frozen weights in bf16": ("precision=no", "frozen_dtype=bfloat16"),
     "step, bf16": ("precision=bf16",),
     "step, bf16, checkpointing": ("precision=bf16", "checkpointing=true"),
 }
 LOOPS = {"loop": ("precision=bf16",), "loop, compiled": ("precision=bf16", "compile=true")}
 MODES = ("default", "reduce-overhead")
 LIMIT = 120
-"""Seconds that a section may take."""
+"""Seconds that a command of a section may take."""
 
 
 def run(command: list[str], limit: int = LIMIT) -> tuple[int, str, str]:

@@ -19,7 +19,10 @@ from mfuser.cli.options import (
 
 @cli.command()
 @click.argument("pairing")
-@recipe_option("Recipe to measure. Default: the one named like the pairing, else 'paper'.")
+@recipe_option(
+    "Recipe to measure. Default: the one named like the pairing, or like one that it extends, else "
+    "'paper'."
+)
 @source_option("Dataset whose crops are timed, if it is here. Default: the recipe's.")
 @set_option
 @set_recipe_option

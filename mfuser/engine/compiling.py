@@ -52,6 +52,7 @@ def compile_parts(
     _allow()
     for module in modules:
         module.compile(dynamic=False, mode=mode, backend=BACKEND)
+        # Private, here and below: torch has no public way to put compiled code aside, or round it.
         compiled = module._compiled_call_impl
         assert compiled is not None
         module._compiled_call_impl = partial(_run, module, compiled, modules, say)
