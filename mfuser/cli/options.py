@@ -63,6 +63,7 @@ class Common:
     as_json: bool = False
 
     def registry(self) -> Registry:
+        """The registry of --registry, --plugin and --data-root."""
         with _importing():
             from mfuser.config.registry import load_registry
 

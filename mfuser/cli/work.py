@@ -127,6 +127,10 @@ def train(
         if requeue and code == signals.REQUEUE and first():
             console.say(signals.requeue())
         raise click.exceptions.Exit(code) from stop
+    except signals.Ended:  # before the first step or while it was evaluated: `main` says so
+        if requeue and first():
+            console.say(signals.requeue())
+        raise
     if done.report is not None:
         _show(done.report, folder, common.as_json, done.pictures)
     elif first():

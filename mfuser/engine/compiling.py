@@ -2,6 +2,9 @@
 
 Equal blocks share their compiled code, so a tower of 24 blocks costs the compilation of one. The
 modules are compiled in place: names of weights, hooks and checkpoints stay what they are.
+
+`_compiled_call_impl`, which `Module.compile` sets, and `_call_impl`, which it stands for, are
+private to torch: there is no public way back to a module that is not compiled.
 """
 
 from __future__ import annotations

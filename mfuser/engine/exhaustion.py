@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -122,7 +123,8 @@ def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
-        return 1024 * int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, else KiB
+        return unit * int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     except NameError:
         return 0
 

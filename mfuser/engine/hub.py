@@ -186,7 +186,7 @@ def _write(
         checkpoint,
         spec,
         folder,
-        name=Path(repo).name,
+        name=(in_folder(repo) or Path(repo)).resolve().name,
         report=report,
         license=license,
         repo=repo if in_folder(repo) is None else None,

@@ -16,6 +16,7 @@ from mfuser.engine.precision import Precision
 from mfuser.model.assembly import sketch
 from mfuser.model.dgss import DGSSModel
 from mfuser.model.precision import frozen_bytes
+from mfuser.model.window_batch import Memory
 from mfuser.reporting import compatibility
 
 SHARE = 0.8
@@ -133,8 +134,7 @@ def estimate(spec: PairingSpec, recipe: RecipeSpec, precision: Precision) -> Est
 def free(device: torch.device) -> float:
     """Bytes that are free on a device; on CPUs those that programs can take without swapping."""
     if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + reserved)
+        return float(Memory(device).free())
     if device.type == "mps":
         used = torch.mps.current_allocated_memory()
         return float(torch.mps.recommended_max_memory() - used)

@@ -129,9 +129,10 @@ def requeue() -> str:
     if job is None:
         return "--requeue: this is not a SLURM job (SLURM_JOB_ID is not set); nothing was requeued"
     try:
-        done = subprocess.run(
-            ["scontrol", "requeue", job], capture_output=True, text=True, timeout=30
-        )
+        with handling(lambda *_: None, SCHEDULERS):  # the same signal once more would end it
+            done = subprocess.run(
+                ["scontrol", "requeue", job], capture_output=True, text=True, timeout=30
+            )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"--requeue: job {job} could not be requeued: {error}"
     if done.returncode:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm  # the only name for all of them
 
 from mfuser.config.recipe import RecipeSpec
 from mfuser.config.run import RunSpec

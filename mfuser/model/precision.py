@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd  # the only name for all of them
 from torch.nn.utils import parametrize
 
 from mfuser.interfaces import VisionBackbone

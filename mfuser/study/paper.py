@@ -21,7 +21,7 @@ else:
 INCIDENTAL = (
     *("seed", "workers", "save_every", "source", "sources", "targets"),
     *("on_bad_image", "tensorboard", "tracker", "baselines", "checkpointing", "note"),
-    "frozen_dtype",
+    *("frozen_dtype", "prefetch", "shard"),
 )
 """Keys of a recipe that do not affect results, or that are compared elsewhere."""
 

@@ -25,11 +25,12 @@ class Plan:
         """Raises MFuserError for what matters only if something is to run."""
 
     def results(self) -> AnyResults:
+        """The table of what its runs have found so far."""
         raise NotImplementedError
 
 
 class TrainingPlan(Plan):
-    """reuse: whether a finished run may be taken from a study beside this one."""
+    """A study that trains. reuse: whether it may take a finished run from a study beside it."""
 
     def __init__(
         self,
@@ -56,6 +57,8 @@ class TrainingPlan(Plan):
 
 
 class AdapterPlan(Plan):
+    """A study that measures what fusion adapters cost."""
+
     def __init__(
         self, registry: Registry, name: str, spec: AdapterStudySpec, folder: Path, inputs: Inputs
     ) -> None:

@@ -37,10 +37,11 @@ TAKEN = "taken"
 """Key of the record of a run that was taken: from where, STUDY/VARIANT/seed0."""
 LIBRARIES = (
     *("torch", "timm", "open_clip_torch", "transformers", "accelerate", "numpy", "scipy"),
-    *("opencv-python", "opencv-python-headless"),
+    *("opencv-python", "opencv-python-headless", "pillow"),
 )
-NAMES = ("pairing_name", "recipe_name", "most_frequent", "source_classes")
-"""Keys of a `RunSpec` that decide nothing, or follow from the others."""
+NAMES = ("pairing_name", "recipe_name", "most_frequent", "source_classes", "precision")
+"""Keys of a `RunSpec` that decide nothing, or follow from the others (the precision: from the
+recipe and the device, and is written down only where the run begins)."""
 
 
 def makers(registry: Registry, run: RunSpec, device: str | None) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def makers(registry: Registry, run: RunSpec, device: str | None) -> dict[str, An
         "code": _code(frozenset(one.spec.__module__ for one in registry.components)),
         "python": platform.python_version(),
         "libraries": {d: v for d in LIBRARIES if (v := _version(d)) is not None},
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "device": _hardware(device),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "variables": {
@@ -63,6 +64,12 @@ def makers(registry: Registry, run: RunSpec, device: str | None) -> dict[str, An
         "roots": {name: str(root.absolute()) for name, root in roots.items() if root is not None},
         "files": dict(_files(run)),
     }
+
+
+def _hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return platform.machine() if device == "cpu" else f"{device} of {platform.machine()}"
 
 
 def sign(folder: Path, made: dict[str, Any]) -> None:

@@ -134,6 +134,7 @@ def training_jobs(variants: Sequence[Variant], out: Path, inputs: Inputs) -> lis
 
 
 def training_job(label: str, folder: Path, request: dict[str, Any] | None = None) -> Job:
+    """The job of one run. request: of `Inputs`; None for a run that is only looked at."""
     done = (folder / FINAL, folder / REPORT)
     return Job(label, folder, done, request or {}, _read_report)
 
@@ -284,13 +285,20 @@ def settled(
     status, message = job.state()
     if status == "finished":
         console.say(f"{head}: already finished")
-    elif neighbors is not None and (source := neighbors.take(job)):
+    elif neighbors is not None and (source := _taken(job, neighbors)):
         console.say(f"{head}: the same run as {source}, taken from there")
         return True
     elif status == "diverged":
         console.say(f"{head}: diverged earlier (remove {job.outcome} to try again)")
         troubles.append((job, status, message))
     return status in ("finished", "diverged")
+
+
+def _taken(job: Job, neighbors: Neighbors) -> str | None:
+    try:
+        return neighbors.take(job)
+    except InUse:  # by a process that takes it as well; whoever would run it says so
+        return None
 
 
 def _run(job: Job) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mfuser import Registry
-from mfuser.engine import checkpoints
+from mfuser.engine import checkpoints, exhaustion
 from mfuser.engine.train import train
 from mfuser.errors import OutOfMemoryError
 from mfuser.model.dgss import DGSSModel
@@ -100,3 +100,10 @@ def test_in_a_prediction(
     calls.clear()
     done = mfuser("evaluate", trained, "--limit", 1, "--targets", "toy", "--out", "e")
     assert done.code == 2 and "out of memory: an image of 96x64" in done.err
+
+
+def test_the_unit_of_a_macs_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exhaustion.sys, "platform", "darwin")
+    on_a_mac = exhaustion.peak(torch.device("cpu"))  # counts in bytes there
+    monkeypatch.undo()
+    assert exhaustion.peak(torch.device("cpu")) >= 1000 * on_a_mac > 0

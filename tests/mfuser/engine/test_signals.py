@@ -24,10 +24,10 @@ def send(number: int) -> Any:
 
 @pytest.fixture
 def scontrol(inside: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A SLURM that writes down what it is asked for."""
+    """A SLURM that writes down what it is asked for, after a signal that arrives once more."""
     program = inside / "bin" / "scontrol"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\necho "$@" >> {inside}/asked\n')
+    program.write_text(f'#!/bin/sh\nkill -USR1 $PPID\necho "$@" >> {inside}/asked\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
@@ -68,12 +68,14 @@ def test_resume_and_what_follows_it(mfuser: Any, write_registry: Any, inside: Pa
 
 
 def test_in_the_evaluation_there_is_nothing_to_save(
-    mfuser: Any, write_registry: Any, inside: Path, monkeypatch: pytest.MonkeyPatch
+    mfuser: Any, write_registry: Any, scontrol: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mfuser.engine.evaluate.assess", lambda *_, **__: send(signal.SIGUSR1)())
     before = [signal.getsignal(n) for n in signals.SIGNALS]
-    ended = mfuser("train", "plain", "--recipe", "tiny", "--registry", write_registry())
+    command = ("train", "plain", "--recipe", "tiny", "--registry", write_registry())
+    ended = mfuser(*command, "--requeue")
     assert ended.code == REQUEUE
+    assert scontrol.read_text() == "requeue 4711\n"
     assert ended.err.strip().splitlines()[-1] == (
         "mfuser: ended by SIGUSR1; start it again to go on"
     )

@@ -255,7 +255,14 @@ def test_another_protocol_or_scale_keeps_the_paper_out(shipped, changes) -> None
 def test_accumulated_batches_and_local_weights_are_the_same_protocol(shipped) -> None:  # type: ignore[no-untyped-def]
     run = paper_run(
         shipped,
-        recipe={"batch_size": 1, "accumulate": 2, "seed": 5, "workers": 0},
+        recipe={
+            "batch_size": 1,
+            "accumulate": 2,
+            "seed": 5,
+            "workers": 0,
+            "prefetch": 4,
+            "shard": True,
+        },
         pairing={"vfm": {"weights": "dinov2.pth"}},
     )
     assert paper.differences(shipped, run, row("mvfuser")) == []

@@ -81,7 +81,8 @@ def beside(write_registry: Any, inside: Path, begin: Any) -> tuple[runs.Job, Pat
     folder = inside / "other" / "same" / "seed0"
     folder.mkdir(parents=True)
     (inside / "other" / runs.STUDY).write_text("{}", "utf-8")
-    begun = {**request["run"], "pairing_name": "other: same", "most_frequent": "road"}
+    found = {"most_frequent": "road", "precision": "float32 by TF32"}  # when it began, on a GPU
+    begun = {**request["run"], "pairing_name": "other: same", **found}
     (folder / "run.json").write_text(json.dumps(begun), "utf-8")
     (folder / "model.safetensors").touch()
     report = {"protocol": {}, "notes": [], "average": 0.5, "domains": {}}
@@ -145,7 +146,7 @@ def test_another_run_is_not_taken(beside: Any, change: Any) -> None:
     assert neighbors.take(job) is None and reuse.taken_from(job.folder) is None
 
 
-@pytest.mark.parametrize("what", ["code", "threads", "variable", "library", "root"])
+@pytest.mark.parametrize("what", ["code", "threads", "variable", "library", "root", "device"])
 def test_a_run_made_by_something_else_is_not_taken(
     beside: Any, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +159,8 @@ def test_a_run_made_by_something_else_is_not_taken(
         monkeypatch.setenv("MFUSER_SCAN_BACKEND", "chunked")
     elif what == "library":
         monkeypatch.setattr(reuse, "_version", lambda library: "9")
+    elif what == "device":
+        neighbors.device = "mps"
     else:
         monkeypatch.setattr(neighbors.registry, "root", lambda name: Path("/elsewhere"))
     assert neighbors.finished(job) is None
@@ -208,6 +211,20 @@ def test_a_run_that_a_neighbor_trains_is_waited_for(
         assert runs.work_through([job], console, neighbors) == []
     assert len(waits) == 2 and len(said) == 2
     assert "the same run is being trained" in said[0] and "taken from there" in said[1]
+
+
+def test_a_run_that_another_process_takes_ends_nothing(
+    beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _, neighbors = beside
+    said: list[str] = []
+    console = Console(quiet=True)
+    monkeypatch.setattr(console, "say", said.append)
+    monkeypatch.setattr(runs, "_run", lambda job: pytest.fail("it was trained"))
+    job.folder.parent.mkdir(parents=True)
+    with locked(job.lock, "mine"):
+        assert runs.work_through([job], console, neighbors) == []
+    assert len(said) == 1 and "[1/1] mine is in use by process" in said[0]
 
 
 @pytest.mark.parametrize("names", [("s", "nope"), ()])
