@@ -66,9 +66,11 @@ class OutOfMemoryError(MFuserError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Python's, or torch's, whose CPU allocator raises a plain RuntimeError."""
-    known = ("OutOfMemoryError", "MemoryError")
-    return type(error).__name__ in known or "allocate memory" in str(error)
+    """Python's, or torch's: its CPU allocator, drivers of GPUs and Apple's raise RuntimeErrors."""
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+        return True
+    words = ("allocate memory", "out of memory")
+    return not isinstance(error, MFuserError) and any(one in str(error) for one in words)
 
 
 class MissingExtraError(MFuserError):

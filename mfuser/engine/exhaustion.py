@@ -130,9 +130,9 @@ def peak(device: torch.device) -> int:
 
 
 def where(device: torch.device) -> str:
-    """ "NVIDIA H100 (80 GB)" or "the CPU"."""
+    """ "NVIDIA H100 (80 GB)", "the CPU", or "mps"."""
     if device.type != "cuda":
-        return "the CPU"
+        return "the CPU" if device.type == "cpu" else device.type
     found: Any = torch.cuda.get_device_properties(device)
     return f"{found.name} ({found.total_memory / 1e9:.0f} GB)"
 

@@ -104,13 +104,12 @@ class _Autocast(Inference):
 def check_precision(precision: str, device: torch.device, way_on: str) -> None:
     """Raises MFuserError for what the device has no arithmetic for. A CPU would train float16 in
     float32 instead."""
-    name = {"bf16": "bfloat16", "fp16": "float16"}.get(precision)
     if precision == "fp16" and device.type == "cpu":
         raise MFuserError(
             'precision = "fp16" needs a GPU, and this runs on a CPU; set precision = "bf16" or '
             f'"no" ({way_on})'
         )
-    if name is not None and device.type == "cuda" and precision == "bf16" and not computes(device):
+    if precision == "bf16" and device.type == "cuda" and not computes(device):
         raise MFuserError(
             f'precision = "bf16": {torch.cuda.get_device_name(device)} has no arithmetic for '
             f'bfloat16; set precision = "fp16" or "no" ({way_on})'

@@ -70,7 +70,7 @@ def _units(model: DGSSModel, unsplit: list[str]) -> Iterator[nn.Module]:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with what all processes hold of it; each of them asks, in the same order."""
-    gather = getattr(tensor, "full_tensor", None)
+    gather = getattr(tensor, "full_tensor", None)  # a DTensor, whose import is slow
     return tensor if gather is None else gather()
 
 

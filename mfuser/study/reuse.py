@@ -29,6 +29,7 @@ from mfuser.config.run import RunSpec
 from mfuser.engine.checkpoints import LAST
 from mfuser.engine.folder import LOCK, RUN
 from mfuser.engine.lock import holder, locked
+from mfuser.errors import CheckpointError
 from mfuser.files import CACHE, TEMPORARY, lives, write_json
 from mfuser.reporting.adapter_cost import default_device
 from mfuser.study.runs import STUDY, Job, training_job
@@ -115,7 +116,7 @@ class Neighbors:
 
     def at_work(self, job: Job) -> str | None:
         """Who trains such a run at the moment, if anyone."""
-        found = (holder(training_job("", folder).lock) for folder in self._same(job))
+        found = (_at_work(training_job("", folder).lock) for folder in self._same(job))
         return next((held for held in found if held is not None), None)
 
     def take(self, job: Job) -> str | None:
@@ -154,6 +155,18 @@ class Neighbors:
                 known = _read(record(folder))
                 if {k: v for k, v in known.items() if k != TAKEN} == made:
                     yield folder
+
+
+def _at_work(lock: Path) -> str | None:
+    """Who holds a run's lock; nobody where its owner, on another machine, ended without a word."""
+    held = holder(lock)
+    if held is None:
+        return None
+    try:
+        with locked(lock, str(lock)):
+            return None
+    except CheckpointError:  # held, or in a folder where nobody can tell
+        return held
 
 
 def _deciding(run: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from PIL import Image
 from mfuser import Registry
 from mfuser.engine import checkpoints, exhaustion
 from mfuser.engine.train import train
-from mfuser.errors import OutOfMemoryError
+from mfuser.errors import ElsewhereError, OutOfMemoryError, out_of_memory
 from mfuser.model.dgss import DGSSModel
 
 IMPOSSIBLE = 2**58
@@ -107,3 +107,19 @@ def test_the_unit_of_a_macs_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_mac = exhaustion.peak(torch.device("cpu"))  # counts in bytes there
     monkeypatch.undo()
     assert exhaustion.peak(torch.device("cpu")) >= 1000 * on_a_mac > 0
+    assert exhaustion.where(torch.device("mps")) == "mps"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
+        (RuntimeError("shapes do not fit"), False),
+        (ElsewhereError("process 1 of 2: out of memory in step 3"), False),
+    ],
+)
+def test_which_errors_say_that_memory_ran_out(error: Exception, expected: bool) -> None:
+    assert out_of_memory(error) is expected

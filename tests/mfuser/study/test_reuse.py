@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from mfuser.config.registry import load_registry
 from mfuser.engine.console import Console
@@ -211,6 +212,16 @@ def test_a_run_that_a_neighbor_trains_is_waited_for(
         assert runs.work_through([job], console, neighbors) == []
     assert len(waits) == 2 and len(said) == 2
     assert "the same run is being trained" in said[0] and "taken from there" in said[1]
+
+
+def test_a_neighbor_on_another_machine_that_has_gone_is_not_waited_for(beside: Any) -> None:
+    job, folder, neighbors = beside
+    lock = runs.training_job("", folder).lock
+    owner = lock.with_name(f"{lock.name}.owner")
+    owner.write_text(json.dumps({"pid": 1, "host": "node-7", "since": "then"}), "utf-8")
+    with FileLock(lock):
+        assert neighbors.at_work(job) == "node-7, process 1"
+    assert neighbors.at_work(job) is None
 
 
 def test_a_run_that_another_process_takes_ends_nothing(
