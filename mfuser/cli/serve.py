@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -56,26 +56,19 @@ def serve(
 
     from mfuser.engine.app import check_gradio, serving
     from mfuser.engine.checkpoints import load_model
-    from mfuser.engine.inference import asked, of_record, split
+    from mfuser.engine.inference import of_record, split
     from mfuser.engine.precision import Precision
     from mfuser.engine.viewer import LONGEST, Viewer
 
     check_gradio()
     own, others = split(settings)
     model, checkpoint = load_model(run, registry, others, weights)
-    recipes = of_record(registry, checkpoint.meta["run"], str(run))
-    asked_for = asked(
-        registry,
-        recipes,
-        None,
-        name=inference,
-        settings=own,
-        stride=stride,
-        window_batch=window_batch,
-    )
-    name = str(checkpoint.meta["run"].get("pairing_name") or run.resolve().name)
+    record = checkpoint.meta["run"]
+    windows: Any = {"stride": stride, "window_batch": window_batch}
+    asked_for = of_record(registry, record, str(run), name=inference, settings=own, **windows)
+    name = str(record.get("pairing_name") or run.resolve().name)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    how = Precision.of_inference(where, checkpoint.meta["run"])  # as predict does
+    how = Precision.of_inference(where, record)  # as predict does
     shown_by = how.around(asked_for.build())
     viewer = Viewer(how.prepare(model), name, where, shown_by, longest_side or LONGEST)
     with serving(viewer, port) as address:

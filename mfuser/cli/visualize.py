@@ -129,7 +129,7 @@ def compare_command(
     registry, canvas = _canvas(**shared)
     from mfuser.engine import visualize as engine
     from mfuser.engine.checkpoints import holds_run
-    from mfuser.engine.inference import asked, of_record
+    from mfuser.engine.inference import of_record
     from mfuser.engine.inputs import file_names
 
     runs = list(dict.fromkeys(path for path in given if holds_run(path)))
@@ -151,8 +151,7 @@ def compare_command(
     models = {}
     for name, run in zip(file_names(runs), runs, strict=True):
         model, record = _model(registry, str(run), (), canvas)
-        recipes = of_record(registry, record, str(run))
-        models[name] = model, asked(registry, recipes, None, stride=canvas.stride).build()
+        models[name] = model, of_record(registry, record, str(run), stride=canvas.stride).build()
     _done(engine.compare(models, paths, canvas, labeled), shared["common"].as_json)
 
 

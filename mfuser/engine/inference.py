@@ -105,15 +105,34 @@ def _windowed(spec: InferenceSpec, option: str, value: Any) -> InferenceSpec:
     return spec.model_copy(update={option: value})
 
 
-def of_record(registry: Registry, run: Any, place: str) -> InferenceSpec | None:
-    """The inference in the written record of a run, without reading the rest of it.
+def of_record(
+    registry: Registry,
+    run: Any,
+    place: str,
+    *,
+    name: str | None = None,
+    settings: Sequence[str] = (),
+    stride: Size | None = None,
+    window_batch: WindowBatch | None = None,
+) -> Asked:
+    """The inference in the written record of a run, without reading the rest of it, changed as
+    `asked` does.
 
-    Raises MFuserError naming `place` and the component that is missing.
+    Raises MFuserError as `asked` does, or naming `place` and the component that is missing.
     """
-    recipe = run.get("recipe") if isinstance(run, Mapping) else None
-    value = recipe.get(KEY) if isinstance(recipe, Mapping) else None
-    if value is None:
-        return None
-    found = registry.component(KEY, value, f"{place}: the inference of its recipe")
-    assert isinstance(found, InferenceSpec)
-    return found
+    written = run.get("recipe") if isinstance(run, Mapping) else None
+    recipe: Mapping[str, Any] = written if isinstance(written, Mapping) else {}
+    spec, written_stride = None, recipe.get("stride")
+    if recipe.get(KEY) is not None:
+        found = registry.component(KEY, recipe[KEY], f"{place}: the inference of its recipe")
+        assert isinstance(found, InferenceSpec)
+        spec = found
+    return asked(
+        registry,
+        spec,
+        None if written_stride is None else (written_stride[0], written_stride[1]),
+        name=name,
+        settings=settings,
+        stride=stride,
+        window_batch=window_batch,
+    )

@@ -21,7 +21,7 @@ from mfuser.engine.checkpoints import load_model
 from mfuser.engine.console import Console
 from mfuser.engine.decision import probabilities
 from mfuser.engine.exhaustion import explained
-from mfuser.engine.inference import asked, of_record, split
+from mfuser.engine.inference import of_record, split
 from mfuser.engine.inputs import LEGEND, VIDEOS, file_names
 from mfuser.engine.measure import text_of
 from mfuser.engine.photographs import Scale, located, read
@@ -95,27 +95,20 @@ def predict(
     own, others = split(settings)
     compilation, others = compiling.asked(compile, others)
     model, checkpoint = load_model(run, registry, others, weights)
-    recipes = of_record(registry, checkpoint.meta["run"], str(run))
-    asked_for = asked(
-        registry,
-        recipes,
-        None,
-        name=inference,
-        settings=own,
-        stride=stride,
-        window_batch=window_batch,
-    )
+    record = checkpoint.meta["run"]
+    windows: Any = {"stride": stride, "window_batch": window_batch}
+    asked_for = of_record(registry, record, str(run), name=inference, settings=own, **windows)
     model, chosen = _chosen(model, classes)
     if scores == "bravo":
         submission.check(model.classes)
     if compilation is not None:
         compiling.compile_parts(model, compilation, console.say)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    how = Precision.of_inference(where, checkpoint.meta["run"], precision)
+    how = Precision.of_inference(where, record, precision)
     threads, segmenting = workers_of(workers), how.around(asked_for.build())
     work = _Work(how.prepare(model), chosen, where, scale, segmenting, scores, out, threads)
     work.look(images, skip_unreadable)  # before anything is written
-    if scale == 1.0 and (said := _too_large(checkpoint.meta["run"], list(work.sizes.values()))):
+    if scale == 1.0 and (said := _too_large(record, list(work.sizes.values()))):
         console.say(said)
     work.text = text_of(model)
     out.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfuser import DGSSModel, InferenceSpec, MFuserError, Network, Registry, build_model, components
+from mfuser.engine.inference import of_record
 from mfuser.model.network import TrainedNetwork
 from mfuser.testing.stand_ins import StandIn
 
@@ -257,6 +258,14 @@ def protocol(folder: Path) -> dict[str, Any]:
 def registry_file(write_registry: Any) -> Path:
     path: Path = write_registry()
     return path
+
+
+def test_the_stride_of_a_recorded_recipe(tiny: Registry, begin: Any) -> None:
+    """What predict, serve and visualize ask a run for: as evaluate, that of its recipe."""
+    record = begin("plain", "stride=[30, 40]").model_dump(mode="json")
+    assert of_record(tiny, record, "r").stride == (30, 40)
+    assert of_record(tiny, record, "r", stride=(20, 20)).stride == (20, 20)
+    assert of_record(tiny, {"recipe": {}}, "r").stride is None
 
 
 def test_evaluate_by_another_inference(
