@@ -137,8 +137,8 @@ class VisionBackbone(nn.Module, ABC):
         return self.refine(i, self.within(self.block, i, tokens, state))
 
     def within(self, method: Callable[..., Any], *given: Any) -> Any:
-        """What one of its methods returns, in single precision: where its matrices are lowered,
-        they are multiplied in theirs, and the rest of it stays in single."""
+        """The result of one of its methods, in single precision: matrices that are lowered are
+        multiplied in their own precision, and everything else stays in single."""
         if self.lowered is None:
             return method(*given)
         with half.multiplying(next(self.parameters()).device.type, self.lowered):

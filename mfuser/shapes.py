@@ -1,4 +1,4 @@
-"""What components declare: shapes of tokens, models that can be built, ways to read a folder."""
+"""Declarations of components: shapes of tokens, models that can be built, ways to read a folder."""
 
 from __future__ import annotations
 

@@ -126,8 +126,7 @@ precision_option = click.option(
     "--precision",
     type=click.Choice(["auto", "no", "bf16", "fp16"]),
     default="auto",
-    help="What is multiplied in; no: float32. Default: as the run trained on a GPU, float32 on a "
-    "CPU.",
+    help="Of matrix products; no: float32. Default: on a GPU the training's, on a CPU float32.",
 )
 weights_option = click.option(
     "--weights",

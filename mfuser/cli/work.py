@@ -57,7 +57,7 @@ RESUME: dict[str | None, Resume] = {None: False, "yes": True, "auto": "auto"}
 @click.option("--seed", type=int, default=None, help="Same as --set-recipe seed=N.")
 @resume_option
 @click.option(
-    "--requeue", is_flag=True, help="Ended by a scheduler's signal, put the SLURM job in the queue."
+    "--requeue", is_flag=True, help="When a scheduler's signal ends it, put the SLURM job back."
 )
 @click.option(
     "--replay", is_flag=True, help="Repeat the step at which the run in --out lost its loss."

@@ -184,9 +184,9 @@ class RecipeSpec(Declared):
         the warm-up, or of the ramp of what lr_ramp names (EoMT).
     power: of "poly". min_lr: the rate that a falling schedule ends at.
     precision: of the forward pass, "no" is float32.
-    frozen_dtype: what frozen matrices of the encoders are held and multiplied in. "bfloat16" halves
-        their memory; trained weights, and what is added up between the matrices, stay in float32.
-        "auto": bfloat16 on GPUs that compute in it, else float32.
+    frozen_dtype: the dtype in which frozen matrices of the encoders are stored and multiplied.
+        "bfloat16" halves their memory; trained weights and the tokens between the matrices stay in
+        float32. "auto": bfloat16 on GPUs that compute in it, else float32.
     checkpointing: compute activations of the encoders' blocks and adapters again in the backward
         pass: less memory, a third more time. "auto": for as many positions as free memory asks.
     shard: several processes share the weights, where a model does not fit into each of them; the

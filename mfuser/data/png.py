@@ -144,7 +144,7 @@ class Stored:
 
 
 def opened(data: bytes) -> Stored | None:
-    """None for whatever is no plain PNG file, damaged ones included."""
+    """None for anything but a plain, undamaged PNG file."""
     if len(data) < 33 or data[:8] != SIGNATURE or data[8:16] != _HEAD:
         return None
     width, height, depth, color, *ways = struct.unpack_from(">IIBBBBB", data, 16)

@@ -1,4 +1,4 @@
-"""torch.compile, block by block, and what happens where it does not work.
+"""torch.compile, block by block, and the way on where it does not work.
 
 Equal blocks share their compiled code, so a tower of 24 blocks costs the compilation of one. The
 modules are compiled in place: names of weights, hooks and checkpoints stay what they are.
@@ -65,8 +65,8 @@ def compile_parts(
 
 
 def asked(wanted: bool, settings: Sequence[str]) -> tuple[CompileSpec | None, list[str]]:
-    """What a command is to compile, and its other --set options. wanted: --compile; an option such
-    as "compile.mode=reduce-overhead" asks for it, too. Raises MFuserError for unknown ones."""
+    """The parts that a command compiles, and its other --set options. wanted: --compile; an option
+    such as "compile.mode=reduce-overhead" asks for it, too. Raises MFuserError for unknown ones."""
     own, others = split(settings, KEY)
     if not wanted and not own:
         return None, others

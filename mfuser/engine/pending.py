@@ -101,7 +101,7 @@ class Losses:
         return True
 
     def forget(self) -> None:
-        """The step at hand, which did not come to its end."""
+        """The current step, which was not completed."""
         self._steps.pop()
 
     @property

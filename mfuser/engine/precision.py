@@ -1,4 +1,4 @@
-"""What a command computes in on its device: frozen weights, autocast, products by TF32."""
+"""The precision of a command on its device: frozen weights, autocast, products by TF32."""
 
 from __future__ import annotations
 

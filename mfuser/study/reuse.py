@@ -122,7 +122,7 @@ class Neighbors:
     def take(self, job: Job) -> str | None:
         """Copy a finished run of the same kind to the job's place; returns from where.
 
-        Nothing is taken where the job has been begun. Raises InUse where another process is at it.
+        Nothing is taken where the job has been begun. Raises InUse where another process has it.
         """
         if job.folder.exists() or (folder := self.finished(job)) is None:
             return None

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 STUDY = "study.json"
 REPORT = "report.json"
 BUSY = 75
-"""A worker's exit code where another process is at its job (EX_TEMPFAIL)."""
+"""A worker's exit code where another process works on its job (EX_TEMPFAIL)."""
 LOOK = 2.0
 """Seconds between looks at runs that are waited for."""
 
