@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfuser.engine.compiling import uncompiled
 from mfuser.engine.watch import Call, components, tensors, watched
 from mfuser.errors import MFuserError, PluginError, out_of_memory
 from mfuser.model.dgss import DGSSModel
@@ -49,7 +50,7 @@ def check_parts(model: DGSSModel, device: torch.device) -> None:
             torch.manual_seed(0)
             image = torch.rand(1, 3, *size).to(device)
             model.eval()
-            with watched(model, before, after) as stack, _blamed(stack):
+            with uncompiled(model), watched(model, before, after) as stack, _blamed(stack):
                 model.scores(image)
     finally:
         for module, training in modes.items():

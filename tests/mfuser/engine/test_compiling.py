@@ -16,6 +16,7 @@ from mfuser import DGSSModel, Registry, build_model
 from mfuser.config.compilation import CompileSpec
 from mfuser.engine import checkpoints, compiling
 from mfuser.engine.evaluate import evaluate
+from mfuser.engine.precheck import check_parts
 from mfuser.engine.train import train
 from mfuser.errors import MFuserError
 
@@ -182,6 +183,21 @@ def test_a_compiled_run_is_the_same_run(
     assert done.code == 0 and graphs and (out / "a.mask.png").is_file()
     done = mfuser("predict", tmp_path / "eager", image, "--set", "compile.mode=1", *registry)
     assert done.code == 2 and "--set compile.mode = 1: " in done.err
+
+
+def test_the_look_before_the_first_step_compiles_nothing(
+    model: DGSSModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the hooks that look would be compiled, and everything a second time without them."""
+
+    def compiled(*_: Any, **__: Any) -> None:
+        pytest.fail("compiled code ran")
+
+    parts = compiling.compilable(model, PARTS)
+    for part in parts:
+        monkeypatch.setattr(part, "_compiled_call_impl", compiled)
+    check_parts(model, torch.device("cpu"))
+    assert all(part._compiled_call_impl is compiled for part in parts)
 
 
 @pytest.mark.parametrize(
