@@ -1,4 +1,4 @@
-"""Which part of a model the time goes to, forward and backward, and what each keeps in memory.
+"""The time of each part of a model, forward and backward, and the memory it keeps.
 
 One clock runs, for one part at a time. Forward, a part's call starts its time and its return gives
 the clock back to whoever called. Backward, the gradient passes through a mark behind the part's
@@ -23,6 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mfuser.model.dgss import DGSSModel
+from mfuser.reporting.flops import flop_counter
 
 OTHER = "other"
 """Time outside the parts: concatenations, sums, the loop itself."""
@@ -90,7 +91,7 @@ class Stopwatch:
             return tensor
 
         with (
-            FlopCounterMode(display=False) as self._counter,
+            flop_counter() as self._counter,
             saved_tensors_hooks(pack, lambda t: t),
         ):
             self._counted = 0

@@ -1,4 +1,4 @@
-"""FLOPs of a forward pass: the one place that counts them.
+"""FLOPs of a pass: the one place that says what counts.
 
 2 x multiply-adds of projections, convolutions and attention products, and 1 per activation, as
 the paper's profiler (DeepSpeed's) counts; operators that PyTorch lacks (the selective scan) count
@@ -48,17 +48,19 @@ class Flops:
         return sum(sum(self.counts[n].values()) for n in outer)
 
 
+def flop_counter(depth: int = DEPTH) -> FlopCounterMode:
+    """PyTorch's, which also counts activations."""
+    activations = dict.fromkeys(ACTIVATIONS, _one_each)
+    return FlopCounterMode(display=False, depth=depth, custom_mapping=activations)
+
+
 def count_flops(work: Callable[[], Any]) -> Flops | None:
     """FLOPs of `work`, which runs modules on the meta device, without gradients.
 
     None if an operation's size depends on values, which are not there.
     """
-    activations = dict.fromkeys(ACTIVATIONS, _one_each)
     try:
-        with (
-            torch.no_grad(),
-            FlopCounterMode(display=False, depth=DEPTH, custom_mapping=activations) as counter,
-        ):
+        with torch.no_grad(), flop_counter() as counter:
             work()
     except (NotImplementedError, RuntimeError, AssertionError):  # the counter's own, too
         return None

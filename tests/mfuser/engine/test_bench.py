@@ -63,6 +63,13 @@ def test_gradients_pass_the_marks_unchanged_and_set_the_clock(write_registry, in
     assert {"pyramid", "losses"} <= backward
 
 
+def test_activations_count_as_in_describe() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    with watch.counting(), watch.during("forward"):
+        torch.nn.functional.gelu(torch.rand(3, 5))
+    assert watch.flops["forward", OTHER] == 15
+
+
 def test_what_cannot_be_measured_is_refused(write_registry, inside: Path, mfuser) -> None:  # type: ignore[no-untyped-def]
     write_registry("")
     for arguments, said in (
