@@ -59,6 +59,7 @@ def serve(
     from mfuser.engine.inference import of_record, split
     from mfuser.engine.precision import Precision
     from mfuser.engine.viewer import LONGEST, Viewer
+    from mfuser.reporting.adapter_cost import default_device
 
     check_gradio()
     own, others = split(settings)
@@ -67,7 +68,7 @@ def serve(
     windows: Any = {"stride": stride, "window_batch": window_batch}
     asked_for = of_record(registry, record, str(run), name=inference, settings=own, **windows)
     name = str(record.get("pairing_name") or run.resolve().name)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device or default_device())
     how = Precision.of_inference(where, record)  # as predict does
     shown_by = how.around(asked_for.build())
     viewer = Viewer(how.prepare(model), name, where, shown_by, longest_side or LONGEST)

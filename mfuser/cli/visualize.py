@@ -169,9 +169,10 @@ def _canvas(
 
     from mfuser.engine.processes import check_alone
     from mfuser.engine.visualize import Canvas
+    from mfuser.reporting.adapter_cost import default_device
 
     check_alone("visualize")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device or default_device())
     return registry, Canvas(out, scale, stride, width, where)  # type: ignore[arg-type]
 
 

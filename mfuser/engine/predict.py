@@ -35,6 +35,7 @@ from mfuser.model.dgss import DGSSModel
 from mfuser.model.network import TrainedNetwork
 from mfuser.model.window_batch import WindowBatch
 from mfuser.reporting import draw
+from mfuser.reporting.adapter_cost import default_device
 
 SMALLER = "--scale 0.5; --device cpu where there is more memory than on the GPU"
 """Remedies when memory runs out."""
@@ -103,7 +104,7 @@ def predict(
         submission.check(model.classes)
     if compilation is not None:
         compiling.compile_parts(model, compilation, console.say)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device or default_device())
     how = Precision.of_inference(where, record, precision)
     threads, segmenting = workers_of(workers), how.around(asked_for.build())
     work = _Work(how.prepare(model), chosen, where, scale, segmenting, scores, out, threads)

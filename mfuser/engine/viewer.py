@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mfuser.engine import photographs
 from mfuser.engine.decision import probabilities
+from mfuser.engine.exhaustion import explained
 from mfuser.engine.inputs import VIDEOS
 from mfuser.engine.photographs import located
 from mfuser.engine.similarity import similarity
@@ -24,6 +25,8 @@ from mfuser.reporting import draw
 
 LONGEST = 2048
 """Pixels of the longer side that a photograph is shown and segmented with, at most."""
+SMALLER = "--longest-side 1024; --device cpu where there is more memory than on the GPU"
+"""Remedies when memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,13 @@ class Viewer:
         return self.model.encoder.vlm is not None
 
     def look(self, path: Path) -> Seen:
-        """Raises MFuserError for a file that is not an image, naming it."""
+        """Raises MFuserError for a file that is not an image, naming it, and OutOfMemoryError."""
         image, size = self._image(path)
-        with located(path):
-            scores = self.model.segment_by(self.inference, self._pixels(image))
+        pixels = self._pixels(image)
+        size_read = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+        classes = len(self.model.classes)
+        with located(path), explained(self.inference, size_read, classes, SMALLER):
+            scores = self.model.segment_by(self.inference, pixels)
         shares = probabilities(scores[0], image.shape[:2], None, self.model.decoder.scores)
         label = shares.argmax(0).cpu().numpy()
         confidence = shares.amax(0).cpu().numpy()

@@ -20,7 +20,7 @@ from mfuser.engine.app import serving
 from mfuser.engine.checkpoints import load_model
 from mfuser.engine.predict import predict
 from mfuser.engine.viewer import Viewer
-from mfuser.errors import DataError, MFuserError
+from mfuser.errors import DataError, MFuserError, OutOfMemoryError
 from mfuser.reporting import draw
 
 
@@ -65,6 +65,17 @@ def test_large_and_small_photographs(viewer: Viewer, tmp_path: Path) -> None:
         assert seen.mask.shape[:2] == shown[::-1] and seen.size == size[::-1]
         like = viewer.compare(file, "road")
         assert like.picture.shape[:2] == shown[::-1] and -1 <= like.least <= like.most <= 1
+
+
+def test_memory_that_runs_out_is_explained(
+    viewer: Viewer, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        torch.empty(2**58)  # the allocator's own error
+
+    monkeypatch.setattr(viewer.model, "segment_by", full)
+    with pytest.raises(OutOfMemoryError, match=r"a garden\.jpg: out of memory.*--longest-side"):
+        viewer.look(photo)
 
 
 def test_what_is_no_photograph(viewer: Viewer, photo: Path, tmp_path: Path) -> None:
