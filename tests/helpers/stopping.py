@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from mfuser.engine.train import Trainer
+from mfuser.engine.train import Interrupted, Trainer
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[], None]) -> None:
@@ -35,3 +37,13 @@ def gone_in(step: int) -> Iterator[None]:
         stop_after(patch, step, die)
         with pytest.raises(KeyboardInterrupt):
             yield
+
+
+@contextmanager
+def interrupted_in(step: int) -> Iterator[None]:
+    """Ctrl-C in this step of the training within this block, which saves it and stops."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted) as stopped:
+            yield
+    assert stopped.value.step == step

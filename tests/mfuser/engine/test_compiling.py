@@ -51,6 +51,18 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
     torch._dynamo.reset()
 
 
+def collected(backend: Callable[[Any], None]) -> list[Any]:
+    """The graphs that are compiled from here on; they run as they are."""
+    graphs: list[Any] = []
+
+    def collecting(graph: Any, given: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    backend(collecting)
+    return graphs
+
+
 def first_calls(model: DGSSModel, images: torch.Tensor) -> dict[str, tuple[nn.Module, Any, Any]]:
     """The first call of each kind of module that is compiled: it and its arguments."""
     found: dict[str, tuple[nn.Module, Any, Any]] = {}
@@ -82,13 +94,7 @@ def test_no_graph_breaks(model: DGSSModel, images: torch.Tensor, backend: Any) -
 def test_equal_blocks_share_their_code(
     model: DGSSModel, images: torch.Tensor, backend: Callable[[Any], None]
 ) -> None:
-    graphs: list[Any] = []
-
-    def counting(graph: Any, given: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    backend(counting)
+    graphs = collected(backend)
     names, compiled = list(model.state_dict()), copy.deepcopy(model).eval()
     said: list[str] = []
     compiling.compile_parts(compiled, CompileSpec(), said.append)
@@ -145,13 +151,7 @@ def test_a_compiled_run_is_the_same_run(
     mfuser: Any,
     tiny_toml: str,
 ) -> None:
-    graphs: list[Any] = []
-
-    def counting(graph: Any, given: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    backend(counting)
+    graphs = collected(backend)
     assert begin("plain", "compile=true").recipe.compile == CompileSpec()
     assert begin("plain", "compile=false").recipe == begin("plain").recipe
     one_step = ("steps=1", "warmup=0")

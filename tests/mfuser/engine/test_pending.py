@@ -3,8 +3,6 @@ finite moves no weight although nobody has looked at it yet."""
 
 from __future__ import annotations
 
-import os
-import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from launching import launch
-from stopping import stop_after
+from stopping import interrupted_in
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfuser import Registry, build_model
@@ -20,7 +18,7 @@ from mfuser.data.images import UnreadableImage
 from mfuser.engine import checkpoints
 from mfuser.engine.diagnose import DIVERGED
 from mfuser.engine.pending import Losses
-from mfuser.engine.train import Diverged, Interrupted, Trainer, train
+from mfuser.engine.train import Diverged, Trainer, train
 from mfuser.model.dgss import DGSSModel
 
 WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "masked_select", "lift_fresh", "equal"}
@@ -117,11 +115,8 @@ def test_deferred_steps_learn_the_same_and_resume_to_the_bit(
     train(tiny, run, tmp_path / "eager")
     monkeypatch.setattr("mfuser.engine.train.deferrable", lambda *_: True)
     train(tiny, run, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted) as stopped:
-            train(tiny, run, tmp_path / "parts")
-    assert stopped.value.step == 3
+    with interrupted_in(3):
+        train(tiny, run, tmp_path / "parts")
     train(tiny, run, tmp_path / "parts", resume=True)
     eager, whole, parts = (weights(tmp_path / n) for n in ("eager", "whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from forked import training
-from stopping import gone_in, stop_after
+from stopping import gone_in, interrupted_in
 
 from mfuser import Registry, build_model
 from mfuser.data.loading import ClassMap, CropSource, training_stream
@@ -22,7 +22,7 @@ from mfuser.data.sampling import ShuffledSampler
 from mfuser.data.transforms import Augmentation, AugmentationSpec
 from mfuser.engine import checkpoints, processes
 from mfuser.engine.folder import RUN, read_run
-from mfuser.engine.train import Interrupted, parameter_groups, train
+from mfuser.engine.train import parameter_groups, train
 from mfuser.errors import CheckpointError, MFuserError
 
 
@@ -60,11 +60,8 @@ def test_stopped_and_resumed_equals_never_stopped(
     monkeypatch.setenv("MFUSER_CACHE_DIR", str(tmp_path / "cache"))
     run = begin("plain", "steps=5", "save_every=2", *recipe)
     train(tiny, run, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted) as stopped:
-            train(tiny, run, tmp_path / "parts")
-    assert stopped.value.step == 3
+    with interrupted_in(3):
+        train(tiny, run, tmp_path / "parts")
     assert checkpoints.read(tmp_path / "parts" / checkpoints.LAST).step == 3
     assert not (tmp_path / "parts" / checkpoints.FINAL).exists()
     train(tiny, run, tmp_path / "parts", resume=True)
@@ -89,10 +86,8 @@ def test_the_loss_scale_of_float16_comes_back(
     monkeypatch.setattr(processes, "_accelerator", scaled)
     run = begin("plain", "steps=5", "save_every=3")
     train(tiny, run, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted):
-            train(tiny, run, tmp_path / "parts")
+    with interrupted_in(3):
+        train(tiny, run, tmp_path / "parts")
     train(tiny, run, tmp_path / "parts", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     states = [
@@ -105,10 +100,8 @@ def test_the_loss_scale_of_float16_comes_back(
 
     # A scale so large that the first step is skipped: there is no state of the optimizer yet.
     scaler["init_scale"] = 1e38
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted):
-            train(tiny, run, tmp_path / "skipped")
+    with interrupted_in(1):
+        train(tiny, run, tmp_path / "skipped")
     assert not checkpoints.read(tmp_path / "skipped" / checkpoints.LAST).optimizer
     train(tiny, run, tmp_path / "skipped", resume=True)
     resumed = checkpoints.read(tmp_path / "skipped" / checkpoints.LAST)
@@ -209,13 +202,11 @@ def test_a_folder_with_another_run_is_left_alone(
 
 
 def test_what_does_not_decide_the_weights_may_change(
-    tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Registry, begin: Any, tmp_path: Path
 ) -> None:
     train(tiny, begin(), tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted):
-            train(tiny, begin(), tmp_path / "parts")
+    with interrupted_in(2):
+        train(tiny, begin(), tmp_path / "parts")
     changed = begin("plain", "workers=1", "on_bad_image=skip", "save_every=3")
     train(tiny, changed, tmp_path / "parts", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
@@ -266,12 +257,10 @@ def test_a_checkpoint_of_another_run_is_not_resumed(
 
 
 def test_a_run_begun_before_an_option_was_there_is_resumed(
-    tiny: Registry, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Registry, begin: Any, tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted):
-            train(tiny, begin(), tmp_path / "r")
+    with interrupted_in(3):
+        train(tiny, begin(), tmp_path / "r")
     last = tmp_path / "r" / checkpoints.LAST
     checkpoint = checkpoints.read(last)
     pairing = checkpoint.meta["pairing"]
