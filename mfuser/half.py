@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -20,10 +21,12 @@ def multiplying(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 
 def single(value: Any) -> Any:
-    """A tensor or a tuple of tensors, those of half precision in float32."""
+    """A tensor or a tuple of tensors, those of half precision in float32; anything else, which
+    others refuse, as it is."""
     if isinstance(value, tuple):
         return tuple(map(single, value))
-    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+    lowered = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if lowered else value
 
 
 class _Contiguous(TorchFunctionMode):

@@ -257,3 +257,10 @@ def test_attention_of_a_batch_multiplies_whole_sequences() -> None:
     with torch.profiler.profile() as seen, half.multiplying("cpu", HALF):
         attention(tokens, tokens, tokens, need_weights=False)
     assert not any(event.key == "aten::bmm" for event in seen.key_averages())
+
+
+def test_what_a_part_returns_by_mistake_is_left_to_its_contract() -> None:
+    """Which names the part, whatever is held in half precision."""
+    given = (torch.ones(2, dtype=torch.float16), torch.ones(2, dtype=torch.int64), None)
+    first, second, third = half.single(given)
+    assert first.dtype == torch.float32 and second is given[1] and third is None
