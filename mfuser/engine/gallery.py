@@ -137,5 +137,5 @@ def save_panels(
     names = [name for name, domain in drawn.items() for _ in domain]
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = draw.panels(rows, COLUMNS, names=names)
-    with_legend = draw.stacked(sheet, draw.legend(classes, draw.palette(classes), sheet.width))
-    draw.save(with_legend, path)
+    legend = draw.legend(draw.with_ids(classes), draw.palette(classes), sheet.width)
+    draw.save(draw.stacked(sheet, legend), path)

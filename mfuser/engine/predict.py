@@ -132,7 +132,7 @@ def predict(
                 raise DataError(f"{out} cannot be written: {error}") from error
             task.advance()
     if any("mask" in entry for entry in written):
-        draw.save(draw.legend(model.classes, work.table, 640), out / LEGEND)
+        draw.save(draw.legend(draw.with_ids(model.classes), work.table, 640), out / LEGEND)
     return written
 
 

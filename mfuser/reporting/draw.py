@@ -97,6 +97,11 @@ def scaled(picture: np.ndarray, width: int) -> Image.Image:
     )
 
 
+def with_ids(classes: Sequence[str]) -> list[str]:
+    """Names for a legend of masks, whose values are the ids."""
+    return [f"{k} {name}" for k, name in enumerate(classes)]
+
+
 def legend(classes: Sequence[str], table: np.ndarray, width: int) -> Image.Image:
     """Colored squares with class names, as many to a line as fit."""
     cell, line = 120, 18

@@ -26,6 +26,7 @@ from mfuser.engine.video import VideoReader, VideoWriter
 from mfuser.errors import DataError, MFuserError
 from mfuser.files import utf8_name
 from mfuser.model.assembly import with_classes
+from mfuser.reporting import draw
 
 
 def test_masks_are_the_models_classes(tiny: Registry, trained: Path, tmp_path: Path) -> None:
@@ -37,6 +38,9 @@ def test_masks_are_the_models_classes(tiny: Registry, trained: Path, tmp_path: P
         "legend.png",
     ]
     model, _ = load_model(trained, tiny)
+    ids = [f"{k} {name}" for k, name in enumerate(model.classes)]
+    with Image.open(tmp_path / "out" / "legend.png") as legend:
+        assert legend.tobytes() == draw.legend(ids, draw.palette(model.classes), 640).tobytes()
     pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
     expected = model.segment(pixels)[0].argmax(0).numpy()
     with Image.open(written[0]["mask"]) as mask:
