@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # the only name for all of them
@@ -73,7 +74,7 @@ def wrap(
     if group.sharded:  # which averages the gradients; this is for the precision alone
         whole = accelerator.prepare_model(model, evaluation_mode=True)
         return whole, accelerator.prepare_optimizer(optimizer)
-    if group.count > 1:
+    if dist.is_initialized():  # torchrun's single process is wrapped for several, too
         model.to(accelerator.device)
         left_out = group.together(lambda: without_gradient(model, accelerator))
         if left_out:
