@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,14 @@ def test_the_command_serves(
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("needs the extra app")
 
-    def pressed(_: Any) -> None:
-        raise KeyboardInterrupt
+    wait = threading.Event.wait
 
-    monkeypatch.setattr("threading.Event.wait", lambda *_: pressed(_), raising=True)
+    def pressed(event: threading.Event, timeout: float | None = None) -> bool:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        return wait(event, timeout)  # progress bars of others wait, too
+
+    monkeypatch.setattr("threading.Event.wait", pressed)
     monkeypatch.setattr(app, "serving", _announced)
     done = mfuser("serve", trained, "--port", "0")
     assert done.code == 0 and "http://127.0.0.1:1 (Ctrl-C ends it)" in done.out
