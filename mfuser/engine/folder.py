@@ -34,7 +34,7 @@ TRACKED = ("tensorboard", "wandb", "mlflow")
 LOCK = ".lock"
 FREE = (
     *("on_bad_image", "workers", "prefetch", "save_every", "checkpointing", "shard"),
-    *("tracker", "tensorboard"),
+    *("tracker", "tensorboard", "note"),
 )
 """Keys of a recipe that may change when a run goes on: its weights do not depend on them."""
 BATCH = ("batch_size", "accumulate")

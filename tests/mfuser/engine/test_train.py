@@ -64,7 +64,8 @@ def test_stopped_and_resumed_equals_never_stopped(
         train(tiny, run, tmp_path / "parts")
     assert checkpoints.read(tmp_path / "parts" / checkpoints.LAST).step == 3
     assert not (tmp_path / "parts" / checkpoints.FINAL).exists()
-    train(tiny, run, tmp_path / "parts", resume=True)
+    noted = run.recipe.model_copy(update={"note": "What reports say may change."})
+    train(tiny, run.model_copy(update={"recipe": noted}), tmp_path / "parts", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     whole = checkpoints.read(tmp_path / "whole" / checkpoints.LAST)
     parts = checkpoints.read(tmp_path / "parts" / checkpoints.LAST)
