@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from mfuser.config.registry import Registry, load_registry
 from mfuser.config.study import StudySpec
 from mfuser.config.tables import parse_settings
@@ -20,7 +18,7 @@ from mfuser.errors import MFuserError, PluginError, suggest
 from mfuser.files import write_json
 from mfuser.plugins.components import Component
 from mfuser.plugins.discovery import load_components, offered_by
-from mfuser.specs import DecoderSpec
+from mfuser.specs import DecoderSpec, Options
 from mfuser.study.paired import Comparison
 from mfuser.study.report import AVERAGE, Results
 from mfuser.version import __version__
@@ -42,10 +40,8 @@ class Plan:
     plugins: tuple[str, ...]
 
 
-class Standing(BaseModel):
+class Standing(Options):
     """A row of the record: mIoU on unseen domains in per cent, over the seeds."""
-
-    model_config = ConfigDict(extra="forbid")
 
     label: str
     trained: int | None
@@ -54,10 +50,8 @@ class Standing(BaseModel):
     std: float | None
 
 
-class Record(BaseModel):
+class Record(Options):
     """The result of a component, in one file that a pull request can add to docs/leaderboard."""
-
-    model_config = ConfigDict(extra="forbid")
 
     plugin: str
     component: str
